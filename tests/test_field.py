@@ -1,0 +1,130 @@
+import oracle
+import pytest
+import torch
+from conftest import relative
+
+from drifting_pytorch import DriftField
+
+def points(rng, *shape):
+    return torch.randn(*shape, generator = rng, dtype = torch.float64)
+
+@pytest.mark.parametrize('kernel', ['laplace', 'gaussian'])
+@pytest.mark.parametrize('normalize', ['both', 'y', 'none'])
+@pytest.mark.parametrize('own_negatives', [False, True])
+def test_field_equals_the_formula(rng, kernel, normalize, own_negatives):
+    x, y_pos = points(rng, 5, 3), points(rng, 7, 3)
+    y_neg = None if own_negatives else points(rng, 4, 3)
+
+    v = DriftField(kernel = kernel, normalize = normalize)(x, y_pos, y_neg, temperature = 0.8)
+    expected = oracle.field(x.numpy(), y_pos.numpy(), None if own_negatives else y_neg.numpy(), 0.8, kernel, normalize)
+
+    assert relative(v, expected) < 1e-9
+
+def test_float32_is_as_good_as_float32_gets(rng):
+    x, y_pos = points(rng, 32, 16) + 100., points(rng, 40, 16) + 100.     # a common offset must not cost digits
+    exact = oracle.field(x.float().double().numpy(), y_pos.float().double().numpy(), None, 0.5)
+    assert relative(DriftField()(x.float(), y_pos.float(), temperature = 0.5), exact) < 1e-5
+
+def test_own_negatives_are_the_points_without_themselves(rng):
+    x, y_pos = points(rng, 2, 3), points(rng, 4, 3)
+
+    # two points: each one's only negative is the other one
+
+    v = DriftField(normalize = 'y')(x, y_pos, temperature = 0.7)
+    alone = torch.cat([DriftField(normalize = 'y')(x[i:i + 1], y_pos, x[1 - i:2 - i], temperature = 0.7) for i in range(2)])
+    assert relative(v, alone) < 1e-9
+
+    # and x given by hand is not masked
+
+    assert relative(DriftField()(x, y_pos, x, temperature = 0.7), DriftField()(x, y_pos, temperature = 0.7)) > 1e-2
+
+@pytest.mark.parametrize('normalize', ['both', 'y', 'none'])
+def test_antisymmetry(rng, normalize):
+    x, a, b = points(rng, 6, 4), points(rng, 5, 4), points(rng, 8, 4)
+    field = DriftField(normalize = normalize)
+
+    forward, backward = field(x, a, b, temperature = 0.5), field(x, b, a, temperature = 0.5)
+    assert relative(forward, -backward) < 1e-9
+    assert forward.norm() > 1e-3
+
+def test_no_drift_at_equilibrium(rng):
+    x, a = points(rng, 6, 4), points(rng, 5, 4)
+    assert DriftField()(x, a, a, temperature = 0.5).abs().max() < 1e-9
+
+@pytest.mark.parametrize('factors', [(1., 1.), (2., 1.)])
+def test_translation_invariance(rng, factors):
+    x, a = points(rng, 6, 4), points(rng, 5, 4)
+    field = DriftField(attraction = factors[0], repulsion = factors[1])
+    assert relative(field(x + 3., a + 3., temperature = 0.5), field(x, a, temperature = 0.5)) < 1e-9
+
+def test_attraction_and_repulsion_factors(rng):
+    x, a = points(rng, 6, 4), points(rng, 5, 4)
+    v = DriftField(attraction = 1.5, repulsion = 0.5)(x, a, temperature = 0.5)
+
+    assert relative(v, oracle.field(x.numpy(), a.numpy(), None, 0.5, a = 1.5, b = 0.5)) < 1e-9
+
+    pull = DriftField(repulsion = 0.)(x, a, temperature = 0.5)
+    push = DriftField(attraction = 0.)(x, a, temperature = 0.5)
+    assert relative(v, 1.5 * pull + 0.5 * push) < 1e-9
+
+    # attraction alone pulls a far away point towards the data
+
+    far = torch.full((3, 4), 10., dtype = torch.float64) + x[:3]
+    assert ((a.mean(dim = 0) - far) * DriftField(repulsion = 0.)(far, a, temperature = 5.)).sum(dim = -1).min() > 0
+
+def test_leading_dimensions_are_independent_problems(rng):
+    x, a, b = points(rng, 2, 3, 6, 4), points(rng, 2, 3, 5, 4), points(rng, 2, 3, 7, 4)
+    v = DriftField()(x, a, b, temperature = 0.5)
+
+    assert v.shape == x.shape
+    for i in range(2):
+        for j in range(3):
+            assert relative(v[i, j], DriftField()(x[i, j], a[i, j], b[i, j], temperature = 0.5)) < 1e-9
+
+def test_single_points_duplicates_and_magnitudes_stay_finite(rng):
+    x = points(rng, 1, 4)
+    assert torch.equal(DriftField()(x, x + 1, temperature = 0.5), torch.zeros_like(x))     # no negative, no drift
+
+    same = torch.ones(4, 3)
+    assert DriftField()(same, same, temperature = 0.1).isfinite().all()
+
+    for magnitude in (1e-6, 1e6):
+        v = DriftField()(points(rng, 8, 4) * magnitude, points(rng, 8, 4) * magnitude, temperature = 0.5 * magnitude)
+        assert v.isfinite().all() and 1e-3 < v.norm() / magnitude < 1e3
+
+def test_no_gradient_flows_through_the_field(rng):
+    x = points(rng, 4, 2).requires_grad_()
+    assert not DriftField()(x, points(rng, 4, 2), temperature = 0.5).requires_grad
+
+@pytest.mark.parametrize('call, says', [
+    (lambda x, a: DriftField()(x[0], a, temperature = 1.), 'x has shape'),
+    (lambda x, a: DriftField()(x, a[:, :2], temperature = 1.), 'feature dimension'),
+    (lambda x, a: DriftField()(x, a.expand(2, 4, 3), temperature = 1.), 'nothing is broadcast'),
+    (lambda x, a: DriftField()(x, a[:0], temperature = 1.), 'empty set'),
+    (lambda x, a: DriftField()(x, a, x[:0], temperature = 1.), 'y_neg has shape (0, 3)'),
+    (lambda x, a: DriftField()(x, a * float('nan'), temperature = 1.), 'y_pos has non-finite'),
+    (lambda x, a: DriftField()(x.long(), a, temperature = 1.), 'floating point'),
+    (lambda x, a: DriftField()(x, a, temperature = 0.), 'temperature must be above 0'),
+    (lambda x, a: DriftField(kernel = 'cosine'), 'kernel must be'),
+    (lambda x, a: DriftField(normalize = 'x'), 'normalize must be'),
+])
+def test_bad_input_is_one_clear_line(rng, call, says):
+    with pytest.raises(ValueError) as error:
+        call(points(rng, 5, 3), points(rng, 4, 3))
+    assert says in str(error.value) and '\n' not in str(error.value)
+
+def test_shapes_are_checked_when_switched_on(rng):
+    from jaxtyping import TypeCheckError
+
+    with pytest.raises(TypeCheckError):
+        DriftField().coefficients(points(rng, 3, 7), 2, 0.5, weight = points(rng, 6))
+
+def test_shape_checks_are_off_by_default():
+    import os
+    import subprocess
+    import sys
+
+    code = 'from drifting_pytorch.drifting import pairwise_distance, DriftField; print(pairwise_distance.__module__, hasattr(DriftField.coefficients, "__wrapped__"))'
+    env = {name: value for name, value in os.environ.items() if name != 'DRIFTING_TYPECHECK'}
+    run = lambda env: subprocess.run([sys.executable, '-c', code], env = env, capture_output = True, text = True, check = True).stdout.split()
+    assert run(env) == ['drifting_pytorch.drifting', 'False'] and run({**env, 'DRIFTING_TYPECHECK': '1'})[1] == 'True'

@@ -1,0 +1,208 @@
+import json
+import math
+import shutil
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+from conftest import REFERENCE, relative
+from einops import rearrange
+
+from drifting_pytorch import DriftingGenerator
+from drifting_pytorch.drifting import PRESETS
+
+ARTIFACT = REFERENCE / 'artifact_generator'
+TINY = dict(image_size = 8, channels = 2, patch_size = 2, dim = 32, depth = 2, heads = 4, num_classes = 5, num_register_tokens = 3, num_style_tokens = 4, style_codebook_size = 6)
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return DriftingGenerator(**{**TINY, **kwargs})
+
+def awake(model):
+    """Zero initialisation hides everything: fill every parameter, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator = generator)
+    return model
+
+# the release
+
+def test_generator_equals_the_release():
+    arrays = np.load(REFERENCE / 'generator.npz')
+    noise = rearrange(torch.from_numpy(arrays['noise']), 'b h w ch -> b ch h w')
+    labels, styles = (torch.from_numpy(arrays[name]).long() for name in ('labels', 'style'))
+    alpha = torch.from_numpy(arrays['alpha'])
+
+    model = DriftingGenerator.from_pretrained(ARTIFACT)
+
+    with torch.no_grad():
+        assert relative(model.condition(labels, alpha, styles), arrays['cond']) < 1e-5
+        samples = model(noise, labels, alpha, styles)
+
+    assert relative(rearrange(samples, 'b ch h w -> b h w ch'), arrays['samples']) < 1e-5
+
+@pytest.mark.parametrize('name, parameters', [('B/2', 132_708_880), ('L/2', 462_909_456), ('B/16', 133_864_704), ('L/16', 464_450_304)])
+def test_presets_have_the_release_parameter_counts(name, parameters):
+    with torch.device('meta'):
+        model = DriftingGenerator.from_preset(name, num_classes = 1000)
+
+    depth, heads, dim_head = PRESETS[name]['depth'], PRESETS[name]['heads'], 64
+    extra_gains = depth * 2 * (heads - 1) * dim_head        # queries and keys have a gain per head, the release one for all
+    assert sum(p.numel() for p in model.parameters()) - extra_gains == parameters
+
+def damaged(tmp_path, change = None, raw = None):
+    folder = tmp_path / 'artifact'
+    shutil.copytree(ARTIFACT, folder)
+    weights = folder / 'ema_params.msgpack'
+    if raw is not None:
+        weights.write_bytes(raw(weights.read_bytes()))
+    else:
+        tree = msgpack.unpackb(weights.read_bytes())
+        change(tree)
+        weights.write_bytes(msgpack.packb(tree))
+    return folder
+
+def array(t):
+    return msgpack.ExtType(1, msgpack.packb((t.shape, t.dtype.name, t.tobytes())))
+
+@pytest.mark.parametrize('change, says', [
+    (lambda tree: tree.pop('Embed_0'), 'lack Embed_0/embedding'),
+    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), 'unknown parameters'),
+    (lambda tree: tree['Embed_0'].update(embedding = array(np.zeros((3, 48), dtype = np.float32))), 'class_embed.weight (3, 48) instead of (11, 48)'),
+    (lambda tree: tree.update(Embed_0 = 'text'), 'found str at Embed_0'),
+    (lambda tree: tree['Embed_0'].update(embedding = msgpack.ExtType(2, b'')), 'not a msgpack file of arrays'),
+])
+def test_wrong_parameters_are_refused(tmp_path, change, says):
+    with pytest.raises(ValueError, match = 'weights|msgpack') as error:
+        DriftingGenerator.from_pretrained(damaged(tmp_path, change))
+    assert says in str(error.value) and '\n' not in str(error.value)
+
+@pytest.mark.parametrize('raw', [lambda b: b[:1000], lambda b: b'\x80\x04pickle', lambda b: b''])
+def test_damaged_files_are_refused(tmp_path, raw):
+    with pytest.raises(ValueError, match = 'not a msgpack file of arrays'):
+        DriftingGenerator.from_pretrained(damaged(tmp_path, raw = raw))
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match = 'not an artifact of the release'):
+        DriftingGenerator.from_pretrained(tmp_path / 'nothing')
+
+def test_chunked_and_bfloat16_arrays_are_read(tmp_path):
+    whole = DriftingGenerator.from_pretrained(ARTIFACT)
+
+    def change(tree):
+        embedding = whole.class_embed.weight.detach().numpy()
+        pieces = [array(piece) for piece in np.array_split(embedding.flatten(), 3)]
+        tree['Embed_0']['embedding'] = {'__msgpack_chunked_array__': True, 'shape': {str(i): n for i, n in enumerate(embedding.shape)}, 'chunks': {str(i): c for i, c in enumerate(pieces)}}
+
+        bias = whole.to_patch.bias.detach().bfloat16()
+        raw = bias.view(torch.int16).numpy().tobytes()
+        tree['LightningDiT_0']['FinalLayer_0']['TorchLinear_1']['Dense_0']['bias'] = msgpack.ExtType(1, msgpack.packb((tuple(bias.shape), 'bfloat16', raw)))
+
+    model = DriftingGenerator.from_pretrained(damaged(tmp_path, change))
+    assert torch.equal(model.class_embed.weight, whole.class_embed.weight)
+    assert torch.equal(model.to_patch.bias, whole.to_patch.bias.bfloat16().float())
+
+# architecture
+
+def test_output_is_zero_at_initialisation_and_every_parameter_learns():
+    model = tiny()
+    noise, labels = torch.randn(3, 2, 8, 8), torch.tensor([0, 4, 2])
+    assert torch.equal(model(noise, labels), torch.zeros_like(noise))
+
+    model = awake(model)
+    model(noise, labels).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.parameters())
+
+def test_initialisation():
+    model = tiny(dim = 128, num_classes = 100, style_codebook_size = 64)
+    for weight in (model.class_embed.weight, model.style_embed.weight, model.register_embed):
+        assert abs(weight.std().item() - 0.02) < 0.003
+
+    bound = math.sqrt(6 / (8 + 128))                         # xavier uniform
+    assert 0.98 * bound < model.patch_embed.weight.abs().max() <= bound
+
+    # 2d sine-cosine: [columns sin, columns cos, rows sin, rows cos]
+
+    row, column = 2, 3
+    omega = 10_000 ** (-np.arange(32) / 32)
+    expected = np.concatenate([f(position * omega) for position in (column, row) for f in (np.sin, np.cos)])
+    assert relative(model.pos_embed[row * 4 + column], expected) < 1e-6
+
+@pytest.mark.parametrize('heads', [1, 4])
+def test_every_condition_and_all_noise_reach_every_pixel(heads):
+    model = awake(tiny(heads = heads)).eval()
+    noise, labels, alpha, styles = torch.randn(1, 2, 8, 8), torch.tensor([1]), torch.tensor([1.5]), torch.zeros(1, 4, dtype = torch.long)
+    base = model(noise, labels, alpha, styles)
+
+    other_noise, other_styles = noise.clone(), styles.clone()
+    other_noise[..., 7, 7] += 1.
+    other_styles[0, 3] = 5
+
+    for args in ((other_noise, labels, alpha, styles), (noise, labels + 1, alpha, styles), (noise, labels, alpha + 1, styles), (noise, labels, alpha, other_styles)):
+        assert ((model(*args) - base).abs() > 0).all()
+
+def test_style_tables_are_separate_or_shared():
+    swap = lambda styles: styles[:, [1, 0, 2, 3]]
+    styles = torch.tensor([[0, 1, 2, 3]])
+    args = torch.tensor([1]), torch.tensor([1.])
+
+    separate, shared = awake(tiny()), awake(tiny(share_style_codebook = True))
+    assert separate.style_embed.weight.shape == (4 * 6, 32) and shared.style_embed.weight.shape == (6, 32)
+    assert relative(separate.condition(*args, swap(styles)), separate.condition(*args, styles)) > 1e-2
+    assert relative(shared.condition(*args, swap(styles)), shared.condition(*args, styles)) < 1e-5
+
+def test_without_classes_and_styles():
+    model = awake(tiny(num_classes = None, num_style_tokens = 0)).eval()
+    noise = torch.randn(2, 2, 8, 8)
+    assert torch.equal(model(noise), model(noise)) and model.sample(num_samples = 3, seed = 0).shape == (3, 2, 8, 8)
+
+def test_modulation_stays_in_float32_under_autocast():
+    model = awake(tiny())
+    with torch.autocast('cpu', dtype = torch.bfloat16):
+        assert all(t.dtype == torch.float32 for t in model.blocks[0].modulation(torch.randn(2, 32).bfloat16()))
+        assert model(torch.randn(2, 2, 8, 8), torch.tensor([0, 1])).isfinite().all()
+
+# sampling
+
+def test_sampling_is_reproducible_and_leaves_the_model_as_it_was():
+    model = awake(tiny()).train()
+    labels = [0, 1, 2, 3, 4, 0, 0]
+
+    a, b, c = (model.sample(labels, alpha = 1.5, seed = seed) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert model.training and not a.requires_grad
+    assert relative(model.sample(labels, alpha = 1.5, seed = 0, batch_size = 3), a) < 1e-5
+    assert not torch.equal(model.sample(labels), model.sample(labels))               # no seed, fresh samples
+    assert relative(model.sample(labels, alpha = torch.linspace(1, 3, 7), seed = 0), a) > 1e-3
+
+@pytest.mark.parametrize('call, says', [
+    (lambda m, x, y: m(x[:, :1], y), 'noise has shape (2, 1, 8, 8), expected (batch, 2, 8, 8)'),
+    (lambda m, x, y: m(x[0], y), 'noise has shape'),
+    (lambda m, x, y: m(x / 0, y), 'noise must be finite'),
+    (lambda m, x, y: m(x), 'labels are needed'),
+    (lambda m, x, y: m(x, y[:1]), 'labels has shape (1,), expected (2,)'),
+    (lambda m, x, y: m(x, y.float()), 'labels must be integers'),
+    (lambda m, x, y: m(x, y + 4), 'labels must be finite and in 0 .. 4, got 4 .. 5'),
+    (lambda m, x, y: m(x, y, 0.5), 'alpha must be finite and in 1 .. inf'),
+    (lambda m, x, y: m(x, y, torch.tensor([1., float('inf')])), 'alpha must be finite'),
+    (lambda m, x, y: m(x, y, torch.ones(3)), 'alpha has shape (3,)'),
+    (lambda m, x, y: m(x, y, 1., torch.zeros(2, 3).long()), 'styles has shape'),
+    (lambda m, x, y: m(x, y, 1., torch.full((2, 4), 6)), 'styles must be finite and in 0 .. 5'),
+    (lambda m, x, y: m.sample(), 'pass labels'),
+    (lambda m, x, y: m.sample([5]), 'labels must be finite and in 0 .. 4'),
+    (lambda m, x, y: tiny(num_classes = None)(x, y), 'labels must be None'),
+    (lambda m, x, y: tiny(patch_size = 3), 'multiple of patch_size'),
+    (lambda m, x, y: tiny(heads = 3), 'twice the heads'),
+    (lambda m, x, y: tiny(num_classes = 0), 'num_classes must be above 0'),
+    (lambda m, x, y: DriftingGenerator.from_preset('XL/2'), 'unknown preset'),
+])
+def test_bad_input_is_one_clear_line(call, says):
+    with pytest.raises(ValueError) as error:
+        call(tiny(), torch.zeros(2, 2, 8, 8), torch.tensor([0, 1]))
+    assert says in str(error.value) and '\n' not in str(error.value)
+
+def test_preset_arguments_can_be_overridden():
+    with torch.device('meta'):
+        assert len(DriftingGenerator.from_preset('B/2', depth = 1).blocks) == 1

@@ -1,0 +1,296 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, SampleQueue, Trainer
+from drifting_pytorch.drifting import endless_shuffle, image_grid, sample_alpha
+
+# the queue
+
+def labelled(labels, start = 0):
+    """Samples [b 1] that tell when they were pushed, and of which class they are: class + 0.001 * time."""
+    labels = torch.tensor(labels)
+    return (labels + 0.001 * torch.arange(start, start + len(labels))).unsqueeze(-1), labels
+
+def test_queue_keeps_the_newest_of_each_class(rng):
+    queue = SampleQueue(3, class_size = 4, uncond_size = 5)
+    time, pushed = 0, []
+
+    for _ in range(20):
+        labels = torch.randint(3, (7,), generator = rng).tolist()
+        samples, y = labelled(labels, time)
+        queue.push(samples, y)
+        pushed += samples.flatten().tolist()
+        time += len(labels)
+
+    for label in range(3):
+        newest = [s for s in pushed if int(s) == label][-4:]
+        held = queue.positives(torch.tensor([label]), 4).flatten().tolist()
+        assert np.allclose(sorted(held), sorted(newest))
+
+    assert np.allclose(sorted(queue.unconditional(1, 5).flatten().tolist()), sorted(pushed[-5:]))
+
+def test_queue_takes_more_than_it_holds_at_once():
+    queue = SampleQueue(2, class_size = 3, uncond_size = 2)
+    queue.push(*labelled([0] * 10 + [1] * 2))
+    assert np.allclose(sorted(queue.positives(torch.tensor([0]), 3).flatten()), [0.007, 0.008, 0.009])
+    assert np.allclose(sorted(queue.unconditional(1, 2).flatten()), [1.010, 1.011])
+    assert queue.filled.tolist() == [3, 2]
+
+def test_queue_draws_without_replacement_and_uniformly(rng):
+    queue = SampleQueue(2, class_size = 8, uncond_size = 12)
+    queue.push(*labelled([0] * 6 + [1] * 6))
+
+    positives = queue.positives(torch.tensor([0, 1] * 2000), 3, rng).squeeze(-1)
+    assert (positives[::2] < 1).all() and (positives[1::2] >= 1).all()           # only its own class
+    assert all(len(set(row)) == 3 for row in positives.tolist())
+
+    counts = np.unique(positives[::2].flatten().numpy().round(3), return_counts = True)[1]
+    assert len(counts) == 6 and abs(counts / counts.sum() - 1 / 6).max() < 0.02   # 6000 draws, 4 standard deviations
+
+    unconditional = queue.unconditional(500, 12, rng).squeeze(-1)
+    assert all(len(set(row)) == 12 for row in unconditional.tolist())
+
+    again = (queue.positives(torch.tensor([0, 1]), 3, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(*again)
+
+@pytest.mark.parametrize('call, says', [
+    (lambda q: q.positives(torch.tensor([0, 1]), 3), '3 positives were asked for, but these classes hold fewer (class: samples): {1: 2}'),
+    (lambda q: q.unconditional(2, 6), '6 unconditional samples were asked for, the queue holds 5'),
+    (lambda q: q.push(*labelled([2])), 'labels must be finite and in 0 .. 1'),
+    (lambda q: q.push(torch.zeros(1, 2), torch.tensor([0])), 'samples of shape (2,)'),
+    (lambda q: q.push(torch.full((1, 1), float('nan')), torch.tensor([0])), 'real samples must be finite'),
+    (lambda q: q.positives(torch.tensor([4]), 1), 'labels must be finite and in 0 .. 1'),
+    (lambda q: SampleQueue(2, class_size = 5, uncond_size = 9).load_state_dict(q.state_dict()), 'the saved queue'),
+])
+def test_queue_errors(call, says):
+    queue = SampleQueue(2, class_size = 4, uncond_size = 9)
+    queue.push(*labelled([0, 0, 0, 1, 1]))
+    with pytest.raises(ValueError) as error:
+        call(queue)
+    assert says in str(error.value) and '\n' not in str(error.value)
+
+# draws
+
+@pytest.mark.parametrize('power', [0., 1., 3., 5.])
+def test_alpha_has_the_density_of_the_paper(rng, power):
+    alpha = sample_alpha(20_000, power = power, generator = rng).double().numpy()
+    assert alpha.min() >= 1 and alpha.max() <= 4
+
+    # Kolmogorov-Smirnov against the integral of the density, by quadrature
+
+    grid = np.linspace(1, 4, 3001)
+    density = grid ** -power
+    cumulative = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    expected = np.interp(np.sort(alpha), grid, cumulative / cumulative[-1])
+    assert abs(expected - np.arange(len(alpha)) / len(alpha)).max() < 1.95 / math.sqrt(len(alpha))    # p = 0.001
+
+def test_alpha_without_guidance(rng):
+    alpha = sample_alpha(10_000, power = 3., no_cfg_frac = 0.3, generator = rng)
+    assert abs((alpha == 1).float().mean().item() - 0.3) < 0.02
+    assert (sample_alpha(100, low = 1., high = 1., generator = rng) == 1).all()
+
+def test_shuffle_covers_every_epoch_and_starts_anywhere():
+    from itertools import islice
+    order = list(islice(endless_shuffle(7, seed = 1), 21))
+    assert all(sorted(order[i:i + 7]) == list(range(7)) for i in (0, 7, 14)) and order[:7] != order[7:14]
+    assert list(islice(endless_shuffle(7, seed = 1, start = 9), 12)) == order[9:]
+
+def test_image_grid():
+    images = torch.tensor([0., 0.5, 1., 2.]).view(2, 2, 1, 1, 1)
+    picture = np.asarray(image_grid(images, min_size = 1))
+    assert picture.shape == (6, 6) and picture[1::3, 1::3].tolist() == [[0, 128], [255, 255]] and (picture[::3] == 255).all()
+    assert image_grid(torch.zeros(1, 2, 3, 4, 4), min_size = 8).size == (24, 12)
+
+# the trainer
+
+CENTERS = torch.tensor([[-1., 0.], [1., 0.], [0., 1.]])
+
+def dataset(num = 240):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num) % 3
+    return TensorDataset(CENTERS[labels] + 0.1 * torch.randn(num, 2, generator = generator), labels)
+
+class Net(nn.Module):
+    """Any module with the call will do."""
+
+    def __init__(self, num_classes = 3):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embed = nn.Embedding(num_classes or 1, 16)
+        self.net = nn.Sequential(nn.Linear(2 + 16 + 1, 32), nn.SiLU(), nn.Dropout(0.1), nn.Linear(32, 2))
+
+    def forward(self, noise, labels = None, alpha = None, styles = None):
+        labels = torch.zeros(len(noise), dtype = torch.long) if labels is None else labels
+        return self.net(torch.cat((noise, self.embed(labels), alpha[:, None]), dim = -1))
+
+def trainer(folder, model = None, data = None, loss_fn = None, **kwargs):
+    torch.manual_seed(0)
+    settings = dict(
+        num_train_steps = 20, num_groups = 6, num_gen = 8, num_pos = 8, num_uncond = 4, push_size = 16, class_queue_size = 16, uncond_queue_size = 40,
+        learning_rate = 1e-2, lr_warmup_steps = 4, log_every = 5, sample_every = 0, save_every = 0, results_folder = folder, cpu = True, progress_bar = False
+    )
+    return Trainer(model or Net(), loss_fn or FeatureDriftLoss(affinity_floor = 0.), data or dataset(), **{**settings, **kwargs})
+
+def weights(t):
+    return torch.cat([p.detach().flatten() for p in t.generator.parameters()])
+
+def test_training_moves_every_class_to_its_data(tmp_path):
+    t = trainer(tmp_path, num_train_steps = 300, ema_decay = 0.9)
+    t.train()
+    labels = torch.arange(3).repeat_interleave(200)
+    samples = t.sample(labels, seed = 0)
+    means = torch.stack([samples[labels == i].mean(dim = 0) for i in range(3)])
+    assert (means - CENTERS).norm(dim = -1).max() < 0.2
+    assert 0.03 < samples[labels == 0].std(dim = 0).mean() < 0.3              # data: 0.1
+
+def test_metrics_tell_the_drift(tmp_path):
+    t = trainer(tmp_path)
+    t.train()
+    rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [row['step'] for row in rows] == [5, 10, 15, 20]
+    for row in rows:
+        for temperature in (0.02, 0.05, 0.2):
+            assert row[f'drift/{temperature}'] == row[f'feature/global/drift/{temperature}'] > 0
+        assert row['loss'] == row['feature/global/loss'] and row['feature/global/scale'] > 0 and 1 <= row['alpha_mean'] <= 4
+    assert [row['learning_rate'] for row in rows] == [pytest.approx(1e-2)] * 4
+
+def test_warmup_and_ema_are_the_plain_ones(tmp_path):
+    t = trainer(tmp_path, ema_decay = 0.9)
+    batches, average, rates = t.batches(), weights(t).clone(), []
+    t.fill_queue(batches)
+
+    for _ in range(6):
+        t.train_step(batches)
+        average = 0.9 * average + 0.1 * weights(t)                               # from the initial weights, every step
+        rates.append(t.optimizer.param_groups[0]['lr'])
+
+    assert relative(torch.cat([p.detach().flatten() for p in t.ema.ema_model.parameters()]), average) < 1e-6
+    assert np.allclose(rates, [1e-6 + (1e-2 - 1e-6) * min(1, k / 4) for k in range(6)])
+
+def test_draws_depend_on_the_step_alone(tmp_path):
+    t = trainer(tmp_path, num_groups = 20)
+    t.fill_queue(t.batches())
+    newest = torch.tensor([0] * 4 + [1] * 4 + [2] * 8)
+
+    first = t.draw(newest, 0)
+    torch.manual_seed(123)
+    assert all(torch.equal(a, b) for a, b in zip(first, t.draw(newest, 0)) if a is not None)
+    t.step += 1
+    assert not torch.equal(first[2], t.draw(newest, 0)[2])
+
+    # classes as often as in the data: 16 of 20 groups are one full turn through the newest labels
+
+    assert (first[0].bincount(minlength = 3) >= newest.bincount()).all()
+
+    for label, positives in zip(first[0], first[4]):
+        assert ((positives - CENTERS[label]).norm(dim = -1) < 0.6).all()
+
+def test_resume_is_exact(tmp_path):
+    straight = trainer(tmp_path / 'a')
+    straight.train()
+
+    trainer(tmp_path / 'b', num_train_steps = 12, save_every = 6).train()
+    resumed = trainer(tmp_path / 'b', resume_from_checkpoint = 'latest')
+    assert resumed.step == 12
+    resumed.train()
+
+    assert torch.equal(weights(straight), weights(resumed))
+    for a, b in ((straight.ema.ema_model.state_dict(), resumed.ema.ema_model.state_dict()), (straight.queue.state_dict(), resumed.queue.state_dict())):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    last = lambda folder: json.loads((tmp_path / folder / 'metrics.jsonl').read_text().splitlines()[-1])
+    assert last('a') == last('b')
+
+def test_checkpoints(tmp_path):
+    trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2).train()
+    folders = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert folders == ['step-00000008', 'step-00000010']
+
+    # the averaged weights are plain safetensors of the module
+
+    model = Net()
+    model.load_state_dict(load_file(tmp_path / 'checkpoints' / 'step-00000010' / 'ema.safetensors'))
+
+    with pytest.raises(ValueError, match = 'not a checkpoint'):
+        trainer(tmp_path, resume_from_checkpoint = tmp_path / 'checkpoints')
+    with pytest.raises(ValueError, match = 'the saved queue has'):
+        trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
+    assert trainer(tmp_path / 'empty', resume_from_checkpoint = 'latest').step == 0
+
+def test_images_of_the_averaged_model(tmp_path):
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    model = DriftingGenerator(image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = 1, heads = 2, num_classes = 3, num_register_tokens = 1, num_style_tokens = 2)
+    t = trainer(tmp_path, model, data, num_train_steps = 4, sample_every = 2)
+    t.train()
+    pictures = sorted((tmp_path / 'samples').iterdir())
+    assert [path.name for path in pictures] == ['step-00000002.png', 'step-00000004.png']
+    assert Image.open(pictures[0]).size == (10 * 10 * 6, 3 * 10 * 6)              # 3 rows of 10, each 8 + 2 pixels, magnified 6 times
+
+def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
+    class Plain(Net):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            self.net[2] = nn.Identity()
+
+    gradients = []
+    t = trainer(tmp_path, Plain(), gradient_accumulation_steps = 2, max_grad_norm = 1e9)
+    batches = t.batches()
+    t.fill_queue(batches)
+
+    for micro_step in range(2):
+        labels, alpha, noise, _, pos, uncond = t.draw(t.read(batches), micro_step)
+        gen = t.generator(noise.flatten(0, 1), labels.repeat_interleave(8), alpha.repeat_interleave(8))
+        loss, _ = t.loss_fn(gen.view(6, 8, 2), pos, uncond, alpha)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(t.generator.parameters()))]))
+
+    again = trainer(tmp_path, Plain(), gradient_accumulation_steps = 2, max_grad_norm = 1e9)
+    batches = again.batches()
+    again.fill_queue(batches)
+    norm = again.train_step(batches)[2]
+    assert relative(norm, ((gradients[0] + gradients[1]) / 2).norm()) < 1e-5
+
+def test_unconditional_training_ignores_labels_and_guidance(tmp_path):
+    t = trainer(tmp_path, Net(num_classes = None))
+    t.train()
+    assert t.num_uncond == 0 and t.step == 20
+    assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['alpha_mean'] == 1
+    assert t.sample(num_samples = 4, seed = 0).shape == (4, 2)
+
+def test_half_precision(tmp_path):
+    t = trainer(tmp_path, mixed_precision = 'bf16', num_train_steps = 3)
+    t.train()
+    assert weights(t).isfinite().all() and weights(t).dtype == torch.float32
+
+class Wrong(Net):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)[:, :1]
+
+X, Y = dataset().tensors
+
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(data = TensorDataset(X[:10], Y[:10])), 'the dataset has 10 samples, fewer than push_size = 16'),
+    (dict(data = TensorDataset(X.long(), Y)), 'the dataset must yield (floating point tensor, label), its first sample is torch.int64'),
+    (dict(data = [(0., 0)] * 20), 'its first sample is float'),
+    (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
+    (dict(data = TensorDataset(X, Y.clamp(max = 1))), 'one pass over the data left classes with fewer than num_pos = 8 samples (class: samples): {2: 0}'),
+    (dict(data = TensorDataset(X.index_fill(0, torch.tensor(3), float('nan')), Y)), 'real samples must be finite'),
+    (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
+    (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
+    (dict(num_groups = 0), 'num_groups must be above 0'),
+    (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
+    (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
+])
+def test_trainer_errors_come_before_the_first_step(tmp_path, kwargs, says):
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path, **kwargs).train()
+    assert says in str(error.value) and '\n' not in str(error.value)
