@@ -1,0 +1,235 @@
+"""Toys in the plane (paper, section 5.1): a small generator drifts onto a distribution that one can see.
+
+python examples/train_toy.py                six runs: their evolution, the field, a table
+python examples/train_toy.py --ablation     two of the targets with a broken anti-symmetry (Table 1)
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from drifting_pytorch import DriftField, drift_loss
+
+# targets: n points [n 2] of unit scale, and their modes if they have any
+
+def gaussians(centers, std):
+    def sample(n, generator):
+        which = torch.randint(len(centers), (n,), generator = generator)
+        return centers[which] + std * torch.randn(n, 2, generator = generator)
+    return sample, centers, std
+
+def checkerboard(n, generator):
+    cell = torch.randint(8, (n,), generator = generator)
+    row = cell // 2
+    column = 2 * (cell % 2) + row % 2
+    return torch.stack((column, row), dim = -1) - 2 + torch.rand(n, 2, generator = generator)
+
+def swiss_roll(n, generator):
+    angle = 1.5 * torch.pi * (1 + 2 * torch.rand(n, generator = generator))
+    return torch.stack((angle * angle.cos(), angle * angle.sin()), dim = -1) / 7.5 + 0.05 * torch.randn(n, 2, generator = generator)
+
+CELLS = torch.tensor([(2 * i + row % 2 - 1.5, row - 1.5) for row in range(4) for i in range(2)])
+CIRCLE = torch.arange(8) * torch.pi / 4
+
+TARGETS = dict(
+    bimodal = gaussians(torch.tensor([[-2., 0.], [2., 0.]]), 0.4),
+    eight_gaussians = gaussians(2 * torch.stack((CIRCLE.cos(), CIRCLE.sin()), dim = -1), 0.1),
+    checkerboard = (checkerboard, CELLS, None),
+    swiss_roll = (swiss_roll, None, None),
+)
+
+# the three initialisations of the paper: where the generator starts (center, spread)
+
+STARTS = dict(between = ((0., 0.), 0.3), far = ((0., 6.), 0.3), collapsed = ((-2., 0.), 0.05))
+
+RUNS = [('bimodal', 'between'), ('bimodal', 'far'), ('bimodal', 'collapsed'), ('eight_gaussians', 'between'), ('checkerboard', 'between'), ('swiss_roll', 'between')]
+FACTORS = [(1., 1.), (1.5, 1.), (1., 1.5), (2., 1.), (1., 2.), (1., 0.)]
+
+class Generator(nn.Module):
+    """A small MLP on top of a fixed start: noise [n 8] -> points [n 2]."""
+
+    def __init__(self, center, spread, dim = 128):
+        super().__init__()
+        self.register_buffer('center', torch.tensor(center))
+        self.spread = spread
+        self.net = nn.Sequential(nn.Linear(8, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 2))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, noise):
+        return self.center + self.spread * noise[:, :2] + self.net(noise)
+
+# metrics
+
+def sliced_wasserstein(a, b, num_directions = 128):
+    """Mean over directions of the 1-Wasserstein distance of the projections of a [n 2] and b [n 2]."""
+    angle = torch.arange(num_directions) * torch.pi / num_directions
+    directions = torch.stack((angle.cos(), angle.sin()))
+    return ((a @ directions).sort(dim = 0).values - (b @ directions).sort(dim = 0).values).abs().mean().item()
+
+def mode_coverage(points, modes, std):
+    """(modes that hold at least half of their share, number of modes, share of the points that lie on a mode)."""
+    if std is None:                                                     # cells of the checkerboard, of side 1
+        offset = (points[:, None] - modes[None]).abs().amax(dim = -1)
+        radius = 0.5
+    else:
+        offset, radius = torch.cdist(points, modes), 3 * std
+    on_mode = offset < radius
+    covered = (on_mode.float().mean(dim = 0) >= 0.5 / len(modes)).sum().item()
+    return covered, len(modes), on_mode.any(dim = -1).float().mean().item()
+
+def evaluate(model, target, num = 4_000, seed = 1234):
+    sample, modes, std = target
+    generator = torch.Generator().manual_seed(seed)
+
+    with torch.no_grad():
+        points = model(torch.randn(num, 8, generator = generator))
+    real = [sample(num, generator) for _ in range(6)]
+
+    distance = sum(sliced_wasserstein(points, r) for r in real) / 6
+    floor = sum(sliced_wasserstein(a, b) for a, b in zip(real, real[1:])) / 5
+    result = dict(distance = distance, real_distance = floor, ratio = distance / floor)
+
+    if modes is not None:
+        result['modes_covered'], result['modes'], result['on_mode'] = mode_coverage(points, modes, std)
+    return points, result
+
+# training
+
+def train(target_name, start_name, *, steps, batch, learning_rate, temperatures, seed, factors = (1., 1.), snapshots = 5):
+    """Returns the model, [(step, points)] on the way, [(step, {temperature: drift rms})] and the metrics."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    sample = TARGETS[target_name][0]
+    model = Generator(*STARTS[start_name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = (0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min = learning_rate / 20)
+    field = DriftField(attraction = factors[0], repulsion = factors[1])
+
+    fixed = torch.randn(1_000, 8, generator = generator)
+    when = {round(steps * (i / (snapshots - 1)) ** 2) for i in range(snapshots)}     # early steps move the most
+    evolution, drifts = [], []
+
+    for step in tqdm(range(steps + 1), desc = f'{target_name} from {start_name} {factors}', leave = False):
+        if step in when:
+            with torch.no_grad():
+                evolution.append((step, model(fixed)))
+
+        if step == steps:
+            break
+
+        points = model(torch.randn(batch, 8, generator = generator))
+
+        # the whole method: one group, raw points. The release's affinity floor would freeze low-dimensional data
+
+        loss, stats = drift_loss(points[None], sample(batch, generator)[None], temperatures = temperatures, field = field, affinity_floor = 0.)
+
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        schedule.step()
+
+        if step % 20 == 0:
+            drifts.append((step, {t: rms.item() for t, rms in stats.drift_rms.items()}))
+
+    return model, evolution, drifts, evaluate(model, TARGETS[target_name])[1]
+
+# pictures
+
+def plot_points(axis, real, points, title):
+    middle, half = real.mean(dim = 0), 1.3 * (real.amax(dim = 0) - real.amin(dim = 0)).max().item() / 2
+    limits = [(c - half, c + half) for c in middle.tolist()]
+    axis.scatter(*real.T, s = 2, c = 'lightgray', linewidths = 0)
+    axis.scatter(*points.T, s = 2, c = 'tab:orange', linewidths = 0)
+    axis.set_title(title, fontsize = 8)
+    axis.set(xticks = [], yticks = [], aspect = 'equal', xlim = limits[0], ylim = (limits[1][0], max(limits[1][1], points.amax(dim = 0)[1].item() + 0.3)))
+
+def plot_field(axis, real, points, temperature = 0.5):
+    """The field of Algorithm 2 on a grid, for the first samples: where it sends them."""
+    half = 1.2 * real.abs().max().item()
+    low, high = torch.full((2,), -half), torch.full((2,), half)
+    grid = torch.stack(torch.meshgrid(*(torch.linspace(a, b, 20) for a, b in zip(low.tolist(), high.tolist())), indexing = 'xy'), dim = -1).reshape(-1, 2)
+    v = DriftField(normalize = 'y')(grid, real[:500], points[:500], temperature = temperature)
+
+    plot_points(axis, real, points, 'the field at step 0')
+    axis.quiver(*grid.T, *v.T, color = 'tab:blue', width = 0.005)
+
+def plot_runs(runs, path):
+    columns = len(runs[0][2]) + 2
+    figure, axes = plt.subplots(len(runs), columns, figsize = (2.3 * columns, 2.3 * len(runs)), squeeze = False)
+    generator = torch.Generator().manual_seed(0)
+
+    for row, (name, target, evolution, drifts, result) in zip(axes, runs):
+        real = TARGETS[target][0](1_000, generator)
+
+        for axis, (step, points) in zip(row, evolution):
+            plot_points(axis, real, points, f'{name}, step {step}')
+
+        plot_field(row[-2], real, evolution[0][1])
+
+        for temperature in drifts[0][1]:
+            row[-1].plot([step for step, _ in drifts], [rms[temperature] for _, rms in drifts], label = f'temperature {temperature}', linewidth = 1)
+        row[-1].set_yscale('log')
+        row[-1].set_ylim(bottom = 1e-3)
+        row[-1].set_title(f'drift rms; distance {result["ratio"]:.1f} x real', fontsize = 8)
+        row[-1].tick_params(labelsize = 6)
+        row[-1].legend(fontsize = 6)
+
+    figure.tight_layout()
+    figure.savefig(path, dpi = 90)
+
+def table(results):
+    lines = ['| run | modes covered | on a mode | distance to data | between real samples | ratio |', '| --- | --- | --- | --- | --- | --- |']
+    for name, r in results.items():
+        modes = (f'{r["modes_covered"]} / {r["modes"]}', f'{r["on_mode"]:.2f}') if 'modes' in r else ('-', '-')
+        lines.append(f'| {name} | {modes[0]} | {modes[1]} | {r["distance"]:.4f} | {r["real_distance"]:.4f} | {r["ratio"]:.1f} |')
+    return '\n'.join(lines)
+
+def main():
+    parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--results-folder', default = 'results/toy', help = 'where the picture, the table and metrics.json go')
+    parser.add_argument('--ablation', action = 'store_true', help = 'break the anti-symmetry instead, on two targets: attraction and repulsion factors of Table 1')
+    parser.add_argument('--steps', type = int, default = 1_500, help = 'optimiser steps of each run')
+    parser.add_argument('--batch', type = int, default = 256, help = 'generated and real points per step')
+    parser.add_argument('--learning-rate', type = float, default = 3e-3, help = 'of AdamW, decayed to a twentieth by a cosine')
+    parser.add_argument('--temperatures', type = float, nargs = '+', default = [0.02, 0.05, 0.2, 0.5], help = 'of the kernel, relative to the mean distance; the largest one carries points from mode to mode')
+    parser.add_argument('--seed', type = int, default = 0, help = 'of weights, noise and data')
+    parser.add_argument('--threads', type = int, default = 2, help = 'cpu threads')
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    folder = Path(args.results_folder)
+    folder.mkdir(parents = True, exist_ok = True)
+
+    kwargs = dict(steps = args.steps, batch = args.batch, learning_rate = args.learning_rate, temperatures = tuple(args.temperatures), seed = args.seed)
+
+    if args.ablation:
+        jobs = {f'{target} {a} V+ - {b} V-': dict(target_name = target, start_name = 'between', factors = (a, b)) for target in ('bimodal', 'checkerboard') for a, b in FACTORS}
+    else:
+        jobs = {f'{target} from {start}': dict(target_name = target, start_name = start) for target, start in RUNS}
+
+    runs, results = [], {}
+
+    for name, job in jobs.items():
+        _, evolution, drifts, results[name] = train(**job, **kwargs)
+        runs.append((name, job['target_name'], evolution, drifts, results[name]))
+
+    name = 'ablation' if args.ablation else 'evolution'
+    plot_runs(runs, folder / f'{name}.png')
+
+    text = table(results)
+    (folder / f'{name}.md').write_text(text + '\n')
+    (folder / f'{name}.json').write_text(json.dumps(dict(settings = vars(args), results = results), indent = 1))
+    print(f'{text}\n\npicture: {folder / f"{name}.png"}')
+
+if __name__ == '__main__':
+    main()
