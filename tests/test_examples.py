@@ -1,0 +1,82 @@
+"""The README's code runs as it stands, and the examples run from end to end in a few steps."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+def run(script, *args):
+    result = subprocess.run([sys.executable, str(ROOT / 'examples' / script), *map(str, args)], capture_output = True, text = True, timeout = 300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags = re.DOTALL)
+    assert len(blocks) > 3
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'tests').symlink_to(ROOT / 'tests')
+
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, 'README.md', 'exec'), namespace)
+
+def test_digits(tmp_path):
+    run('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4)
+
+    arrays = np.load(tmp_path / 'samples.npz')
+    assert arrays['images'].shape == (1000, 1, 8, 8) and arrays['images'].min() >= 0 and arrays['images'].max() <= 1
+    assert np.bincount(arrays['labels']).tolist() == [100] * 10
+
+    picture = Image.open(tmp_path / 'samples.png')
+    assert picture.height * 2 == picture.width             # 10 rows of 20
+    assert Image.open(tmp_path / 'curves.png').width > 500
+
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['real']['accuracy'] > 0.98              # a classifier worth asking
+    assert 0 <= metrics['samples']['accuracy'] <= 1 and metrics['samples']['frechet_ratio'] > 1
+
+def test_digit_metrics_know_copies_and_collapse(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import train_digits
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y = True)
+    pixels = pixels / 16
+    means = np.stack([pixels[labels == i].mean(axis = 0) for i in range(10)])
+
+    copies = train_digits.evaluate(pixels[:1000], labels[:1000], pixels, labels)
+    collapsed = train_digits.evaluate(means[labels[:1000]], labels[:1000], pixels, labels)
+
+    assert copies['samples']['nearest_real']['mean'] == 0 and copies['samples']['frechet_ratio'] < 1.5
+    assert collapsed['samples']['spread_within_class'] < 1e-6 and collapsed['samples']['frechet_ratio'] > 10
+    assert 0.5 < copies['real']['nearest_real']['mean'] < 2
+
+def test_toy(tmp_path):
+    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8)
+    assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
+    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--ablation')
+    assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
+
+@pytest.mark.parametrize('start', ['far', 'collapsed'])
+def test_toy_recovers_both_modes(monkeypatch, start):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import train_toy
+
+    kwargs = dict(steps = 400, batch = 128, learning_rate = 3e-3, temperatures = (0.02, 0.05, 0.2, 0.5), seed = 0)
+    result = train_toy.train('bimodal', start, **kwargs)[3]
+    assert result['modes_covered'] == 2 and result['ratio'] < 6
+
+@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py'])
+def test_help_explains_every_option(script):
+    text = run(script, '--help')
+    options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]
+    assert len(options) > 4 and all(len(option.split()) > 3 for option in options)
