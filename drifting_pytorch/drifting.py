@@ -9,10 +9,14 @@ tagged `# open`.
 """
 
 import os
+import inspect
 import json
 import math
 import random
+import re
 import shutil
+from contextlib import nullcontext
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -22,13 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn, cat, stack, Tensor
-from torch.nn import Module, ModuleList, Parameter
-from torch.utils.data import DataLoader, Sampler
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import einx
 import jaxtyping
 from accelerate import Accelerator
-from accelerate.state import is_initialized
 from accelerate.utils import reduce as reduce_over_processes
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -86,17 +90,20 @@ def check_range(name, t, low, high = math.inf):
     if can_read(t) and not ((t >= low) & (t <= high) & t.isfinite()).all():
         raise ValueError(f'{name} must be finite and in {low} .. {high}, got {t.min()} .. {t.max()}')
 
-def check_labels(labels, num_classes, batch):
+def checked_labels(labels, num_classes, batch):
+    """Labels of any integer type as the int64 that indexing wants."""
     check(labels.shape == (batch,), f'labels has shape {tuple(labels.shape)}, expected ({batch},)')
-    check(not labels.is_floating_point(), f'labels must be integers, got {labels.dtype}')
+    check(not labels.is_floating_point() and labels.dtype != torch.bool, f'labels must be integers, got {labels.dtype}')
     check_range('labels', labels, 0, num_classes - 1)
+    return labels.long()
 
 def check_points(ndim = None, **points):
     """Point sets [... n d] by name (None is left out): floating, not empty, finite, of the same groups and feature dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
-    (first, ref), *_ = points.items()
+    first, ref = next(iter(points.items()))
 
     for name, t in points.items():
+        check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
         given = f'{name} has shape {tuple(t.shape)}'
         mismatch = f'{given} but {first} has shape {tuple(ref.shape)}'
 
@@ -112,7 +119,8 @@ def full_precision(t):
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 def sum_over_processes(t):
-    return reduce_over_processes(t, 'sum') if is_initialized() else t
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return reduce_over_processes(t, 'sum') if distributed else t
 
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise'): every draw of a run is a function of its place in the run."""
@@ -131,11 +139,7 @@ def centered(x, y):
     return x - center, y - center
 
 @typecheck
-def pairwise_distance(
-    x: Float['... n d'],
-    y: Float['... y d'],
-    min_dist_sq: float = 0.
-) -> Float['... n y']:
+def pairwise_distance(x: Float['... n d'], y: Float['... y d'], min_dist_sq: float = 0.) -> Float['... n y']:
     """Euclidean distances through one matrix product, |x|^2 + |y|^2 - 2 x.y. Centre the points first."""
     x_sq, y_sq = (reduce(t ** 2, '... d -> ...', 'sum') for t in (x, y))
     dist_sq = einx.add('... n, ... y -> ... n y', x_sq, y_sq) - 2 * x @ y.mT
@@ -152,14 +156,7 @@ class DriftField(Module):
     attraction, repulsion: the factors a, b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and the training.
     """
 
-    def __init__(
-        self,
-        *,
-        kernel = 'laplace',
-        normalize = 'both',
-        attraction = 1.,
-        repulsion = 1.
-    ):
+    def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
@@ -179,11 +176,16 @@ class DriftField(Module):
         num_pos: int,
         temperature: float,
         weight: Float['... y'] | None = None,
-        affinity_floor: float = 0.
+        affinity_floor: float = 0.,
+        weight_in_softmax: bool = False
     ) -> Float['... n y']:
         """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on negatives, zero sum if a = b."""
 
         logits = -dist / temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
+
+        if weight_in_softmax and exists(weight):
+            logits = logits + rearrange(weight.clamp(min = 1e-30).log(), '... y -> ... 1 y')
+            weight = (weight > 0).to(weight)
 
         over_y = logits.softmax(dim = -1) if self.normalize != 'none' else logits.exp()
         over_x = logits.softmax(dim = -2) if self.normalize == 'both' else over_y
@@ -222,30 +224,40 @@ class DriftField(Module):
         Raises ValueError for wrong ranks, unequal leading or feature dimensions, empty sets, non-finite values, temperature <= 0.
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
-        check(temperature > 0, f'temperature must be above 0, got {temperature}')
+        check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
 
         x, num_pos = full_precision(x), y_pos.shape[-2]
-        x, y = centered(x, cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype))
+        y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
 
-        dist = pairwise_distance(x, y)
+        with torch.autocast(x.device.type, enabled = False):
+            x, y = centered(x, y)
+            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')      # exact, whatever the temperature
 
-        if not exists(y_neg):
-            dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)   # mask self
+            if not exists(y_neg):
+                dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)   # mask self
 
-        W = self.coefficients(dist, num_pos, temperature)
-        return self.apply_coefficients(W, x, y)
+            W = self.coefficients(dist, num_pos, temperature)
+            return self.apply_coefficients(W, x, y)
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 3. drift loss - Eq. 6, 13, 14, A.5-A.7
 # ───────────────────────────────────────────────────────────────────────────────
 
 class DriftStats(NamedTuple):
-    scale: Tensor       # S, the mean distance: what a temperature of 1 means on this feature
-    drift_rms: dict     # {temperature: lambda}, root mean square of V before it is normalised: this falls as training goes, the loss does not
+    scale: Tensor           # S, the mean distance: what a temperature of 1 means on this feature
+    drift_rms: dict         # {temperature: lambda}, root mean square of V before it is normalised: this falls as training goes, the loss does not
+    neighbors: dict         # {temperature: to how many positives a generated sample listens}, between 1 and p
+    uncond_share: dict      # {temperature: the share of unconditional samples in the push}, between 0 and 1
 
 class Breakdown(NamedTuple):
-    losses: dict        # {feature name: loss}
-    stats: dict         # {feature name: DriftStats}
+    losses: dict            # {feature name: loss}
+    stats: dict             # {feature name: DriftStats}
+
+@typecheck
+def effective_neighbors(affinity: Float['... n m']) -> Float['... n']:
+    """How many of m samples each of n points really listens to: the exponential of the entropy of its affinities, between 1 and m."""
+    prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
+    return torch.special.entr(prob).sum(dim = -1).exp()
 
 def drift_loss(
     gen: Float['b g d'],
@@ -255,11 +267,14 @@ def drift_loss(
     uncond_weight: Float['b u'] | None = None,
     temperatures = (0.02, 0.05, 0.2),   # A.6, relative to the mean distance S
     field: DriftField | None = None,
+    weight_in_softmax = False,          # guidance weights the affinity (release), or the kernel before it is normalised
     affinity_floor = 1e-6,              # release: of softmax * softmax, before the root. 0 for low-dimensional data, which it freezes
     self_distance = 100.,               # release: added to the distance of a generated sample to itself, in units of S
     min_scale = 1e-3,                   # release: of S and of S / sqrt(d)
     min_dist_sq = 1e-8,                 # release
-    min_drift_sq = 1e-8                 # release: of the mean of V^2
+    min_drift_sq = 1e-8,                # release: of the mean of V^2
+    chunk_size = None,                  # problems at a time: bounds the memory, computes distances three times instead of once
+    diagnostics = True                  # the last two fields of DriftStats, otherwise empty
 ) -> tuple[Float['b'], DriftStats]:
     """The drifting loss on one feature (A.6): mean over samples and dimensions of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
 
@@ -272,85 +287,118 @@ def drift_loss(
     Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights, temperatures <= 0.
     """
     check_points(3, gen = gen, pos = pos, uncond = uncond)
-    check(len(temperatures) > 0 and min(temperatures) > 0, f'temperatures must be one or more numbers above 0, got {temperatures}')
+    temperatures = tuple(float(temperature) for temperature in temperatures)
+    check(temperatures and all(0 < temperature < math.inf for temperature in temperatures), f'temperatures must be one or more finite numbers above 0, got {temperatures}')
     check(not exists(uncond_weight) or exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
 
-    field = default(field, DriftField())
-    gen = full_precision(gen)
+    (b, g, d), p, gen = gen.shape, pos.shape[1], full_precision(gen)
+    field, chunk_size = default(field, DriftField()), default(chunk_size, b)
+    check(chunk_size > 0, f'chunk_size must be above 0, got {chunk_size}')
+
+    weight = gen.new_ones(b, p + g + (uncond.shape[1] if exists(uncond) else 0))                       # b y
+
+    if exists(uncond_weight):
+        check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
+        check_range('uncond_weight', uncond_weight, 0)
+        weight[:, p + g:] = uncond_weight
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
-        (b, g, d), p = gen.shape, pos.shape[1]
 
-        y = cat([t.to(gen.dtype) for t in (pos, gen, uncond) if exists(t)], dim = 1)
-        x, y = centered(gen, y)
+        # a chunk is a slice of the problems. With a single one everything is computed once, with several again at each pass
 
-        weight = x.new_ones(y.shape[:2])
+        chunks = [slice(i, i + chunk_size) for i in range(0, b, chunk_size)]
 
-        if exists(uncond_weight):
-            check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
-            check_range('uncond_weight', uncond_weight, 0)
-            weight[:, p + g:] = uncond_weight
+        @lru_cache(maxsize = 1)
+        def distances(i):
+            x, y = centered(gen[chunks[i]], cat([t[chunks[i]].to(gen.dtype) for t in (pos, gen, uncond) if exists(t)], dim = 1))
+            return x, y, pairwise_distance(x, y, min_dist_sq)                                          # b g d, b y d, b g y
 
         # one scale for the feature: the weighted mean distance, everything below is relative to it
 
-        dist = pairwise_distance(x, y, min_dist_sq)                                                # b g y
+        sum_dist = sum(einx.multiply('b g y, b y -> b g y', distances(i)[-1], weight[chunk]).sum() for i, chunk in enumerate(chunks))
+        sum_dist, sum_weight = sum_over_processes(stack((sum_dist, weight.sum() * g)))
 
-        weighted_dist = einx.multiply('b g y, b y -> b g y', dist, weight)
-        sum_dist, sum_weight = sum_over_processes(stack((weighted_dist.sum(), weight.sum() * g)))
         scale = sum_dist / sum_weight
-
-        dist = dist / scale.clamp(min = min_scale)
-        dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
-
         feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
-        x, y = x / feature_scale, y / feature_scale
 
-        # the fields of all temperatures, each normalised to unit root mean square, add up
+        # the field of each temperature
 
-        drift, drift_rms = torch.zeros_like(x), {}
+        @lru_cache(maxsize = 1)
+        def fields(i):
+            x, y, dist = distances(i)
+            dist = dist / scale.clamp(min = min_scale)
+            dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
 
-        for temperature in temperatures:
-            W = field.coefficients(dist, p, temperature, weight, affinity_floor)
-            V = field.apply_coefficients(W, x, y)                                                  # b g d
+            W = [field.coefficients(dist, p, temperature, weight[chunks[i]], affinity_floor, weight_in_softmax) for temperature in temperatures]
+            return W, [field.apply_coefficients(w, x, y) / feature_scale for w in W]                   # b g y, b g d
 
-            sum_sq, count = sum_over_processes(stack(((V ** 2).sum(), V.new_tensor(V.numel()))))
-            mean_sq = sum_sq / count
+        # how large they are: V^2, and where the weights go
 
-            drift += V / mean_sq.clamp(min = min_drift_sq).sqrt()
-            drift_rms[temperature] = mean_sq.sqrt()
+        def measures(W, V):
+            pull, push = W[..., :p], W[..., p:]
+            neighbors = effective_neighbors(pull).sum() if diagnostics else V.new_zeros(())
+            uncond_share = (push[..., g:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else V.new_zeros(())
+            return stack(((V ** 2).sum() / d, neighbors, uncond_share))
+
+        sums = sum(stack([measures(*pair) for pair in zip(*fields(i))]) for i in range(len(chunks)))   # t 3
+        count = sum_over_processes(scale.new_tensor(float(b * g)))
+        mean_sq, neighbors, uncond_share = (sum_over_processes(sums) / count).unbind(dim = -1)         # t
+
+        # each normalised to unit root mean square, they add up
+
+        norms = mean_sq.clamp(min = min_drift_sq).sqrt()
+        drift = cat([sum(V / norm for V, norm in zip(fields(i)[1], norms)) for i in range(len(chunks))])
 
     # Eq. 6, x - stopgrad(x + V), with x - stopgrad(x) taken first: it is an exact zero that carries the gradient
 
     residual = (gen - gen.detach()) / feature_scale - drift
-    return reduce(residual ** 2, 'b g d -> b', 'mean'), DriftStats(scale, drift_rms)
+
+    per_temperature = [dict(zip(temperatures, values)) for values in (mean_sq.sqrt(), *((neighbors, uncond_share) if diagnostics else ((), ())))]
+    return reduce(residual ** 2, 'b g d -> b', 'mean'), DriftStats(scale, *per_temperature)
 
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with classifier-free guidance by unconditional negatives (A.7).
 
-    encoder: None (raw samples), a Module with .features(x), or a callable; both give {name: [b f d]} for x [b ...]. A Module is frozen here.
-    raw: add the flattened sample itself as feature 'global' (release: always).
-    Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
+    encoder: None (raw samples), a Module with .features(x), a callable, or a list of them; each gives {name: [b f d]} for x [b ...].
+    decoder: a callable in front of the encoders, for example from latents to pixels. Modules are frozen here, gradients pass through them.
+    raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
+    Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps, chunk_size.
     """
 
-    def __init__(self, encoder = None, *, raw = True, **drift_loss_kwargs):
+    def __init__(self, encoder = None, *, decoder = None, raw = True, **drift_loss_kwargs):
         super().__init__()
-        check(raw or exists(encoder), 'raw = False needs an encoder: there would be no feature at all')
-        check(encoder is None or callable(encoder) or hasattr(encoder, 'features'), f'encoder must be None, a Module with .features(x) or a callable, got {type(encoder).__name__}')
+        encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder] if exists(encoder) else []
 
-        self.encoder = encoder.eval().requires_grad_(False) if isinstance(encoder, Module) else encoder
-        self.raw = raw
+        unknown = drift_loss_kwargs.keys() - inspect.signature(drift_loss).parameters.keys()
+        check(not unknown, f'unknown arguments {sorted(unknown)}')
+        check(raw or encoders, 'raw = False needs an encoder: there would be no feature at all')
+        for encoder in encoders:
+            check(callable(encoder) or hasattr(encoder, 'features'), f'encoder must be None, a Module with .features(x), a callable, or a list of these, got {type(encoder).__name__}')
+
+        self.encoders, self.decoder, self.raw = encoders, decoder, raw
+        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in (*encoders, decoder) if isinstance(m, Module)])
         self.drift_loss_kwargs = drift_loss_kwargs
 
     def train(self, mode = True):
-        return super().train(False)    # a frozen encoder stays in eval mode
+        return super().train(False)    # frozen encoders stay in eval mode
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ...]."""
-        encode = getattr(self.encoder, 'features', self.encoder)
-        features = encode(x) if exists(encode) else {}
+        features = {'global': rearrange(x, 'b ... -> b 1 (...)')} if self.raw else {}
+        x = self.decoder(x) if exists(self.decoder) else x
 
-        check(isinstance(features, dict), f'the encoder must return a dict {{name: [b f d]}}, got {type(features).__name__}')
-        return {**features, **({'global': rearrange(x, 'b ... -> b 1 (...)')} if self.raw else {})}
+        for encoder in self.encoders:
+            encoded = getattr(encoder, 'features', encoder)(x)
+            check(isinstance(encoded, dict) and encoded, f'an encoder must return a dict {{name: [b f d]}}, got {encoded if encoded == {} else type(encoded).__name__}')
+
+            twice = sorted(features.keys() & encoded.keys())
+            check(not twice, f'two encoders return features of the same name: {twice}')
+            features |= encoded
+
+        for name, feature in features.items():
+            check(feature.ndim == 3 and len(feature) == len(x), f'feature {name!r} has shape {tuple(feature.shape)}, expected ({len(x)}, locations, feature dim)')
+
+        return features
 
     def forward(
         self,
@@ -374,8 +422,9 @@ class FeatureDriftLoss(Module):
         check(exists(alpha) or not exists(uncond), 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
 
         if exists(alpha):
-            check(alpha.shape == (c,), f'alpha has shape {tuple(alpha.shape)}, expected ({c},), one guidance scale per group')
-            check_range('alpha', alpha, 1, math.inf if exists(uncond) else 1)     # no guidance without unconditional samples
+            check(torch.is_tensor(alpha) and alpha.shape == (c,), f'alpha must be a tensor of shape ({c},), one guidance scale per group, got {alpha if not torch.is_tensor(alpha) else tuple(alpha.shape)}')
+            check_range('alpha', alpha, 1)
+            check(exists(uncond) or not can_read(alpha) or (alpha == 1).all(), 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
 
         if exists(uncond):
             u = uncond.shape[1]
@@ -390,25 +439,206 @@ class FeatureDriftLoss(Module):
         losses, stats = {}, {}
 
         for name, gen_feature in gen_features.items():
-            check(gen_feature.ndim == 3, f'feature {name!r} has shape {tuple(gen_feature.shape)}, expected [batch, locations, feature dim]')
-
             # every location of every group is a problem of its own
 
             f = gen_feature.shape[1]
             gen_points, real_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, real_features[name]))
             pos_points, uncond_points = real_points.split((pos.shape[1], real.shape[1] - pos.shape[1]), dim = 1)
 
-            loss, stats[name] = drift_loss(
-                gen_points,
-                pos_points,
-                uncond_points if exists(uncond) else None,
-                uncond_weight = repeat(uncond_weight, 'c u -> (c f) u', f = f) if exists(uncond) else None,
-                **self.drift_loss_kwargs
-            )
-
+            guidance = dict(uncond = uncond_points, uncond_weight = repeat(uncond_weight, 'c u -> (c f) u', f = f)) if exists(uncond) else {}
+            loss, stats[name] = drift_loss(gen_points, pos_points, **guidance, **self.drift_loss_kwargs)
             losses[name] = loss.mean()
 
         return sum(losses.values()), Breakdown(losses, stats)
+
+# ───────────────────────────────────────────────────────────────────────────────
+# 4. feature encoders - A.3-A.5
+# ───────────────────────────────────────────────────────────────────────────────
+
+FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
+
+def map_features(name, x, sets = FEATURE_SETS):
+    """The features of one map x [b d h w] (A.5): 'locations', and mean and standard deviation of the whole map and of its 2x2 and 4x4 patches.
+
+    Returns {name, name_mean, name_std, name_mean_2, name_std_2, ...: [b f d]}; patch sizes that do not divide the map are skipped.
+    """
+    h, w = x.shape[-2:]
+    features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
+
+    for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
+        if feature_set in sets and h % p1 == 0 and w % p2 == 0:
+            patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
+            var, mean = torch.var_mean(patches, dim = -1, correction = 0)
+            features |= {f'{name}_mean{suffix}': mean, f'{name}_std{suffix}': (var + 1e-6).sqrt()}     # b f d
+
+    return features
+
+def group_norm(dim):
+    """At most 32 groups, the largest divisor; the release's epsilon is flax's."""
+    return nn.GroupNorm(max(n for n in range(1, 33) if dim % n == 0), dim, eps = 1e-6)
+
+def conv_norm(dim_in, dim_out, kernel = 3, stride = 1):
+    return nn.Sequential(nn.Conv2d(dim_in, dim_out, kernel, stride, padding = kernel // 2, bias = False), group_norm(dim_out))
+
+class ResidualBlock(Module):
+    def __init__(self, dim_in, dim_out, stride = 1):
+        super().__init__()
+        self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
+        self.conv2 = conv_norm(dim_out, dim_out)
+        self.shortcut = conv_norm(dim_in, dim_out, kernel = 1, stride = stride) if stride > 1 or dim_in != dim_out else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+
+class UpBlock(Module):
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.norm = group_norm(dim_in + dim_out)
+        self.proj, self.refine = conv_norm(dim_in + dim_out, dim_out), conv_norm(dim_out, dim_out)
+
+    def forward(self, x, skip):
+        x = F.interpolate(x, size = skip.shape[-2:], mode = 'bilinear')
+        x = self.norm(cat((x, skip), dim = 1))
+        return F.relu(self.refine(F.relu(self.proj(x))))
+
+class MAEBreakdown(NamedTuple):
+    reconstruction: Tensor      # squared error per masked position, summed over channels (release)
+    classification: Tensor      # cross entropy, 0 without labels
+    accuracy: Tensor            # of the classifier, 0 without labels
+
+class LatentMAE(Module):
+    """The feature encoder of the paper, a ResNet that is pretrained as a masked autoencoder on latents or pixels (A.3).
+
+    patch_size: patches of the input that are folded into channels before the stem, 1 for latents, 8 for pixels. What is left must be divisible by 8.
+    layers: residual blocks of the four stages, of widths dim, 2 dim, 4 dim, 8 dim; each stage after the first halves the resolution.
+    num_classes: of the linear head on the pooled last map, None for no head.
+    mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
+    feature_sets: which kinds of features `.features` gives, see map_features, and 'norm_x', the norms of the input's channels.
+    checkpointing: recompute each residual block in the backward pass instead of keeping what is inside.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
+        mask_patch_size = 2, mask_ratio = 0.5,
+        feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
+    ):
+        super().__init__()
+        check(len(layers) == 4 and min(layers) > 0, f'layers must be the number of blocks of four stages, got {layers}')
+        check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
+        check(set(feature_sets) <= {*FEATURE_SETS, 'norm_x'}, f'feature_sets must be among {(*FEATURE_SETS, "norm_x")}, got {feature_sets}')
+
+        self.channels, self.patch_size, self.num_classes, self.feature_sets = channels, patch_size, num_classes, feature_sets
+        self.mask_patch_size, self.mask_ratio, self.checkpointing = mask_patch_size, mask_ratio, checkpointing
+
+        dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
+
+        self.stem = conv_norm(dim_in, dim)
+        self.stages = ModuleList([
+            ModuleList([ResidualBlock(before if j == 0 else after, after, stride = 2 if i > 0 and j == 0 else 1) for j in range(depth)])
+            for i, (before, after, depth) in enumerate(zip((dim, *dims), dims, layers))
+        ])
+        self.norms = ModuleDict({f'layer{i}': group_norm(dim) for i, dim in enumerate(dims, 1)})
+
+        # decoder: stage 4, then up to stages 3, 2, 1 and the stem
+
+        skips = (dims[2], dims[1], dims[0], dim)
+        self.bridge = conv_norm(dims[3], dims[3])
+        self.ups = ModuleDict({name: UpBlock(below, skip) for name, below, skip in zip(('up43', 'up32', 'up21', 'up10'), (dims[3], *skips), skips)})
+        self.to_pixels = nn.Conv2d(dim, dim_in, 1)
+        self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The published encoder in a local artifact folder of the release, like DriftingGenerator.from_pretrained."""
+        return from_release(cls, mae_from_release, folder)
+
+    def fold(self, x):
+        """Samples [b ch h w] to the input of the stem, patches as channels."""
+        multiple = 8 * self.patch_size
+        fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
+        check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
+        return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = self.patch_size, p2 = self.patch_size)
+
+    def maps(self, x):
+        """{name: [b d h w]} of a folded input: the stem, every second block of each stage, and each stage's normalised output."""
+        maps = {'conv1': F.relu(self.stem(x))}
+        x = maps['conv1']
+
+        for stage, (name, norm) in zip(self.stages, self.norms.items()):
+            for k, block in enumerate(stage, 1):
+                x = checkpoint(block, x, use_reentrant = False) if self.checkpointing and torch.is_grad_enabled() else block(x)
+
+                if k % 2 == 0:
+                    maps[f'{name}_blk{k}'] = x
+
+            x = maps[name] = norm(x)
+
+        return maps
+
+    def features(self, x):
+        """{name: [b f d]} of samples x [b ch h w], under the release's names (A.5)."""
+        x = self.fold(x)
+        features = {'norm_x': (reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean') + 1e-6).sqrt()} if 'norm_x' in self.feature_sets else {}
+
+        for name, feature_map in self.maps(x).items():
+            features |= map_features(name, feature_map, self.feature_sets)
+
+        return features
+
+    def draw_mask(self, x, generator = None):
+        """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
+        b, p = x.shape[0], self.patch_size * self.mask_patch_size
+        keys = torch.rand(b, x.shape[2] // p, x.shape[3] // p, generator = generator, device = generator.device if exists(generator) else x.device)
+        return (keys < self.mask_ratio).to(x)
+
+    def reconstruct(self, x, mask):
+        """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last feature map [b d h w]."""
+        x, p = self.fold(x), self.mask_patch_size
+        expected = (x.shape[0], x.shape[2] // p, x.shape[3] // p)
+        check(mask.shape == expected, f'mask has shape {tuple(mask.shape)}, expected {expected}, one number per mask patch')
+
+        maps = self.maps(x * (1 - repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)))
+
+        y = F.relu(self.bridge(maps['layer4']))
+        for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1')):
+            y = up(y, maps[skip])
+
+        y = rearrange(self.to_pixels(y), 'b (p1 p2 ch) h w -> b ch (h p1) (w p2)', p1 = self.patch_size, p2 = self.patch_size)
+        return y, maps['layer4']
+
+    def forward(
+        self,
+        x: Float['b ch h w'],
+        labels: Int['b'] | None = None,         # None: no classification
+        *,
+        cls_weight = 0.,                        # lambda, of the classification in the loss
+        mask: Float['b mh mw'] | None = None    # None: drawn
+    ) -> tuple[Float[''], MAEBreakdown]:
+        """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch."""
+        check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
+        check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
+        check(not exists(labels) or exists(self.to_logits), 'labels were given to a model without a classifier: set num_classes')
+
+        mask = default(mask, self.draw_mask(x))
+        reconstruction, last = self.reconstruct(x, mask)
+
+        p = self.patch_size * self.mask_patch_size
+        dropped = repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
+        positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
+
+        error = reduce((full_precision(reconstruction) - x) ** 2 * dropped, 'b ch h w -> b', 'sum') / (positions + 1e-8)
+
+        cross_entropy = accuracy = torch.zeros_like(error)
+
+        if exists(labels):
+            labels = checked_labels(labels, self.num_classes, len(x))
+            logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
+            cross_entropy, accuracy = F.cross_entropy(logits, labels, reduction = 'none'), (logits.argmax(dim = -1) == labels).to(error)
+
+        loss = cls_weight * cross_entropy + (1 - cls_weight) * error
+        return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 5. generator - A.2, Table 8
@@ -418,7 +648,7 @@ def modulate(x, shift, scale):
     return einx.multiply('b n d, b d -> b n d', x, 1 + scale) + rearrange(shift, 'b d -> b 1 d')
 
 class Modulation(Module):
-    """adaLN-zero: shifts, scales and gates from the condition, zero at initialisation, computed in float32 under any autocast."""
+    """adaLN-zero: shifts, scales and gates from the condition, zero at initialisation, in full precision under any autocast."""
 
     def __init__(self, dim, num):
         super().__init__()
@@ -427,7 +657,7 @@ class Modulation(Module):
 
     def forward(self, cond):                                                        # b d
         with torch.autocast(cond.device.type, enabled = False):
-            return self.linear(F.silu(cond.float())).chunk(self.num, dim = -1)      # num times b d
+            return self.linear(F.silu(cond.to(self.linear.weight.dtype))).chunk(self.num, dim = -1)      # num times b d
 
 class Block(Module):
     """Attention and SwiGLU of x-transformers inside adaLN-zero. The release has a bias in every linear, so they are added around the attention."""
@@ -459,7 +689,7 @@ class Block(Module):
 def sinusoidal(t, dim):
     """[...] -> [... dim], cosines first, geometric frequencies 1 .. 1/10000."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device = t.device) / (dim // 2))
-    angles = einx.multiply('..., f -> ... f', t.float(), freqs)
+    angles = rearrange(t.float(), '... -> ... 1') * freqs
     return cat((angles.cos(), angles.sin()), dim = -1)
 
 def sincos_2d(size, dim):
@@ -483,20 +713,14 @@ class DriftingGenerator(Module):
     def __init__(
         self,
         *,
-        image_size,
-        channels,
-        patch_size,
-        dim,
-        depth,
-        heads,
-        num_classes = None,
-        num_register_tokens = 16,
-        num_style_tokens = 32,
-        style_codebook_size = 64,
-        share_style_codebook = False,
-        ff_mult = 4.
+        image_size, channels, patch_size,
+        dim, depth, heads, ff_mult = 4.,
+        num_classes = None, num_register_tokens = 16,
+        num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False
     ):
         super().__init__()
+        sizes = dict(image_size = image_size, channels = channels, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
+        check(min(sizes.values()) > 0 and min(depth, num_register_tokens, num_style_tokens) >= 0, f'sizes must be above 0, and depth and numbers of tokens not negative, got {sizes}')
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         check(dim % (2 * heads) == 0 and dim % 4 == 0, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary embeddings turn pairs')
         check(num_classes is None or num_classes > 0, f'num_classes must be above 0, or None for an unconditional generator, got {num_classes}')
@@ -542,10 +766,7 @@ class DriftingGenerator(Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The published generator in a local artifact folder of the release (metadata.json and ema_params.msgpack), section 8 below."""
-        kwargs, state_dict = generator_from_release(*read_release_artifact(folder))
-        model = cls(**kwargs)
-        load_checked(model, state_dict)
-        return model.eval()
+        return from_release(cls, generator_from_release, folder)
 
     def init_weights(self):
         for module in self.modules():
@@ -574,7 +795,7 @@ class DriftingGenerator(Module):
         """The condition vector [b d]: class + styles + guidance scale."""
         tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
         cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
-        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256))
+        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def forward(
@@ -590,9 +811,12 @@ class DriftingGenerator(Module):
         check(tuple(shape) == self.noise_shape, f'noise has shape {tuple(noise.shape)}, expected (batch, {", ".join(map(str, self.noise_shape))})')
         check_range('noise', noise, -math.inf)
 
+        dtype = self.pos_embed.dtype
+        check(dtype in (torch.float32, torch.float64), f'the weights are {dtype}: keep them in float32 and run under torch.autocast for half precision')
+        noise = noise.to(dtype)
+
         check(exists(labels) == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {"are needed" if exists(self.num_classes) else "must be None"}')
-        if exists(labels):
-            check_labels(labels, self.num_classes, b)
+        labels = checked_labels(labels, self.num_classes, b) if exists(labels) else None
 
         alpha = alpha if torch.is_tensor(alpha) else torch.full((b,), float(alpha), device = noise.device)
         check(alpha.shape == (b,), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({b},)')
@@ -607,7 +831,7 @@ class DriftingGenerator(Module):
         patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
         x = self.patch_embed(patches) + self.pos_embed                                                 # b n d
 
-        registers = einx.add('b d, r d -> b r d', self.register_proj(cond), self.register_embed)
+        registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
         x = cat((registers, x), dim = 1)                                                               # b (r + n) d
 
         for block in self.blocks:
@@ -629,21 +853,24 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     labels [b], a tensor or a list, or num_samples for an unconditional generator; alpha: a number >= 1 or [b].
     Noise and styles are drawn on the cpu, so a seed gives the same samples on every device; batch_size only bounds the memory.
     """
+    num_classes, device, training = getattr(model, 'num_classes', None), next(model.parameters()).device, model.training
+    check(exists(labels) == exists(num_classes), f'num_classes is {num_classes}, so pass {"labels" if exists(num_classes) else "num_samples, no labels"}')
     check(exists(labels) != exists(num_samples), 'pass labels to a class-conditional generator, or num_samples to an unconditional one')
-    device, training = next(model.parameters()).device, model.training
 
     labels = torch.as_tensor(labels) if exists(labels) else None
-    num = len(labels) if exists(labels) else num_samples
+    num = labels.numel() if exists(labels) else num_samples
+    check(num > 0 and default(batch_size, 1) > 0, f'the number of samples and batch_size must be above 0, got {num} and {batch_size}')
 
-    if exists(labels):
-        check_labels(labels, model.num_classes, num)
+    labels = checked_labels(labels, num_classes, num) if exists(labels) else None
+    alpha = torch.as_tensor(alpha, dtype = torch.float32)
+    check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
     generator = torch.Generator()
-    generator.manual_seed(seed) if exists(seed) else generator.seed()
+    generator.manual_seed(int(seed)) if exists(seed) else generator.seed()
 
     noise = torch.randn(num, *noise_shape, generator = generator)
     styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-    alpha = torch.as_tensor(alpha, dtype = torch.float32).expand(num)
+    alpha = alpha.expand(num)
 
     model.eval()
 
@@ -672,6 +899,7 @@ class SampleQueue:
     """
 
     def __init__(self, num_classes = 1, *, class_size = 128, uncond_size = 1000, device = 'cpu'):
+        check(num_classes > 0 and class_size > 0 and uncond_size >= 0, f'num_classes and class_size must be above 0, got {num_classes} and {class_size}, uncond_size not below, got {uncond_size}')
         self.num_classes, self.class_size, self.uncond_size, self.device = num_classes, class_size, uncond_size, device
         self.pushed = torch.zeros(num_classes + 1, dtype = torch.long)      # ever pushed, per class and (last) overall
         self.by_class = self.uncond = None                                  # allocated at the first push, when the sample shape is known
@@ -684,16 +912,14 @@ class SampleQueue:
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for labels out of range, other shapes, non-finite samples."""
         b, C = len(samples), self.num_classes
-        labels = labels.cpu() if exists(labels) else torch.zeros(b, dtype = torch.long)
-
-        check_labels(labels, C, b)
+        labels = checked_labels(torch.as_tensor(labels).cpu(), C, b) if exists(labels) else torch.zeros(b, dtype = torch.long)
         check_range('real samples', samples, -math.inf)
 
         if not exists(self.by_class):
             self.by_class, self.uncond = (samples.new_zeros(*size, *samples.shape[1:], device = self.device) for size in ((C, self.class_size), (self.uncond_size,)))
 
         check(samples.shape[1:] == self.uncond.shape[1:], f'samples of shape {tuple(samples.shape[1:])} pushed to a queue of {tuple(self.uncond.shape[1:])}')
-        samples = samples.to(self.device)
+        samples = samples.detach().to(self.by_class)
 
         # the place of each sample among those of its class in this push; of more than fit only the newest stay
 
@@ -719,8 +945,7 @@ class SampleQueue:
 
     def positives(self, labels, num, generator = None):
         """Real samples [c num ...] of the classes labels [c], drawn without replacement within each group."""
-        labels = labels.cpu()
-        check_labels(labels, self.num_classes, len(labels))
+        labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
         check((filled >= num).all(), f'{num} positives were asked for, but these classes hold fewer (class: samples): {dict(zip(labels[filled < num].tolist(), filled[filled < num].tolist()))}')
 
@@ -734,13 +959,15 @@ class SampleQueue:
         return self.uncond[self.draw(filled.expand(groups), self.uncond_size, num, generator)]
 
     def state_dict(self):
-        return dict(pushed = self.pushed, by_class = self.by_class, uncond = self.uncond)
+        return {name: t for name, t in dict(pushed = self.pushed, by_class = self.by_class, uncond = self.uncond).items() if exists(t)}
 
     def load_state_dict(self, state):
-        saved, own = (*state['by_class'].shape[:2], len(state['uncond'])), (self.num_classes, self.class_size, self.uncond_size)
-        check(saved == own, f'the saved queue has (num_classes, class_size, uncond_size) {saved}, this one {own}')
-        self.pushed = state['pushed'].cpu()
-        self.by_class, self.uncond = (state[name].to(self.device) for name in ('by_class', 'uncond'))
+        if 'by_class' in state:
+            saved, own = (*state['by_class'].shape[:2], len(state['uncond'])), (self.num_classes, self.class_size, self.uncond_size)
+            check(saved == own, f'the saved queue has (num_classes, class_size, uncond_size) {saved}, this one {own}')
+            self.by_class, self.uncond = (state[name].to(self.device, copy = True) for name in ('by_class', 'uncond'))
+
+        self.pushed = state['pushed'].cpu().clone()
 
 def endless_shuffle(length, *, seed, start = 0):
     """Indices of epoch after epoch, each in an order of its own, from any position on."""
@@ -748,6 +975,25 @@ def endless_shuffle(length, *, seed, start = 0):
     while True:
         yield from torch.randperm(length, generator = seeded(seed, 'epoch', epoch)).tolist()[offset:]
         epoch, offset = epoch + 1, 0
+
+class Replayed(Dataset):
+    """A dataset whose random augmentations are a function of the position in the run, whichever process or worker asks. Without labels: 0."""
+
+    def __init__(self, dataset, seed, with_labels):
+        self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, place):
+        position, index = place
+        seed = seed_for(self.seed, 'sample', position)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2 ** 32)
+
+        sample, label = self.dataset[index]
+        return sample.float(), label if self.with_labels else 0
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
     """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, otherwise of density proportional to alpha^-power on [low, high]."""
@@ -760,7 +1006,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 # ───────────────────────────────────────────────────────────────────────────────
-# 7. trainer - A.9
+# 7. trainers - A.3, A.8, A.9
 # ───────────────────────────────────────────────────────────────────────────────
 
 def image_grid(images, *, min_size = 48):
@@ -775,8 +1021,243 @@ def image_grid(images, *, min_size = 48):
     zoom = math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
-class Trainer:
-    """Trains a generator on a map-style dataset of (sample, label), through accelerate (A.8, A.9). The defaults are the paper's ablation setting.
+def settings(arguments):
+    """The arguments of a trainer that are plain values, for its record."""
+    return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', '__class__')}
+
+class BaseTrainer:
+    """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
+
+    A subclass says what is trained: compute_loss(batches, micro_step) gives the loss () and any details, metrics(details) what to log of them as
+    {name: tensor ()} and which names go onto the progress bar, pictures() images [rows cols ch h w] in [0, 1] or None.
+
+    num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
+    gradient_accumulation_steps, mixed_precision, log_with: as in accelerate (one precision per Python process); cpu: train on the cpu even where there is a GPU.
+    log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, samples/, checkpoints/ (the newest keep_checkpoints).
+    resume_from_checkpoint: a checkpoint folder, or 'latest' (from the beginning if there is none). A resumed run repeats what it would have been.
+    overwrite: remove an earlier run's metrics, samples and checkpoints from the folder. Otherwise it is refused.
+    """
+
+    def __init__(
+        self,
+        model,
+        dataset,
+        *,
+        batch_size, num_train_steps = 30_000, seed = 0,
+        learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
+        gradient_accumulation_steps = 1, mixed_precision = None, cpu = False, num_workers = 0,
+        log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
+        results_folder = './results', resume_from_checkpoint = None, overwrite = False
+    ):
+        self.config = settings(locals())
+
+        for name in ('batch_size', 'num_train_steps', 'gradient_accumulation_steps', 'keep_checkpoints'):
+            check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
+
+        self.accelerator = accelerator = Accelerator(mixed_precision = mixed_precision, cpu = cpu, log_with = log_with, project_dir = results_folder)
+
+        check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
+        check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
+
+        first = dataset[0]
+        sample = first[0] if isinstance(first, (tuple, list)) and len(first) == 2 else None
+        is_float = torch.is_tensor(sample) and sample.is_floating_point()
+        given = type(first).__name__ if not exists(sample) else getattr(sample, 'dtype', type(sample).__name__)
+        check(is_float, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
+
+        # release: AdamW on all parameters, and the plain average of the weights from the start and at every step (the library would warm it up)
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+        self.ema = EMA(self.unwrapped, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = True)
+        self.ema.update()
+
+        self.dataset, self.batch_size, self.num_workers, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), batch_size, num_workers, tuple(sample.shape)
+        self.num_train_steps, self.gradient_accumulation_steps, self.seed = num_train_steps, gradient_accumulation_steps, seed
+        self.learning_rate, self.lr_warmup_steps, self.max_grad_norm = learning_rate, lr_warmup_steps, max_grad_norm
+        self.log_every, self.sample_every, self.save_every, self.keep_checkpoints = log_every, sample_every, save_every, keep_checkpoints
+        self.results_folder, self.resume_from_checkpoint = Path(results_folder), resume_from_checkpoint
+        self.hide_bar = not (progress_bar and accelerator.is_main_process)
+
+        # a new run does not mix with an earlier one
+
+        self.results_folder.mkdir(parents = True, exist_ok = True)
+        accelerator.wait_for_everyone()
+        earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'checkpoints', 'samples')) if path.exists()]
+        check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
+        accelerator.wait_for_everyone()
+
+        if overwrite and not exists(resume_from_checkpoint) and accelerator.is_main_process:
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+        accelerator.wait_for_everyone()
+        self.step, self.samples_read, self.queue = 0, 0, None
+
+        if exists(log_with):
+            accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
+
+    @property
+    def unwrapped(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def before_training(self, batches):
+        """Once, before the first step of a run that is not resumed."""
+
+    # the loop. Every random number is drawn from a seed made of its place in the run
+
+    def batches(self):
+        """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        indices = endless_shuffle(len(self.dataset), seed = self.seed, start = self.samples_read)
+        places = islice(enumerate(indices, self.samples_read), rank, None, world)
+
+        class Places(Sampler):
+            def __iter__(self):
+                return places
+
+        pin_memory = self.accelerator.device.type == 'cuda'
+        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory))
+
+    def read(self, batches):
+        samples, labels = next(batches)
+        self.samples_read += self.batch_size
+        torch.manual_seed(seed_for(self.seed, self.samples_read, self.accelerator.process_index))    # for a model with dropout
+        return samples, torch.as_tensor(labels)
+
+    def train_step(self, batches):
+        """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norm."""
+        accelerator = self.accelerator
+        self.model.train()
+
+        warmup = min(1., self.step / max(1, self.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group['lr'] = 1e-6 + (self.learning_rate - 1e-6) * warmup
+
+        for micro_step in range(self.gradient_accumulation_steps):
+            last = micro_step == self.gradient_accumulation_steps - 1
+
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss, details = self.compute_loss(batches, micro_step)
+                accelerator.backward(loss / self.gradient_accumulation_steps)
+
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+        self.step += 1
+        return loss, details, grad_norm
+
+    def train(self):
+        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints on the way."""
+        batches = self.batches()
+
+        if self.samples_read == 0:
+            self.before_training(batches)
+
+        with tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
+            while self.step < self.num_train_steps:
+                result = self.train_step(batches)
+                bar.update()
+
+                for every, action in ((self.log_every, lambda: self.log(bar, *result)), (self.sample_every, self.save_pictures), (self.save_every, self.save)):
+                    if every > 0 and (self.step % every == 0 or self.step == self.num_train_steps):
+                        action()
+
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def log(self, bar, loss, details, grad_norm):
+        """A line of metrics.jsonl, the trackers, the progress bar."""
+        metrics, on_bar = self.metrics(details)
+        metrics = dict(loss = loss, grad_norm = grad_norm, **metrics)
+
+        values = self.accelerator.reduce(stack([torch.as_tensor(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
+        metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
+
+        self.accelerator.log(metrics, step = self.step)
+
+        if self.accelerator.is_main_process:
+            with open(self.results_folder / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(metrics) + '\n')
+
+            bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
+
+    @torch.no_grad()
+    def save_pictures(self):
+        images = self.pictures() if self.accelerator.is_main_process else None
+
+        if exists(images):
+            path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
+            path.parent.mkdir(exist_ok = True)
+            image_grid(images).save(path)
+
+    # checkpoints: a folder of safetensors and json, complete or absent
+
+    def save(self):
+        """Write results_folder/checkpoints/step-..., and keep the newest keep_checkpoints."""
+        accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
+        folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
+
+        unfinished.mkdir(parents = True, exist_ok = True)
+        save_tensors(self.queue.state_dict() if exists(self.queue) else {}, unfinished / f'queue-{accelerator.process_index}.safetensors')
+
+        if accelerator.is_main_process:
+            moments = self.optimizer.state_dict()['state']
+
+            save_tensors(self.unwrapped.state_dict(), unfinished / 'model.safetensors')
+            save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
+            save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
+
+            state = dict(step = self.step, samples_read = self.samples_read, num_processes = accelerator.num_processes, version = version('drifting-pytorch'), config = self.config)
+            (unfinished / 'state.json').write_text(json.dumps(state, indent = 1, default = str))
+
+        accelerator.wait_for_everyone()
+
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors = True)
+            unfinished.rename(folder)
+
+            for old in sorted(root.glob('step-*'))[:-self.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def resume(self):
+        """Go on from resume_from_checkpoint, if that was given and is there."""
+        checkpoint, metrics = self.resume_from_checkpoint, self.results_folder / 'metrics.jsonl'
+
+        if checkpoint == 'latest':
+            *_, checkpoint = (None, *sorted((self.results_folder / 'checkpoints').glob('step-*')))
+
+        if exists(checkpoint):
+            self.load(Path(checkpoint))
+
+        if self.accelerator.is_main_process and metrics.is_file():       # what was logged after the checkpoint will be logged again
+            metrics.write_text(''.join(line for line in metrics.read_text().splitlines(keepends = True) if json.loads(line)['step'] <= self.step))
+
+    def load(self, folder):
+        accelerator = self.accelerator
+        check((folder / 'state.json').is_file(), f'{folder} is not a checkpoint: it has no state.json')
+
+        state = json.loads((folder / 'state.json').read_text())
+        check(state['num_processes'] == accelerator.num_processes, f'the checkpoint is of {state["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
+
+        load_checked(self.unwrapped, load_file(folder / 'model.safetensors'))
+        load_checked(self.ema.ema_model, load_file(folder / 'ema.safetensors'))
+        if exists(self.queue):
+            self.queue.load_state_dict(load_file(folder / f'queue-{accelerator.process_index}.safetensors'))
+
+        optimizer = {**self.optimizer.state_dict(), 'state': {}}
+
+        for key, t in load_file(folder / 'optimizer.safetensors').items():
+            index, name = key.split('.', 1)
+            optimizer['state'].setdefault(int(index), {})[name] = t
+
+        self.optimizer.load_state_dict(optimizer)
+        self.step, self.samples_read = state['step'], state['samples_read']
+
+class Trainer(BaseTrainer):
+    """Trains a generator on a map-style dataset of (sample, label) (A.8). The defaults are the paper's ablation setting; keyword arguments of BaseTrainer too.
 
     model: any module with the call model(noise, labels, alpha, styles), an attribute num_classes (None: unconditional, labels are ignored)
         and, if noise does not have the shape of a sample, noise_shape.
@@ -786,8 +1267,6 @@ class Trainer:
     alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
     push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue.
     to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
-    log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, samples/, checkpoints/.
-    resume_from_checkpoint: a checkpoint folder, or 'latest' (from the beginning if there is none).
 
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
     """
@@ -798,144 +1277,65 @@ class Trainer:
         loss_fn,
         dataset,
         *,
-        num_train_steps = 30_000,
-        num_groups = 64,
-        num_gen = 64,
-        num_pos = 64,
-        num_uncond = 16,
-        alpha_range = (1., 4.),
-        alpha_power = 3.,
-        no_cfg_frac = 0.,
-        push_size = 64,
-        class_queue_size = 128,
-        uncond_queue_size = 1000,
-        learning_rate = 2e-4,
-        lr_warmup_steps = 5_000,
-        betas = (0.9, 0.95),
-        weight_decay = 0.01,
-        max_grad_norm = 2.,
-        ema_decay = 0.999,
-        gradient_accumulation_steps = 1,
-        mixed_precision = None,
-        cpu = False,
-        num_workers = 0,
-        seed = 0,
-        log_with = None,
-        log_every = 10,
-        sample_every = 1_000,
-        save_every = 1_000,
-        keep_checkpoints = 3,
-        results_folder = './results',
-        resume_from_checkpoint = None,
+        num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16,
+        alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
+        push_size = 64, class_queue_size = 128, uncond_queue_size = 1000,
         to_image = None,
-        progress_bar = True
+        **kwargs
     ):
-        self.config = {name: value for name, value in locals().items() if isinstance(value, (int, float, str, tuple, type(None)))}
+        config = settings(locals())
 
-        for name in ('num_train_steps', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'gradient_accumulation_steps', 'keep_checkpoints'):
-            check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
+        for name in ('num_groups', 'num_gen', 'num_pos', 'push_size'):
+            check(config[name] > 0, f'{name} must be above 0, got {config[name]}')
 
-        self.accelerator = accelerator = Accelerator(
-            gradient_accumulation_steps = gradient_accumulation_steps,
-            mixed_precision = mixed_precision,
-            cpu = cpu,
-            log_with = log_with,
-            project_dir = results_folder
-        )
+        super().__init__(model, dataset, batch_size = push_size, **kwargs)
+        self.config |= config
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
 
         self.num_classes = getattr(model, 'num_classes', None)
-        check(1 <= alpha_range[0] <= alpha_range[1], f'alpha_range must be 1 <= low <= high, got {alpha_range}')
-        guided = exists(self.num_classes) and alpha_range[1] > 1 and num_uncond > 0
+        check(1 <= alpha_range[0] <= alpha_range[1] < math.inf, f'alpha_range must be 1 <= low <= high, got {alpha_range}')
+        check(0 <= no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {no_cfg_frac}')
+        guided = exists(self.num_classes) and alpha_range[1] > 1
+        check(not guided or 0 < num_uncond <= len(dataset), f'guidance needs 1 to {len(dataset)} (the dataset) unconditional samples, got num_uncond = {num_uncond}; alpha_range = (1, 1) trains without')
 
-        self.num_uncond = num_uncond if guided else 0
         low, high = alpha_range if guided else (1., 1.)
         self.alpha_kwargs = dict(low = low, high = high, power = alpha_power, no_cfg_frac = no_cfg_frac)
 
-        # data
-
-        world = accelerator.num_processes
-        check(num_groups % world == 0 and push_size % world == 0, f'num_groups {num_groups} and push_size {push_size} must be multiples of the {world} processes')
-        check(len(dataset) >= push_size, f'the dataset has {len(dataset)} samples, fewer than push_size = {push_size}: lower push_size')
+        world, device = self.accelerator.num_processes, self.accelerator.device
+        check(num_groups % world == 0, f'num_groups {num_groups} must be a multiple of the {world} processes')
         check(num_pos <= class_queue_size, f'num_pos = {num_pos} does not fit into class_queue_size = {class_queue_size}')
-        check(self.num_uncond <= uncond_queue_size, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
+        check(num_uncond <= uncond_queue_size or not guided, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
 
-        sample, _ = dataset[0]
-        is_float = torch.is_tensor(sample) and sample.is_floating_point()
-        check(is_float, f'the dataset must yield (floating point tensor, label), its first sample is {getattr(sample, "dtype", type(sample).__name__)}')
-
-        self.sample_shape = tuple(sample.shape)
-        self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
-        self.dataset, self.num_workers = dataset, num_workers
-        self.queue = SampleQueue(default(self.num_classes, 1), class_size = class_queue_size, uncond_size = uncond_queue_size if guided else 0, device = accelerator.device)
-
-        # release: AdamW on all parameters, and the plain average of the weights from the start and at every step (the library would warm it up)
+        self.num_groups, self.num_gen, self.num_pos, self.num_uncond = num_groups, num_gen, num_pos, num_uncond if guided else 0
+        self.queue = SampleQueue(default(self.num_classes, 1), class_size = class_queue_size, uncond_size = uncond_queue_size if guided else 0, device = device)
 
         loss_fn = loss_fn if exists(loss_fn) else FeatureDriftLoss()
-        self.loss_fn = loss_fn.to(accelerator.device) if isinstance(loss_fn, Module) else loss_fn
+        self.loss_fn = loss_fn.to(device) if isinstance(loss_fn, Module) else loss_fn
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.noise_shape, self.to_image = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image
+        self.resume()
 
-        self.ema = EMA(self.generator, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = True)
-        self.ema.update()
-
-        self.num_train_steps, self.gradient_accumulation_steps, self.seed = num_train_steps, gradient_accumulation_steps, seed
-        self.num_groups, self.num_gen, self.num_pos, self.push_size = num_groups, num_gen, num_pos, push_size
-        self.learning_rate, self.lr_warmup_steps, self.max_grad_norm = learning_rate, lr_warmup_steps, max_grad_norm
-        self.log_every, self.sample_every, self.save_every, self.keep_checkpoints = log_every, sample_every, save_every, keep_checkpoints
-        self.to_image, self.hide_bar = to_image, not (progress_bar and accelerator.is_main_process)
-
-        self.results_folder = Path(results_folder)
-        self.results_folder.mkdir(parents = True, exist_ok = True)
-        self.step = self.samples_read = 0
-
-        if exists(log_with):
-            accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
-
-        if exists(resume_from_checkpoint):
-            self.load(resume_from_checkpoint)
-
-    @property
-    def generator(self):
-        return self.accelerator.unwrap_model(self.model)
-
-    # data: every random number is drawn from a seed made of its place in the run, so a resumed run repeats what it would have been
-
-    def batches(self):
-        """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        indices = islice(endless_shuffle(len(self.dataset), seed = self.seed, start = self.samples_read), rank, None, world)
-
-        class Indices(Sampler):
-            def __iter__(self):
-                return indices
-
-        pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.push_size // world, sampler = Indices(), num_workers = self.num_workers, pin_memory = pin_memory))
-
-    def read(self, batches):
+    def push(self, batches):
         """The next real samples go into the queue. Returns their labels, of all processes."""
-        samples, labels = next(batches)
-        labels = torch.as_tensor(labels) if exists(self.num_classes) else torch.zeros(len(samples), dtype = torch.long)
-
+        samples, labels = self.read(batches)
+        labels = labels if exists(self.num_classes) else torch.zeros(len(samples), dtype = torch.long)
         self.queue.push(samples, labels)
-        self.samples_read += self.push_size
-        return self.accelerator.gather(labels.to(self.accelerator.device)).cpu()
+        return self.accelerator.gather(labels.long().to(self.accelerator.device)).cpu()
 
-    def fill_queue(self, batches):
-        """Before the first step, read until every class has enough positives, at most once through the data."""
-        total = math.ceil(len(self.dataset) / self.push_size)
+    def before_training(self, batches):
+        """Read until every class has enough positives, at most once through the data."""
+        for _ in tqdm(range(math.ceil(len(self.dataset) / self.batch_size)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
+            self.push(batches)
+            held = cat((self.queue.filled, self.queue.pushed[-1:]))
+            *filled, total = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.accelerator.device)).amin(dim = 0).tolist()     # every process fills its own
+            short = {label: num for label, num in enumerate(filled) if num < self.num_pos}
 
-        for _ in tqdm(range(total), desc = 'filling the queue', leave = False, disable = self.hide_bar):
-            self.read(batches)
-            short = {label: num for label, num in enumerate(self.queue.filled.tolist()) if num < self.num_pos}
-
-            if not short and self.queue.pushed[-1] >= self.num_uncond:
+            if not short and total >= self.num_uncond:
                 return
 
-        raise ValueError(f'one pass over the data left classes with fewer than num_pos = {self.num_pos} samples (class: samples): {short}. Lower num_pos, or leave them out')
+        where = 'one pass over the data' + (f', shared by {self.accelerator.num_processes} processes,' if self.accelerator.num_processes > 1 else '')
+        raise ValueError(f'{where} left classes with fewer than num_pos = {self.num_pos} samples (class: samples): {short}. Lower num_pos, or leave them out')
 
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], noise [c g ...], styles [c g s] or None, pos [c p ...], uncond [c u ...] or None of this process's groups."""
@@ -950,7 +1350,7 @@ class Trainer:
 
         labels, alpha = newest_labels[order], sample_alpha(c, generator = generator, **self.alpha_kwargs)
         noise = torch.randn(c, g, *self.noise_shape, generator = noise_generator, device = device)
-        styles = rearrange(self.generator.draw_styles(c * g, noise_generator), '(c g) s -> c g s', c = c) if hasattr(self.generator, 'draw_styles') else None
+        styles = rearrange(self.unwrapped.draw_styles(c * g, noise_generator), '(c g) s -> c g s', c = c) if hasattr(self.unwrapped, 'draw_styles') else None
 
         # the groups of this process
 
@@ -963,173 +1363,111 @@ class Trainer:
 
         return labels.to(device), alpha.to(device), noise, styles, pos, uncond
 
-    # training
+    def compute_loss(self, batches, micro_step):
+        labels, alpha, noise, styles, pos, uncond = self.draw(self.push(batches), micro_step)
+        g = self.num_gen
 
-    def train_step(self, batches):
-        """One optimiser step. Returns the loss, its Breakdown, the gradient norm and the guidance scales, of this process."""
-        accelerator, g = self.accelerator, self.num_gen
-        self.model.train()
+        gen = self.model(
+            rearrange(noise, 'c g ... -> (c g) ...'),
+            repeat(labels, 'c -> (c g)', g = g) if exists(self.num_classes) else None,
+            repeat(alpha, 'c -> (c g)', g = g),
+            rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
+        )
 
-        # release: linear warmup from 1e-6, then constant
+        check(gen.shape[1:] == self.sample_shape, f'the generator returns samples of shape {tuple(gen.shape[1:])}, those of the dataset have {self.sample_shape}')
 
-        warmup = min(1., self.step / max(1, self.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group['lr'] = 1e-6 + (self.learning_rate - 1e-6) * warmup
+        with self.accelerator.autocast():
+            loss, breakdown = self.loss_fn(rearrange(gen, '(c g) ... -> c g ...', g = g), pos, uncond, alpha)
 
-        for micro_step in range(self.gradient_accumulation_steps):
-            torch.manual_seed(seed_for(self.seed, self.step, micro_step, accelerator.process_index))    # for a model with dropout
+        return loss, (breakdown, alpha)
 
-            labels, alpha, noise, styles, pos, uncond = self.draw(self.read(batches), micro_step)
-
-            with accelerator.accumulate(self.model):
-                gen = self.model(
-                    rearrange(noise, 'c g ... -> (c g) ...'),
-                    repeat(labels, 'c -> (c g)', g = g) if exists(self.num_classes) else None,
-                    repeat(alpha, 'c -> (c g)', g = g),
-                    rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
-                )
-
-                check(gen.shape[1:] == self.sample_shape, f'the generator returns samples of shape {tuple(gen.shape[1:])}, those of the dataset have {self.sample_shape}')
-
-                with accelerator.autocast():
-                    loss, breakdown = self.loss_fn(rearrange(gen, '(c g) ... -> c g ...', g = g), pos, uncond, alpha)
-
-                accelerator.backward(loss)
-
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-
-        self.ema.update()
-        self.step += 1
-        return loss, breakdown, grad_norm, alpha
-
-    def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, sample grids and checkpoints on the way."""
-        batches = self.batches()
-
-        if self.samples_read == 0:
-            self.fill_queue(batches)
-
-        def due(every):
-            return every > 0 and (self.step % every == 0 or self.step == self.num_train_steps)
-
-        with tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps:
-                result = self.train_step(batches)
-                bar.update()
-
-                if due(self.log_every):
-                    self.log(bar, *result)
-
-                if due(self.sample_every):
-                    self.save_samples()
-
-                if due(self.save_every):
-                    self.save()
-
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-    def log(self, bar, loss, breakdown, grad_norm, alpha):
-        """A line of metrics.jsonl, the trackers, and on the progress bar the number that tells progress: the drift before normalisation."""
-        metrics = dict(loss = loss, grad_norm = grad_norm, alpha_mean = alpha.mean())
+    def metrics(self, details):
+        """On the bar goes what tells progress: the drift before normalisation, per temperature, averaged over features."""
+        breakdown, alpha = details
+        metrics = {'alpha_mean': alpha.mean()}
 
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-            metrics |= {f'feature/{name}/drift/{temperature}': rms for temperature, rms in stats.drift_rms.items()}
 
-        for temperature in stats.drift_rms:
-            metrics[f'drift/{temperature}'] = stack([stats.drift_rms[temperature] for stats in breakdown.stats.values()]).mean()
+            for kind in ('drift_rms', 'neighbors', 'uncond_share'):
+                metrics |= {f'feature/{name}/{kind}/{temperature}': value for temperature, value in getattr(stats, kind).items()}
 
-        values = self.accelerator.reduce(stack([value.detach().float() for value in metrics.values()]), 'mean').tolist()    # the only look at the device
-        metrics = dict(step = self.step, **dict(zip(metrics, values)), learning_rate = self.optimizer.param_groups[0]['lr'])
-
-        self.accelerator.log(metrics, step = self.step)
-
-        if self.accelerator.is_main_process:
-            with open(self.results_folder / 'metrics.jsonl', 'a') as file:
-                file.write(json.dumps(metrics) + '\n')
-
-            drift = ' '.join(f'{metrics[f"drift/{temperature}"]:.4f} (t {temperature})' for temperature in stats.drift_rms)
-            bar.set_postfix_str(f'drift {drift} loss {metrics["loss"]:.2f}')
+        every = [stats.drift_rms for stats in breakdown.stats.values()]
+        drift = {f'drift/{temperature}': stack([rms[temperature] for rms in every]).mean() for temperature in (every[0] if every else ())}
+        return {**metrics, **drift}, (*drift, 'loss')
 
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model, see sample_from."""
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
-    def save_samples(self, columns = 10):
-        """A grid of samples of the averaged model, always from the same noise: a row per class (the first ten)."""
-        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
-
-        if not self.accelerator.is_main_process or not (is_image or exists(self.to_image)):
+    def pictures(self):
+        """Ten samples each of the first ten classes, always from the same noise."""
+        if not exists(self.to_image) and (len(self.sample_shape) != 3 or self.sample_shape[0] not in (1, 3)):
             return
 
         rows = min(10, default(self.num_classes, 10))
-        which = dict(labels = torch.arange(rows).repeat_interleave(columns)) if exists(self.num_classes) else dict(num_samples = rows * columns)
+        which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
         samples = self.sample(**which, seed = self.seed)
         images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
 
-        path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
-        path.parent.mkdir(exist_ok = True)
-        image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', cols = columns)).save(path)
+class MAETrainer(BaseTrainer):
+    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3); keyword arguments of BaseTrainer too. The encoder to use is trainer.ema.ema_model.
 
-    # checkpoints: a folder of safetensors and json, complete or absent
+    batch_size: the paper's is 8192, with its learning rate of 4e-3; smaller batches want a smaller one.
+    finetune_steps, cls_weight, cls_warmup_steps: in the last finetune_steps the weight lambda of the classification rises linearly to cls_weight.
+    to_image: as in Trainer, for pictures of samples, what is left of them, and reconstructions.
+    """
 
-    def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest keep_checkpoints."""
-        accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
-        folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
+    def __init__(
+        self,
+        model,
+        dataset,
+        *,
+        batch_size = 8192, learning_rate = 4e-3, ema_decay = 0.9995,
+        finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
+        to_image = None,
+        **kwargs
+    ):
+        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, ema_decay = ema_decay, **kwargs)
+        check(finetune_steps == 0 or exists(model.num_classes), 'finetune_steps needs a model with a classifier: set num_classes')
 
-        unfinished.mkdir(parents = True, exist_ok = True)
-        save_tensors(self.queue.state_dict(), unfinished / f'queue-{accelerator.process_index}.safetensors')
+        self.finetune_steps, self.cls_weight, self.cls_warmup_steps, self.to_image = finetune_steps, cls_weight, cls_warmup_steps, to_image
+        self.config |= dict(finetune_steps = finetune_steps, cls_weight = cls_weight, cls_warmup_steps = cls_warmup_steps)
+        self.resume()
 
-        if accelerator.is_main_process:
-            moments = self.optimizer.state_dict()['state']
+    @property
+    def current_cls_weight(self):
+        """lambda at this step."""
+        steps = self.step - (self.num_train_steps - self.finetune_steps) + 1
+        return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
-            save_tensors(self.generator.state_dict(), unfinished / 'model.safetensors')
-            save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
-            save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
+    def compute_loss(self, batches, micro_step):
+        device = self.accelerator.device
+        samples, labels = self.read(batches)
+        samples, labels = samples.to(device), labels.to(device) if exists(self.unwrapped.num_classes) else None
 
-            state = dict(step = self.step, samples_read = self.samples_read, num_processes = accelerator.num_processes, version = version('drifting-pytorch'), config = self.config)
-            (unfinished / 'state.json').write_text(json.dumps(state, indent = 1))
+        check_range('real samples', samples, -math.inf)
+        mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = device))
+        return self.model(samples, labels, cls_weight = self.current_cls_weight, mask = mask)
 
-        accelerator.wait_for_everyone()
+    def metrics(self, details):
+        return {**details._asdict(), 'cls_weight': self.current_cls_weight}, ('reconstruction', 'accuracy')
 
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors = True)
-            unfinished.rename(folder)
+    def pictures(self):
+        """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""
+        if not exists(self.to_image) and self.sample_shape[0] not in (1, 3):
+            return
 
-            for old in sorted(root.glob('step-*'))[:-self.keep_checkpoints]:
-                shutil.rmtree(old)
+        model = self.ema.ema_model.eval()
+        samples = stack([self.dataset[i, i][0] for i in range(min(10, len(self.dataset)))]).to(self.accelerator.device)
+        mask = model.draw_mask(samples, seeded(self.seed, 'picture', device = samples.device))
+        dropped = repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = samples.shape[2] // mask.shape[1], p2 = samples.shape[3] // mask.shape[2])
 
-    def load(self, checkpoint):
-        """Go on from a checkpoint folder, or from the newest one in results_folder ('latest')."""
-        if checkpoint == 'latest':
-            *_, checkpoint = (None, *sorted((self.results_folder / 'checkpoints').glob('step-*')))
-            if not exists(checkpoint):
-                return
-
-        folder, accelerator = Path(checkpoint), self.accelerator
-        check((folder / 'state.json').is_file(), f'{folder} is not a checkpoint: it has no state.json')
-
-        state = json.loads((folder / 'state.json').read_text())
-        check(state['num_processes'] == accelerator.num_processes, f'the checkpoint is of {state["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
-
-        load_checked(self.generator, load_file(folder / 'model.safetensors'))
-        load_checked(self.ema.ema_model, load_file(folder / 'ema.safetensors'))
-        self.queue.load_state_dict(load_file(folder / f'queue-{accelerator.process_index}.safetensors'))
-
-        optimizer = {**self.optimizer.state_dict(), 'state': {}}
-
-        for key, t in load_file(folder / 'optimizer.safetensors').items():
-            index, name = key.split('.', 1)
-            optimizer['state'].setdefault(int(index), {})[name] = t
-
-        self.optimizer.load_state_dict(optimizer)
-        self.step, self.samples_read = state['step'], state['samples_read']
+        rows = stack((samples, samples * (1 - dropped), samples * (1 - dropped) + model.reconstruct(samples, mask)[0] * dropped))
+        images = rearrange(rows, 'rows b ... -> (rows b) ...')
+        images = self.to_image(images) if exists(self.to_image) else (images + 1) / 2
+        return rearrange(images, '(rows b) ... -> rows b ...', rows = 3)
 
 def save_tensors(state_dict, path):
     save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)
@@ -1183,67 +1521,91 @@ def read_release_artifact(folder):
 
     return json.loads(metadata.read_text())['model_config'], params
 
+def renamed(params, rules):
+    """The parameters under our names, by the first rule (pattern of the whole module path, ours) that fits, in PyTorch's layout."""
+    state = {}
+
+    for path, t in params.items():
+        module, leaf = path.rsplit('/', 1)
+        ours = next((re.sub(pattern, name, module) for pattern, name in rules if re.fullmatch(pattern, module)), module)
+
+        if leaf == 'kernel':    # (in, out), or (h, w, in, out)
+            t = rearrange(t, '... i o -> o i ...')
+
+        state[f'{ours}.{dict(kernel = "weight", scale = "weight", embedding = "weight").get(leaf, leaf)}'] = t.float()
+
+    return state
+
+def mae_from_release(config, params):
+    """The arguments and the state dict of a LatentMAE from the release's config and parameters."""
+    block = r'encoder/stages_(\d+)/layers_(\d+)'
+
+    rules = [
+        (r'encoder/conv1', 'stem.0'), (r'encoder/gn1', 'stem.1'), (r'encoder/(layer\d)_norm', r'norms.\1'),
+        (rf'{block}/conv(\d)', r'stages.\1.\2.conv\3.0'), (rf'{block}/gn(\d)', r'stages.\1.\2.conv\3.1'),
+        (rf'{block}/proj_conv', r'stages.\1.\2.shortcut.0'), (rf'{block}/proj_gn', r'stages.\1.\2.shortcut.1'),
+        (r'decoder/bridge/conv', 'bridge.0'), (r'decoder/bridge/gn', 'bridge.1'), (r'decoder/head', 'to_pixels'), (r'fc', 'to_logits'),
+        (r'decoder/(up\d+)/concat_norm_fn', r'ups.\1.norm'), (r'decoder/(up\d+)/(\w+)/conv', r'ups.\1.\2.0'), (r'decoder/(up\d+)/(\w+)/gn', r'ups.\1.\2.1')
+    ]
+
+    names = dict(dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes', mask_patch_size = 'patch_size', layers = 'layers')
+    return {ours: config[theirs] for ours, theirs in names.items()}, renamed(params, rules)
+
 def generator_from_release(config, params):
     """The arguments and the state dict of a DriftingGenerator from the release's config and parameters."""
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
         check(config.get(option, True), f'the published generator has {option} = False, which this generator does not offer')
 
-    heads, params, state = config['num_heads'], dict(params), {}
+    dit, block = 'LightningDiT_0', r'LightningDiT_0/blocks_(\d+)'
+
+    state = renamed(params, [
+        (r'Embed_0', 'class_embed'), (r'noise_embeds_(\d+)', r'style.\1'),
+        (r'TimestepEmbedder_0/TorchLinear_0/Dense_0', 'alpha_embed.0'), (r'TimestepEmbedder_0/TorchLinear_1/Dense_0', 'alpha_embed.2'), (r'RMSNorm_0', 'alpha_embed.3'),
+        (rf'{dit}/TorchLinear_0/Dense_0', 'patch_embed'), (rf'{dit}/TorchLinear_1/Dense_0', 'register_proj'), (dit, 'embed'),
+        (rf'{block}/TorchLinear_0/Dense_0', r'blocks.\1.modulation.linear'), (rf'{block}/RMSNorm_0', r'blocks.\1.attn_norm'), (rf'{block}/RMSNorm_1', r'blocks.\1.ff_norm'),
+        (rf'{block}/Attention_0/TorchLinear_0/Dense_0', r'blocks.\1.qkv'), (rf'{block}/Attention_0/TorchLinear_1/Dense_0', r'blocks.\1.attn.to_out'),
+        (rf'{block}/Attention_0/(\w)_norm', r'blocks.\1.attn.\2_rmsnorm'),
+        (rf'{block}/SwiGLUFFN_0/TorchLinear_0/Dense_0', r'blocks.\1.gate'), (rf'{block}/SwiGLUFFN_0/TorchLinear_1/Dense_0', r'blocks.\1.up'),
+        (rf'{block}/SwiGLUFFN_0/TorchLinear_2/Dense_0', r'blocks.\1.ff.ff.2'),
+        (rf'{dit}/FinalLayer_0/TorchLinear_0/Dense_0', 'final_modulation.linear'), (rf'{dit}/FinalLayer_0/TorchLinear_1/Dense_0', 'to_patch'), (rf'{dit}/FinalLayer_0/RMSNorm_0', 'final_norm')
+    ])
+
+    heads, styles = config['num_heads'], config['noise_coords']
 
     def take(name):
-        check(name in params, f'the published weights lack {name}')
-        return params.pop(name).float()
-
-    def linear(name):           # kernels are (in, out)
-        return take(f'{name}/Dense_0/kernel').T, take(f'{name}/Dense_0/bias')
-
-    def put(ours, theirs):
-        state[f'{ours}.weight'], state[f'{ours}.bias'] = linear(theirs)
+        check(name in state, f'the published weights lack the parameter that becomes {name}')
+        return state.pop(name)
 
     def interleave(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    state['class_embed.weight'] = take('Embed_0/embedding')
-    state['style_embed.weight'] = cat([take(f'noise_embeds_{i}/embedding') for i in range(config['noise_coords'])])
+    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(styles)])
+    state['pos_embed'], state['register_embed'] = (rearrange(take(f'embed.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
 
-    put('alpha_embed.0', 'TimestepEmbedder_0/TorchLinear_0')
-    put('alpha_embed.2', 'TimestepEmbedder_0/TorchLinear_1')
-    state['alpha_embed.3.g'] = take('RMSNorm_0/weight')
+    for name in ('alpha_embed.3', 'final_norm', *(f'blocks.{i}.{norm}' for i in range(config['depth']) for norm in ('attn_norm', 'ff_norm'))):
+        state[f'{name}.g'] = take(f'{name}.weight')
 
-    dit = 'LightningDiT_0'
-    put('patch_embed', f'{dit}/TorchLinear_0')
-    put('register_proj', f'{dit}/TorchLinear_1')
-    state['pos_embed'], state['register_embed'] = (rearrange(take(f'{dit}/{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
-
-    for i in range(config['depth']):
-        ours, theirs = f'blocks.{i}', f'{dit}/blocks_{i}'
-
-        put(f'{ours}.modulation.linear', f'{theirs}/TorchLinear_0')
-        state[f'{ours}.attn_norm.g'], state[f'{ours}.ff_norm.g'] = (take(f'{theirs}/RMSNorm_{j}/weight') for j in range(2))
-
-        weights, biases = (t.chunk(3) for t in linear(f'{theirs}/Attention_0/TorchLinear_0'))
-
-        for name, weight, bias in zip('qkv', weights, biases):
-            state[f'{ours}.attn.to_{name}.weight'], state[f'{ours}.{name}_bias'] = (t if name == 'v' else interleave(t, heads) for t in (weight, bias))
+    for block in (f'blocks.{i}' for i in range(config['depth'])):
+        for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
+            state[f'{block}.attn.to_{name}.weight'], state[f'{block}.{name}_bias'] = (t if name == 'v' else interleave(t, heads) for t in (weight, bias))
 
         for name in 'qk':       # one gain for all heads there, here one per head and stored as gain - 1
-            gain = interleave(take(f'{theirs}/Attention_0/{name}_norm/weight'), 1)
-            state[f'{ours}.attn.{name}_rmsnorm.gamma'] = repeat(gain - 1, 'd -> h 1 d', h = heads)
+            gain = interleave(take(f'{block}.attn.{name}_rmsnorm.weight'), 1)
+            state[f'{block}.attn.{name}_rmsnorm.gamma'] = repeat(gain - 1, 'd -> h 1 d', h = heads)
 
-        state[f'{ours}.attn.to_out.weight'], state[f'{ours}.out_bias'] = linear(f'{theirs}/Attention_0/TorchLinear_1')
+        for kind in ('weight', 'bias'):
+            state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
 
-        gate, up = (linear(f'{theirs}/SwiGLUFFN_0/TorchLinear_{j}') for j in range(2))
-        state[f'{ours}.ff.ff.0.proj.weight'], state[f'{ours}.ff.ff.0.proj.bias'] = (cat(pair) for pair in zip(up, gate))
-        put(f'{ours}.ff.ff.2', f'{theirs}/SwiGLUFFN_0/TorchLinear_2')
-
-    put('final_modulation.linear', f'{dit}/FinalLayer_0/TorchLinear_0')
-    state['final_norm.g'] = take(f'{dit}/FinalLayer_0/RMSNorm_0/weight')
-    put('to_patch', f'{dit}/FinalLayer_0/TorchLinear_1')
-
-    check(not params, f'the published weights hold unknown parameters {sorted(params)}')
+        state[f'{block}.out_bias'] = take(f'{block}.attn.to_out.bias')
 
     names = dict(
-        image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads',
-        num_classes = 'num_classes', num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
+        image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads', num_classes = 'num_classes',
+        num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
     )
     return {ours: config[theirs] for ours, theirs in names.items()}, state
+
+def from_release(cls, convert, folder):
+    kwargs, state_dict = convert(*read_release_artifact(folder))
+    model = cls(**kwargs)
+    load_checked(model, state_dict)
+    return model.eval()

@@ -147,7 +147,8 @@ def main():
         seed = args.seed,
         cpu = True,
         results_folder = folder,
-        resume_from_checkpoint = args.resume
+        resume_from_checkpoint = args.resume,
+        overwrite = args.resume is None             # this folder is the example's own
     )
 
     start = time.perf_counter()

@@ -25,6 +25,16 @@ def test_float32_is_as_good_as_float32_gets(rng):
     exact = oracle.field(x.float().double().numpy(), y_pos.float().double().numpy(), None, 0.5)
     assert relative(DriftField()(x.float(), y_pos.float(), temperature = 0.5), exact) < 1e-5
 
+@pytest.mark.parametrize('autocast', [False, True])
+def test_distances_far_above_the_temperature_stay_exact(rng, autocast):
+    modes = 10. * torch.tensor([[-1., 0.], [1., 0.]]).repeat(8, 1)
+    x, y_pos = (modes + 0.1 * torch.randn(16, 2, generator = rng) for _ in range(2))
+
+    with torch.autocast('cpu', dtype = torch.bfloat16, enabled = autocast):
+        v = DriftField()(x, y_pos, temperature = 0.05)
+
+    assert relative(v, oracle.field(x.double().numpy(), y_pos.double().numpy(), None, 0.05)) < 1e-4
+
 def test_own_negatives_are_the_points_without_themselves(rng):
     x, y_pos = points(rng, 2, 3), points(rng, 4, 3)
 
@@ -105,6 +115,8 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField()(x, a * float('nan'), temperature = 1.), 'y_pos has non-finite'),
     (lambda x, a: DriftField()(x.long(), a, temperature = 1.), 'floating point'),
     (lambda x, a: DriftField()(x, a, temperature = 0.), 'temperature must be above 0'),
+    (lambda x, a: DriftField()(x, a, temperature = float('inf')), 'temperature must be above 0 and finite'),
+    (lambda x, a: DriftField()(x, a.tolist(), temperature = 1.), 'y_pos must be a tensor, got list'),
     (lambda x, a: DriftField(kernel = 'cosine'), 'kernel must be'),
     (lambda x, a: DriftField(normalize = 'x'), 'normalize must be'),
 ])

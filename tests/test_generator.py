@@ -68,8 +68,8 @@ def array(t):
     return msgpack.ExtType(1, msgpack.packb((t.shape, t.dtype.name, t.tobytes())))
 
 @pytest.mark.parametrize('change, says', [
-    (lambda tree: tree.pop('Embed_0'), 'lack Embed_0/embedding'),
-    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), 'unknown parameters'),
+    (lambda tree: tree.pop('Embed_0'), "missing ['class_embed.weight']"),
+    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), "unknown ['Embed_1.weight']"),
     (lambda tree: tree['Embed_0'].update(embedding = array(np.zeros((3, 48), dtype = np.float32))), 'class_embed.weight (3, 48) instead of (11, 48)'),
     (lambda tree: tree.update(Embed_0 = 'text'), 'found str at Embed_0'),
     (lambda tree: tree['Embed_0'].update(embedding = msgpack.ExtType(2, b'')), 'not a msgpack file of arrays'),
@@ -190,7 +190,14 @@ def test_sampling_is_reproducible_and_leaves_the_model_as_it_was():
     (lambda m, x, y: m(x, y, torch.ones(3)), 'alpha has shape (3,)'),
     (lambda m, x, y: m(x, y, 1., torch.zeros(2, 3).long()), 'styles has shape'),
     (lambda m, x, y: m(x, y, 1., torch.full((2, 4), 6)), 'styles must be finite and in 0 .. 5'),
+    (lambda m, x, y: m(x, torch.tensor([True, False])), 'labels must be integers, got torch.bool'),
+    (lambda m, x, y: m.bfloat16()(x, y), 'the weights are torch.bfloat16'),
     (lambda m, x, y: m.sample(), 'pass labels'),
+    (lambda m, x, y: m.sample([]), 'must be above 0, got 0'),
+    (lambda m, x, y: m.sample(y, batch_size = 0), 'must be above 0'),
+    (lambda m, x, y: m.sample(y, alpha = [1., 2., 3.]), 'alpha has shape (3,), expected a number or (2,)'),
+    (lambda m, x, y: tiny(num_classes = None).sample([0]), 'pass num_samples, no labels'),
+    (lambda m, x, y: tiny(num_style_tokens = -1), 'not negative'),
     (lambda m, x, y: m.sample([5]), 'labels must be finite and in 0 .. 4'),
     (lambda m, x, y: tiny(num_classes = None)(x, y), 'labels must be None'),
     (lambda m, x, y: tiny(patch_size = 3), 'multiple of patch_size'),
@@ -202,6 +209,16 @@ def test_bad_input_is_one_clear_line(call, says):
     with pytest.raises(ValueError) as error:
         call(tiny(), torch.zeros(2, 2, 8, 8), torch.tensor([0, 1]))
     assert says in str(error.value) and '\n' not in str(error.value)
+
+def test_other_dtypes_of_the_input_and_no_registers():
+    model = awake(tiny(num_register_tokens = 0)).eval()
+    noise, styles = torch.randn(2, 2, 8, 8), torch.zeros(2, 4, dtype = torch.long)
+    out = model(noise, torch.tensor([1, 2]), styles = styles)
+
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model(noise.double(), torch.tensor([1, 2], dtype = dtype), styles = styles), out)
+
+    assert relative(model.double()(noise, torch.tensor([1, 2]), styles = styles), out) < 1e-5
 
 def test_preset_arguments_can_be_overridden():
     with torch.device('meta'):

@@ -164,6 +164,102 @@ def test_gradient_goes_through_a_frozen_encoder(rng):
     assert not encoder.training and encoder.linear.weight.grad is None and not encoder.linear.weight.requires_grad
     assert encoder.seen == [True, False]         # generated with a graph, real without
 
+# invariances
+
+def encoder(x):
+    """Locations and a pooled vector of [b 3 2 2], curved so that gradients are not trivial."""
+    x = x + 0.3 * x.sin()
+    return dict(pixels = x.flatten(2).mT, mean = x.mean(dim = (2, 3))[:, None])
+
+def loss_and_gradient(gen, pos, uncond, alpha, **kwargs):
+    gen = gen.clone().requires_grad_()
+    loss, breakdown = FeatureDriftLoss(encoder, **kwargs)(gen, pos, uncond, alpha)
+    loss.backward()
+    return loss.detach(), gen.grad, breakdown
+
+@pytest.fixture
+def step(rng):
+    gen, pos, uncond = (torch.randn(3, n, 3, 2, 2, generator = rng, dtype = torch.float64) for n in (5, 6, 4))
+    return gen, pos + 0.5, uncond, torch.tensor([1., 1.7, 3.], dtype = torch.float64)
+
+def test_order_does_not_matter(step, rng):
+    gen, pos, uncond, alpha = step
+    loss, grad, _ = loss_and_gradient(*step)
+
+    g, p, u, c = (torch.randperm(n, generator = rng) for n in (5, 6, 4, 3))
+    shuffled = loss_and_gradient(gen[:, g], pos[:, p], uncond[:, u], alpha)
+    assert relative(shuffled[0], loss) < 1e-6 and relative(shuffled[1], grad[:, g]) < 1e-6
+
+    groups = loss_and_gradient(gen[c], pos[c], uncond[c], alpha[c])
+    assert relative(groups[0], loss) < 1e-6 and relative(groups[1], grad[c]) < 1e-6
+
+    locations = loss_and_gradient(*(t.flip(-1) for t in (gen, pos, uncond)), alpha)
+    assert relative(locations[0], loss) < 1e-6 and relative(locations[1], grad.flip(-1)) < 1e-6
+
+@pytest.mark.parametrize('chunk_size', [1, 5, 8, 100])
+def test_chunks_do_not_matter(step, chunk_size):
+    loss, grad, breakdown = loss_and_gradient(*step)
+    chunked_loss, chunked_grad, chunked = loss_and_gradient(*step, chunk_size = chunk_size)
+    assert relative(chunked_loss, loss) < 1e-9 and relative(chunked_grad, grad) < 1e-9
+
+    for name, stats in breakdown.stats.items():
+        for field, value in stats._asdict().items():
+            other = getattr(chunked.stats[name], field)
+            for a, b in zip(value.values(), other.values()) if isinstance(value, dict) else [(value, other)]:
+                assert relative(a, b) < 1e-9, (name, field)
+
+def test_scale_of_a_feature_does_not_matter(step):
+    gen, pos, uncond, _ = (t.flatten(2) if t.ndim > 2 else t for t in step)
+    losses, grads = [], []
+
+    for factor in (1., 1e-2, 1e5):
+        x = (gen * factor).requires_grad_()
+        loss = drift_loss(x, pos * factor, uncond * factor, min_dist_sq = 0.)[0].mean()      # the clamp has a unit
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(x.grad * factor)
+
+    assert relative(losses[1], losses[0]) < 1e-6 and relative(losses[2], losses[0]) < 1e-6
+    assert relative(grads[1], grads[0]) < 1e-6 and relative(grads[2], grads[0]) < 1e-6
+
+def test_no_guidance_is_no_unconditional_samples(step):
+    gen, pos, uncond, alpha = step
+    none = loss_and_gradient(gen, pos, None, None)
+    kwargs = dict(weight_in_softmax = True)
+    inside = loss_and_gradient(gen, pos, uncond, torch.ones_like(alpha), **kwargs)
+    assert relative(inside[0], loss_and_gradient(gen, pos, None, None, **kwargs)[0]) < 1e-6 and relative(inside[1], none[1]) < 1e-6
+
+    # the release multiplies after the softmax, in whose sums weightless samples still are: each V keeps its direction, not its length
+
+    after = drift_loss(gen.flatten(2), pos.flatten(2), uncond.flatten(2), uncond_weight = torch.zeros(3, 4, dtype = torch.float64), temperatures = (0.2,), affinity_floor = 0.)
+    plain = drift_loss(gen.flatten(2), pos.flatten(2), temperatures = (0.2,), affinity_floor = 0.)
+    assert relative(after[1].scale, plain[1].scale) < 1e-12 and (after[1].drift_rms[0.2] < plain[1].drift_rms[0.2])
+
+def test_weights_inside_the_softmax_are_repeated_samples(rng):
+    """A weight of 2 counts like the sample twice, over y. That is what 'inside' means."""
+    gen, pos, uncond, _ = random_problem(rng)
+    field = DriftField(normalize = 'y')
+    twice, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field)
+    weighted, _ = drift_loss(gen, pos, uncond, uncond_weight = torch.full((2, 2), 2., dtype = torch.float64), field = field, weight_in_softmax = True, affinity_floor = 0.)
+    exact, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field, affinity_floor = 0.)
+    assert relative(weighted, exact) < 1e-9 and relative(weighted, twice) > 1e-12
+
+def test_diagnostics(step):
+    _, _, breakdown = loss_and_gradient(*step, affinity_floor = 0.)
+    _, _, without = loss_and_gradient(*step, affinity_floor = 0., diagnostics = False)
+
+    for name, stats in breakdown.stats.items():
+        assert without.stats[name].neighbors == {} and without.stats[name].drift_rms == stats.drift_rms
+        for temperature in TEMPERATURES:
+            assert 1 <= stats.neighbors[temperature] <= 6 and 0 < stats.uncond_share[temperature] < 1
+        assert stats.neighbors[0.02] < stats.neighbors[0.2]                  # a small temperature listens to the nearest only
+
+    floored = loss_and_gradient(*step)[2].stats['global']
+    assert floored.neighbors[0.02] > 2 * stats.neighbors[0.02]                    # the floor makes small temperatures listen to everyone
+
+    from drifting_pytorch.drifting import effective_neighbors
+    assert relative(effective_neighbors(torch.tensor([[1., 1., 1., 1.], [5., 0., 0., 0.], [2., 2., 0., 0.]])), [4., 1., 2.]) < 1e-6
+
 X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize('call, says', [
@@ -177,6 +273,14 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, uncond_weight = torch.ones(2, 3)), 'without uncond'),
     (lambda: drift_loss(X, X, temperatures = ()), 'temperatures'),
     (lambda: drift_loss(X, X, temperatures = (0.1, -1.)), 'temperatures'),
+    (lambda: drift_loss(X, X, temperatures = (0.1, float('nan'))), 'temperatures'),
+    (lambda: drift_loss(X.numpy(), X), 'gen must be a tensor, got ndarray'),
+    (lambda: FeatureDriftLoss(temperature = (0.1,)), "unknown arguments ['temperature']"),
+    (lambda: FeatureDriftLoss(lambda x: {})(X, X), 'an encoder must return a dict'),
+    (lambda: FeatureDriftLoss(lambda x: {'global': x[:, None]})(X, X), "features of the same name: ['global']"),
+    (lambda: FeatureDriftLoss(lambda x: {'a': x[:1, None]})(X, X), "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"),
+    (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha must be a tensor'),
+    (lambda: drift_loss(X, X, chunk_size = 0), 'chunk_size must be above 0'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
     (lambda: FeatureDriftLoss('resnet'), 'encoder must be'),
     (lambda: FeatureDriftLoss()(X, X[:1]), 'pos has shape (1, 3, 4) but gen has shape (2, 3, 4)'),
@@ -186,8 +290,8 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss()(X, X, X), 'without alpha'),
     (lambda: FeatureDriftLoss()(X, X, X, torch.tensor([0.5, 1.])), 'alpha must be finite and in 1 .. inf, got 0.5 .. 1.0'),
     (lambda: FeatureDriftLoss()(X, X, X, torch.tensor([float('nan'), 1.])), 'alpha must be'),
-    (lambda: FeatureDriftLoss()(X, X, X, torch.ones(3)), 'alpha has shape (3,), expected (2,)'),
-    (lambda: FeatureDriftLoss()(X, X, None, torch.full((2,), 2.)), 'alpha must be finite and in 1 .. 1, got 2.0'),
+    (lambda: FeatureDriftLoss()(X, X, X, torch.ones(3)), 'alpha must be a tensor of shape (2,), one guidance scale per group, got (3,)'),
+    (lambda: FeatureDriftLoss()(X, X, None, torch.full((2,), 2.)), 'alpha above 1 needs uncond'),
     (lambda: FeatureDriftLoss(lambda x: dict(a = x))(X, X), "feature 'a' has shape"),
 ])
 def test_bad_input_is_one_clear_line(call, says):

@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, SampleQueue, Trainer
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, SampleQueue, Trainer, drift_loss
 from drifting_pytorch.drifting import endless_shuffle, image_grid, sample_alpha
 
 # the queue
@@ -141,7 +145,7 @@ def trainer(folder, model = None, data = None, loss_fn = None, **kwargs):
     return Trainer(model or Net(), loss_fn or FeatureDriftLoss(affinity_floor = 0.), data or dataset(), **{**settings, **kwargs})
 
 def weights(t):
-    return torch.cat([p.detach().flatten() for p in t.generator.parameters()])
+    return torch.cat([p.detach().flatten() for p in t.unwrapped.parameters()])
 
 def test_training_moves_every_class_to_its_data(tmp_path):
     t = trainer(tmp_path, num_train_steps = 300, ema_decay = 0.9)
@@ -159,14 +163,14 @@ def test_metrics_tell_the_drift(tmp_path):
     assert [row['step'] for row in rows] == [5, 10, 15, 20]
     for row in rows:
         for temperature in (0.02, 0.05, 0.2):
-            assert row[f'drift/{temperature}'] == row[f'feature/global/drift/{temperature}'] > 0
+            assert row[f'drift/{temperature}'] == row[f'feature/global/drift_rms/{temperature}'] > 0
         assert row['loss'] == row['feature/global/loss'] and row['feature/global/scale'] > 0 and 1 <= row['alpha_mean'] <= 4
     assert [row['learning_rate'] for row in rows] == [pytest.approx(1e-2)] * 4
 
 def test_warmup_and_ema_are_the_plain_ones(tmp_path):
     t = trainer(tmp_path, ema_decay = 0.9)
     batches, average, rates = t.batches(), weights(t).clone(), []
-    t.fill_queue(batches)
+    t.before_training(batches)
 
     for _ in range(6):
         t.train_step(batches)
@@ -178,7 +182,7 @@ def test_warmup_and_ema_are_the_plain_ones(tmp_path):
 
 def test_draws_depend_on_the_step_alone(tmp_path):
     t = trainer(tmp_path, num_groups = 20)
-    t.fill_queue(t.batches())
+    t.before_training(t.batches())
     newest = torch.tensor([0] * 4 + [1] * 4 + [2] * 8)
 
     first = t.draw(newest, 0)
@@ -211,7 +215,7 @@ def test_resume_is_exact(tmp_path):
     assert last('a') == last('b')
 
 def test_checkpoints(tmp_path):
-    trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2).train()
+    trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2, log_every = 4).train()
     folders = sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
     assert folders == ['step-00000008', 'step-00000010']
 
@@ -225,6 +229,20 @@ def test_checkpoints(tmp_path):
     with pytest.raises(ValueError, match = 'the saved queue has'):
         trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
     assert trainer(tmp_path / 'empty', resume_from_checkpoint = 'latest').step == 0
+
+    # a run that is resumed from further back logs again what came after
+
+    steps = lambda: [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert steps() == [4, 8, 10]
+    trainer(tmp_path, num_train_steps = 10, log_every = 4, resume_from_checkpoint = tmp_path / 'checkpoints' / 'step-00000008').train()
+    assert steps() == [4, 8, 10]
+
+    # a new run does not mix with an earlier one
+
+    with pytest.raises(ValueError, match = 'holds an earlier run'):
+        trainer(tmp_path)
+    trainer(tmp_path, num_train_steps = 5, save_every = 5, overwrite = True).train()
+    assert steps() == [5] and [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000005']
 
 def test_images_of_the_averaged_model(tmp_path):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
@@ -245,17 +263,17 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
     gradients = []
     t = trainer(tmp_path, Plain(), gradient_accumulation_steps = 2, max_grad_norm = 1e9)
     batches = t.batches()
-    t.fill_queue(batches)
+    t.before_training(batches)
 
     for micro_step in range(2):
-        labels, alpha, noise, _, pos, uncond = t.draw(t.read(batches), micro_step)
-        gen = t.generator(noise.flatten(0, 1), labels.repeat_interleave(8), alpha.repeat_interleave(8))
+        labels, alpha, noise, _, pos, uncond = t.draw(t.push(batches), micro_step)
+        gen = t.unwrapped(noise.flatten(0, 1), labels.repeat_interleave(8), alpha.repeat_interleave(8))
         loss, _ = t.loss_fn(gen.view(6, 8, 2), pos, uncond, alpha)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(t.generator.parameters()))]))
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(t.unwrapped.parameters()))]))
 
     again = trainer(tmp_path, Plain(), gradient_accumulation_steps = 2, max_grad_norm = 1e9)
     batches = again.batches()
-    again.fill_queue(batches)
+    again.before_training(batches)
     norm = again.train_step(batches)[2]
     assert relative(norm, ((gradients[0] + gradients[1]) / 2).norm()) < 1e-5
 
@@ -266,10 +284,129 @@ def test_unconditional_training_ignores_labels_and_guidance(tmp_path):
     assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['alpha_mean'] == 1
     assert t.sample(num_samples = 4, seed = 0).shape == (4, 2)
 
+class Augmented(torch.utils.data.Dataset):
+    """Labels of an odd type, and augmentations from three libraries' random states."""
+
+    def __len__(self):
+        return 240
+
+    def __getitem__(self, i):
+        import random
+        noise = torch.randn(2) + random.random() + np.random.rand()
+        return (X[i] + 0.01 * noise).double(), np.uint8(Y[i])
+
+def test_resume_is_exact_with_augmentations_and_workers(tmp_path):
+    torch.rand(3)
+    straight = trainer(tmp_path / 'a', data = Augmented(), num_train_steps = 12)
+    straight.train()
+
+    trainer(tmp_path / 'b', data = Augmented(), num_train_steps = 6, save_every = 6, num_workers = 2).train()
+    resumed = trainer(tmp_path / 'b', data = Augmented(), num_train_steps = 12, num_workers = 2, resume_from_checkpoint = 'latest')
+    resumed.train()
+    assert torch.equal(weights(straight), weights(resumed))
+
+def test_no_clipping(tmp_path):
+    t = trainer(tmp_path, max_grad_norm = None, num_train_steps = 2)
+    t.train()
+    assert weights(t).isfinite().all()
+
+def test_two_trainers_at_once_do_not_disturb_each_other(tmp_path):
+    alone = trainer(tmp_path / 'a', num_train_steps = 3, gradient_accumulation_steps = 2)
+    alone.train()
+    first = trainer(tmp_path / 'b', num_train_steps = 3, gradient_accumulation_steps = 2)
+    trainer(tmp_path / 'c')
+    first.train()
+    assert torch.equal(weights(alone), weights(first))
+
+def test_two_processes_train_one_model(tmp_path):
+    """Each fills a queue of its own, the groups are shared, the loss's statistics are those of all groups."""
+    script = tmp_path / 'train.py'
+    script.write_text(f"""
+import json, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from test_trainer import trainer, weights, TensorDataset, X, Y
+from drifting_pytorch import drift_loss
+
+t = trainer({str(tmp_path / 'run')!r}, data = TensorDataset(X[:120], Y[:120]), num_train_steps = 6, save_every = 3, num_pos = 12)
+t.train()
+rank = t.accelerator.process_index
+
+gen, pos = (torch.randn(2, n, 3, generator = torch.Generator().manual_seed(n)) for n in (4, 5))
+loss, stats = drift_loss(gen[rank:rank + 1], pos[rank:rank + 1])
+resumed = trainer({str(tmp_path / 'run')!r}, data = TensorDataset(X[:120], Y[:120]), num_train_steps = 6, num_pos = 12, resume_from_checkpoint = {str(tmp_path / 'run' / 'checkpoints' / 'step-00000003')!r})
+resumed.train()
+
+result = dict(world = t.accelerator.num_processes, weights = weights(t).tolist(), resumed = weights(resumed).tolist(), queue = t.queue.by_class.flatten().tolist(), loss = loss.tolist(), scale = stats.scale.item())
+json.dump(result, open({str(tmp_path)!r} + f'/{{rank}}.json', 'w'))
+""")
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29617', str(script)]
+    result = subprocess.run(command, capture_output = True, text = True, timeout = 200, env = {**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    a, b = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in range(2))
+    assert a['world'] == 2 and a['weights'] == b['weights'] and a['queue'] != b['queue']
+    assert a['resumed'] == a['weights'] == b['resumed']
+
+    gen, pos = (torch.randn(2, n, 3, generator = torch.Generator().manual_seed(n)) for n in (4, 5))
+    loss, stats = drift_loss(gen, pos)
+    assert relative([a['loss'][0], b['loss'][0]], loss) < 1e-5 and relative(a['scale'], stats.scale) < 1e-5
+
 def test_half_precision(tmp_path):
     t = trainer(tmp_path, mixed_precision = 'bf16', num_train_steps = 3)
     t.train()
     assert weights(t).isfinite().all() and weights(t).dtype == torch.float32
+
+# the encoder's trainer
+
+def pictures(num = 96):
+    """Images of two kinds: vertical and horizontal stripes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num) % 2
+    waves = torch.sin(torch.arange(16) * 0.8 + 6 * torch.rand(num, 1, generator = generator))
+    images = torch.where((labels == 0)[:, None, None], waves[:, :, None], waves[:, None, :])
+    return TensorDataset(images[:, None], labels)
+
+def mae_trainer(folder, **kwargs):
+    torch.manual_seed(0)
+    model = LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = 2)
+    settings = dict(num_train_steps = 60, batch_size = 16, learning_rate = 3e-3, lr_warmup_steps = 5, ema_decay = 0.9, log_every = 10, sample_every = 0, save_every = 0, results_folder = folder, cpu = True, progress_bar = False)
+    return MAETrainer(model, pictures(), **{**settings, **kwargs})
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+
+def test_pretraining_learns_to_reconstruct_then_to_classify(tmp_path):
+    t = mae_trainer(tmp_path, num_train_steps = 80, finetune_steps = 40, cls_weight = 0.5, cls_warmup_steps = 10, sample_every = 80)
+    t.train()
+    log = rows(tmp_path)
+    assert log[-1]['reconstruction'] < 0.5 * log[0]['reconstruction']
+    assert [row['cls_weight'] for row in log] == pytest.approx([0.] * 4 + [0.5] * 4, abs = 0.06)
+    assert sum(row['accuracy'] for row in log[-2:]) / 2 > 0.85
+    assert Image.open(tmp_path / 'samples' / 'step-00000080.png').size == (10 * 18 * 3, 3 * 18 * 3)
+
+    features = t.ema.ema_model.features(pictures().tensors[0][:4])
+    assert features['layer4_mean'].shape == (4, 1, 64)
+
+def test_lambda_ramps_linearly(tmp_path):
+    t = mae_trainer(tmp_path, num_train_steps = 10, finetune_steps = 4, cls_weight = 0.1, cls_warmup_steps = 2)
+    ramp = []
+    for t.step in range(10):
+        ramp.append(t.current_cls_weight)
+    assert ramp == pytest.approx([0.] * 6 + [0.05, 0.1, 0.1, 0.1])
+
+def test_pretraining_resumes_exactly(tmp_path):
+    straight = mae_trainer(tmp_path / 'a', num_train_steps = 8)
+    straight.train()
+    mae_trainer(tmp_path / 'b', num_train_steps = 4, save_every = 4).train()
+    resumed = mae_trainer(tmp_path / 'b', num_train_steps = 8, resume_from_checkpoint = 'latest')
+    assert resumed.step == 4
+    resumed.train()
+    assert torch.equal(weights(straight), weights(resumed)) and rows(tmp_path / 'a')[-1] == rows(tmp_path / 'b')[-1]
+
+def test_fine_tuning_needs_a_classifier(tmp_path):
+    with pytest.raises(ValueError, match = 'finetune_steps needs a model with a classifier'):
+        MAETrainer(LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = None), pictures(), batch_size = 16, finetune_steps = 2, results_folder = tmp_path, cpu = True)
 
 class Wrong(Net):
     def forward(self, *args, **kwargs):
@@ -278,7 +415,7 @@ class Wrong(Net):
 X, Y = dataset().tensors
 
 @pytest.mark.parametrize('kwargs, says', [
-    (dict(data = TensorDataset(X[:10], Y[:10])), 'the dataset has 10 samples, fewer than push_size = 16'),
+    (dict(data = TensorDataset(X[:10], Y[:10])), 'the dataset has 10 samples, fewer than the 16 read per step'),
     (dict(data = TensorDataset(X.long(), Y)), 'the dataset must yield (floating point tensor, label), its first sample is torch.int64'),
     (dict(data = [(0., 0)] * 20), 'its first sample is float'),
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
@@ -286,6 +423,9 @@ X, Y = dataset().tensors
     (dict(data = TensorDataset(X.index_fill(0, torch.tensor(3), float('nan')), Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
     (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
+    (dict(data = TensorDataset(X)), 'the dataset must yield (floating point tensor, label), its first sample is tuple'),
+    (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
+    (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
     (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
