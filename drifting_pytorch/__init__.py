@@ -3,6 +3,8 @@ from drifting_pytorch.drifting import (
     drift_loss,
     FeatureDriftLoss,
     LatentMAE,
+    ConvNeXtV2,
+    BackboneFeatures,
     DriftingGenerator,
     SampleQueue,
     Trainer,

@@ -640,6 +640,124 @@ class LatentMAE(Module):
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
+# encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
+
+class PixelInput(Module):
+    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
+
+    def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
+        super().__init__()
+        self.image_size = image_size
+        self.register_buffer('mean', torch.tensor(mean), persistent = False)
+        self.register_buffer('std', torch.tensor(std), persistent = False)
+
+    def forward(self, x):
+        check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected images (batch, {len(self.mean)}, height, width) in [-1, 1]')
+        x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
+        return ((x + 1) / 2 - rearrange(self.mean, 'ch -> ch 1 1')) / rearrange(self.std, 'ch -> ch 1 1')
+
+class BackboneFeatures(Module):
+    """Drifting features of any vision backbone, for example of timm or torchvision with SimCLR's, MoCo's or DINO's weights.
+
+    backbone: images -> feature maps [b d h w] or tokens [b n d] (the locations of a square map), one, a list, or a dict of them.
+    num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
+    Everything else goes to PixelInput: image_size, mean and std that the backbone was trained with.
+    """
+
+    def __init__(self, backbone, *, num_prefix_tokens = 0, feature_sets = FEATURE_SETS, **pixel_input_kwargs):
+        super().__init__()
+        self.backbone, self.num_prefix_tokens, self.feature_sets = backbone, num_prefix_tokens, feature_sets
+        self.pixel_input = PixelInput(**pixel_input_kwargs)
+
+    def features(self, x):
+        """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
+        outputs = self.backbone(self.pixel_input(x))
+        outputs = [outputs] if torch.is_tensor(outputs) else outputs
+        outputs = outputs if isinstance(outputs, dict) else {f'layer{i}': out for i, out in enumerate(outputs, 1)}
+        features = {}
+
+        for name, out in outputs.items():
+            if out.ndim == 3:
+                tokens = out[:, self.num_prefix_tokens:]
+                side = math.isqrt(tokens.shape[1])
+                check(side ** 2 == tokens.shape[1], f'{name} has {tokens.shape[1]} tokens behind the {self.num_prefix_tokens} prefix tokens, expected a square number')
+                out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
+
+            check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
+            features |= map_features(name, out, self.feature_sets)
+
+        return features
+
+class ChannelNorm(nn.LayerNorm):
+    def forward(self, x):                                                           # b d h w
+        return rearrange(super().forward(rearrange(x, 'b d h w -> b h w d')), 'b h w d -> b d h w')
+
+class ConvNeXtBlock(Module):
+    """A depthwise convolution, then an MLP on every location with global response normalisation in the middle."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dwconv, self.norm = nn.Conv2d(dim, dim, 7, padding = 3, groups = dim), ChannelNorm(dim, eps = 1e-6)
+        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.gamma, self.beta = Parameter(torch.zeros(4 * dim)), Parameter(torch.zeros(4 * dim))
+
+    def forward(self, x):                                                           # b d h w
+        h = F.gelu(self.pwconv1(rearrange(self.norm(self.dwconv(x)), 'b d h w -> b h w d')))
+        energy = h.norm(dim = (1, 2), keepdim = True)                               # b 1 1 d
+        h = h + self.gamma * h * energy / (energy.mean(dim = -1, keepdim = True) + 1e-6) + self.beta
+        return x + rearrange(self.pwconv2(h), 'b h w d -> b d h w')
+
+class ConvNeXtV2(Module):
+    """The second encoder of the pixel models, ConvNeXt-V2 (release: base, 22k, 224), with its features under the release's names (A.4)."""
+
+    def __init__(self, *, dims = (128, 256, 512, 1024), depths = (3, 3, 27, 3), **pixel_input_kwargs):
+        super().__init__()
+        self.pixel_input = PixelInput(**pixel_input_kwargs)
+        self.downs, self.stages = ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))]), ModuleList([])
+
+        for before, after in zip(dims, dims[1:]):
+            self.downs.append(nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)))
+
+        for dim, depth in zip(dims, depths):
+            self.stages.append(nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))))
+
+        self.norm = nn.LayerNorm(dims[-1], eps = 1e-6)
+
+    @classmethod
+    def from_state_dict(cls, state_dict, **kwargs):
+        """From weights named as in the original implementation, timm or transformers; a classifier on top is left out."""
+        state = {}
+
+        for name, t in state_dict.items():
+            for pattern, ours in CONVNEXT_NAMES:
+                name = re.sub(pattern, ours, name)
+            if not name.startswith(('head.', 'classifier.')):
+                state[name] = t.flatten() if name.endswith(('gamma', 'beta')) else t
+
+        stages = [len({name.split('.')[2] for name in state if name.startswith(f'stages.{i}.')}) for i in range(4)]
+        check(all(stages), f'these are not the weights of a ConvNeXt-V2: blocks of the four stages {stages}')
+
+        model = cls(dims = [len(state[f'stages.{i}.0.norm.weight']) for i in range(4)], depths = stages, **kwargs)
+        load_checked(model, state)
+        return model.eval()
+
+    def features(self, x):
+        """{name: [b f d]} of images x [b 3 h w] in [-1, 1]: each stage standardised over its channels, and the pooled output."""
+        x, features = self.pixel_input(x), {}
+
+        for i, (down, stage) in enumerate(zip(self.downs, self.stages)):
+            x = stage(down(x))
+            std, mean = torch.std_mean(full_precision(x), dim = 1, correction = 0, keepdim = True)
+            features |= map_features(f'convenxt_stage_{i}', (x - mean) / (std + 1e-3), ('locations', 'mean_std') if i > 0 else ('mean_std',))    # the release's spelling
+
+        return {**features, 'global_mean': self.norm(reduce(x, 'b d h w -> b 1 d', 'mean')), 'global_std': features['convenxt_stage_3_std']}
+
+CONVNEXT_NAMES = (
+    (r'^convnextv2\.', ''), (r'^encoder\.', ''), (r'^embeddings\.patch_embeddings', 'downs.0.0'), (r'^embeddings\.layernorm', 'downs.0.1'),
+    (r'^downsample_layers', 'downs'), (r'^stem', 'downs.0'), (r'^stages\.(\d+)\.downsampl(e|ing_layer)', r'downs.\1'), (r'\.(blocks|layers)\.', '.'),
+    (r'conv_dw', 'dwconv'), (r'mlp\.fc', 'pwconv'), (r'^head\.norm|layernorm', 'norm'), (r'(mlp\.)?grn\.(weight|gamma)', 'gamma'), (r'(mlp\.)?grn\.(bias|beta)', 'beta')
+)
+
 # ───────────────────────────────────────────────────────────────────────────────
 # 5. generator - A.2, Table 8
 # ───────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,5 @@
 import json
+import re
 import zlib
 
 import msgpack
@@ -8,7 +9,7 @@ import torch
 from conftest import REFERENCE, relative
 from einops import rearrange
 
-from drifting_pytorch import FeatureDriftLoss, LatentMAE, drift_loss
+from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss
 from drifting_pytorch.drifting import map_features
 
 TINY = dict(dim = 8, channels = 2, layers = (2, 1, 3, 4), num_classes = 5)
@@ -130,6 +131,90 @@ def test_parameter_counts(dim, channels, patch_size, parameters):
     if patch_size == 1:
         assert sum(f.numel() for f in features.values()) == {256: 2_470_404, 640: 6_176_004}[dim]
 
+def convnext_weights():
+    """The reference's ConvNeXt-V2 under the names of the original implementation."""
+    description, state = json.loads((REFERENCE / 'convnextv2.json').read_text()), {}
+
+    for path, shape in description['params'].items():
+        t = torch.from_numpy(by_the_rule(path, shape).astype(np.float32))
+        module, leaf = re.sub(r'(stages|_layers)_(\d+)', r'\1.\2', re.sub(r'/layers_(\d+)', r'.\1', path)).replace('/', '.').rsplit('.', 1)
+        if leaf == 'kernel':
+            t = rearrange(t, '... i o -> o i ...')
+        state[f'{module}.{dict(kernel = "weight", scale = "weight").get(leaf, leaf)}'] = t
+
+    return state
+
+def test_convnext_features_equal_the_release():
+    arrays = np.load(REFERENCE / 'convnextv2.npz')
+    model = ConvNeXtV2.from_state_dict(convnext_weights(), mean = (0.5,) * 3, std = (0.5,) * 3)       # the reference's input is normalised already
+
+    with torch.no_grad():
+        features = model.features(nchw(arrays['x']))
+
+    assert features.keys() == {key[4:] for key in arrays.files if key.startswith('act/')}
+
+    for name, feature in features.items():
+        assert feature.shape == tuple(arrays[f'shape/{name}']), name
+        assert relative(digest(feature), arrays[f'act/{name}']) < 1e-5, name
+
+def renamed(state, *rules):
+    for pattern, name in rules:
+        state = {re.sub(pattern, name, key): t for key, t in state.items()}
+    return state
+
+def test_convnext_weights_of_timm_and_transformers():
+    original = convnext_weights()
+    expected = ConvNeXtV2.from_state_dict(original).state_dict()
+
+    timm = renamed(
+        original, (r'^stages\.(\d+)\.(\d+)', r'stages.\1.blocks.\2'), (r'^downsample_layers\.0', 'stem'), (r'^downsample_layers\.(\d+)', r'stages.\1.downsample'), ('dwconv', 'conv_dw'),
+        ('pwconv', 'mlp.fc'), ('grn.gamma', 'mlp.grn.weight'), ('grn.beta', 'mlp.grn.bias'), (r'^norm', 'head.norm')
+    )
+    timm = {name: t.flatten() if 'grn' in name else t for name, t in timm.items()} | {'head.fc.weight': torch.zeros(10, 128), 'head.fc.bias': torch.zeros(10)}
+
+    transformers = renamed(
+        original, (r'^stages\.(\d+)\.(\d+)\.norm', r'stages.\1.\2.layernorm'), (r'^norm', 'layernorm'), (r'^stages\.(\d+)\.(\d+)', r'encoder.stages.\1.layers.\2'),
+        (r'^downsample_layers\.0\.0', 'embeddings.patch_embeddings'), (r'^downsample_layers\.0\.1', 'embeddings.layernorm'), (r'^downsample_layers\.(\d+)', r'encoder.stages.\1.downsampling_layer'),
+        ('grn.gamma', 'grn.weight'), ('grn.beta', 'grn.bias'), (r'^', 'convnextv2.')
+    ) | {'classifier.weight': torch.zeros(10, 128), 'classifier.bias': torch.zeros(10)}
+
+    for state in (timm, transformers):
+        loaded = ConvNeXtV2.from_state_dict(state).state_dict()
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+    with pytest.raises(ValueError, match = "missing .'norm.bias'"):
+        ConvNeXtV2.from_state_dict({name: t for name, t in original.items() if name != 'norm.bias'})
+    with pytest.raises(ValueError, match = 'not the weights of a ConvNeXt-V2'):
+        ConvNeXtV2.from_state_dict({'layer1.weight': torch.zeros(1)})
+
+def test_any_backbone(rng):
+    seen = []
+
+    class Backbone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 6, 8, stride = 8)
+
+        def forward(self, x):
+            seen.append(x)
+            maps = self.conv(x)
+            tokens = torch.cat((x.new_zeros(len(x), 2, 6), maps.flatten(2).mT), dim = 1)         # two prefix tokens
+            return [maps, tokens]
+
+    encoder = BackboneFeatures(Backbone(), image_size = 32, num_prefix_tokens = 2)
+    white = torch.ones(1, 3, 64, 64)
+    features = encoder.features(white)
+
+    expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert seen[0].shape == (1, 3, 32, 32) and relative(seen[0].mean(dim = (0, 2, 3)), expected) < 1e-6
+    assert torch.equal(features['layer1'], features['layer2']) and features['layer2_mean_4'].shape == (1, 1, 6)
+    assert 'layer1_mean_2' not in BackboneFeatures(Backbone(), image_size = 32, num_prefix_tokens = 2, feature_sets = ('locations',)).features(white)
+
+    gen, pos = (torch.randn(2, n, 3, 16, 16, generator = rng) for n in (3, 4))
+    loss, _ = FeatureDriftLoss([encoder, ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1), image_size = 64)])(gen.requires_grad_(), pos)
+    loss.backward()
+    assert gen.grad.isfinite().all() and gen.grad.abs().sum() > 0
+
 # features
 
 def test_map_features_are_means_and_deviations(rng):
@@ -247,6 +332,9 @@ X = torch.zeros(2, 2, 16, 16)
     (lambda: tiny(layers = (1, 1)), 'layers must be'),
     (lambda: tiny(mask_ratio = 1.5), 'mask_ratio must be'),
     (lambda: tiny(feature_sets = ('8x8',)), 'feature_sets must be among'),
+    (lambda: ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1)).features(X), 'expected images (batch, 3, height, width) in [-1, 1]'),
+    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(X.repeat(1, 2, 1, 1)[:, :3]), '5 tokens behind the 0 prefix tokens'),
+    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5)).features(X.repeat(1, 2, 1, 1)[:, :3]), 'layer1 has shape (2, 5)'),
     (lambda: FeatureDriftLoss([lambda x: dict(a = x), lambda x: dict(a = x)])(X[None], X[None]), "features of the same name: ['a']"),
     (lambda: FeatureDriftLoss(lambda x: x)(X[None], X[None]), 'an encoder must return a dict'),
     (lambda: FeatureDriftLoss([None]), 'encoder must be'),
