@@ -145,6 +145,19 @@ def pairwise_distance(x: Float['... n d'], y: Float['... y d'], min_dist_sq: flo
     dist_sq = einx.add('... n, ... y -> ... n y', x_sq, y_sq) - 2 * x @ y.mT
     return dist_sq.clamp(min = min_dist_sq).sqrt()
 
+NORMALIZATIONS = ('both', 'y', 'none', 'gradient', 'sharp', 'sinkhorn')
+
+def sinkhorn(log_kernel, iters):
+    """The entropic transport plan [... n m] of uniform marginals, 1/n for rows and 1/m for columns, by iterations in the log domain."""
+    n, m = log_kernel.shape[-2:]
+    u = v = 0.
+
+    for _ in range(iters if m > 0 else 0):
+        u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
+        v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
+
+    return (log_kernel + u + v).exp()
+
 class DriftField(Module):
     """The drifting field V_{p,q}(x): where each point should move, towards the positives and away from the negatives (Algorithm 2).
 
@@ -153,18 +166,23 @@ class DriftField(Module):
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
     normalize: what turns the kernel into affinities (Table 11). 'both', the geometric mean of the softmax over y and the softmax over x
         (paper); 'y', the softmax over y only; 'none', the kernel itself, which underflows where distances far exceed the temperature.
+        Or a field of later work, in which positives and negatives are normalised apart: 'gradient', the direction of the kernel's gradient (2605.10727);
+        'sharp', the gradient of the scalar that `potential` gives (2604.06333); 'sinkhorn', entropic optimal transport (2605.11755), whose
+        temperature is the regularisation of the cost |x - y|^2 / 2, and which wants an independent batch of generated samples as negatives.
     attraction, repulsion: the factors a, b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and the training.
     """
 
-    def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
+    def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1., sinkhorn_iters = 10):
         super().__init__()
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
-        check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
+        check(normalize in NORMALIZATIONS, f'normalize must be one of {", ".join(NORMALIZATIONS)}, got {normalize!r}')
+        check(normalize not in ('sharp', 'sinkhorn') or kernel == 'laplace', f'normalize = {normalize!r} has a kernel of its own, leave out kernel = {kernel!r}')
 
         self.kernel = kernel
         self.normalize = normalize
         self.attraction = attraction
         self.repulsion = repulsion
+        self.sinkhorn_iters = sinkhorn_iters
 
     def extra_repr(self):
         return f'kernel = {self.kernel!r}, normalize = {self.normalize!r}, attraction = {self.attraction}, repulsion = {self.repulsion}'
@@ -172,20 +190,38 @@ class DriftField(Module):
     @typecheck
     def coefficients(
         self,
-        dist: Float['... n y'],            # distances to [positives | negatives]
+        dist: Float['... n y'],            # distances to [positives | negatives | unconditional]
         num_pos: int,
+        num_neg: int,
         temperature: float,
         weight: Float['... y'] | None = None,
         affinity_floor: float = 0.,
         weight_in_softmax: bool = False
     ) -> Float['... n y']:
-        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on negatives, zero sum if a = b."""
+        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others, zero sum if a = b."""
+
+        if self.normalize == 'sinkhorn':
+            plans = [sinkhorn(-0.5 * d ** 2 / temperature, self.sinkhorn_iters) for d in dist.tensor_split((num_pos, num_pos + num_neg), dim = -1)]
+            plan_pos, plan_neg, plan_uncond = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
+
+            # V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond), with alpha - 1 from the weights w = (alpha - 1) (g - 1) / u
+
+            guidance = 0. if not exists(weight) else reduce(weight[..., num_pos + num_neg:], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
+            return cat(((self.attraction + guidance) * plan_pos, -self.repulsion * plan_neg, -guidance * plan_uncond), dim = -1)
 
         logits = -dist / temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
+        apart = self.normalize in ('gradient', 'sharp')
 
-        if weight_in_softmax and exists(weight):
+        if (weight_in_softmax or apart) and exists(weight):
             logits = logits + rearrange(weight.clamp(min = 1e-30).log(), '... y -> ... 1 y')
             weight = (weight > 0).to(weight)
+
+        if apart:
+            log_gradient, log_mass = self.log_gradient_and_mass(dist, temperature)
+            log_sums = [rearrange(t.logsumexp(dim = -1), '... n -> ... n 1') for t in (logits + log_mass).tensor_split((num_pos,), dim = -1)]
+
+            W_pos, W_neg = ((t - log_sum).exp() for t, log_sum in zip((logits + log_gradient).tensor_split((num_pos,), dim = -1), log_sums))
+            return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
 
         over_y = logits.softmax(dim = -1) if self.normalize != 'none' else logits.exp()
         over_x = logits.softmax(dim = -2) if self.normalize == 'both' else over_y
@@ -201,6 +237,25 @@ class DriftField(Module):
         W_neg = A_neg * reduce(A_pos, '... n p -> ... n 1', 'sum')
 
         return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
+
+    def log_gradient_and_mass(self, dist, temperature):
+        """V = sum_y k a (y - x) / sum_y k c: the logarithms of a and c. 'gradient': a (y - x) k is the gradient of k. 'sharp': k (y - x) is that of k c."""
+        if self.normalize == 'sharp':
+            return 0., (temperature * (dist + temperature)).log()
+
+        return -(dist.clamp(min = 1e-12) * temperature).log() if self.kernel == 'laplace' else -2 * math.log(temperature), 0.
+
+    @torch.no_grad()
+    def potential(self, x: Float['... n d'], y_pos: Float['... p d'], y_neg: Float['... m d'], *, temperature) -> Float['... n']:
+        """The scalar that the 'sharp' field descends, V = -grad: log of the mean of c k over negatives minus that over positives. It falls as q nears p."""
+        check_points(x = x, y_pos = y_pos, y_neg = y_neg)
+        masses = []
+
+        for y in (y_neg, y_pos):
+            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')
+            masses.append(((temperature * (dist + temperature)).log() - dist / temperature).logsumexp(dim = -1) - math.log(y.shape[-2]))
+
+        return masses[0] - masses[1]
 
     @staticmethod
     def apply_coefficients(W, x, y):
@@ -233,10 +288,10 @@ class DriftField(Module):
             x, y = centered(x, y)
             dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')      # exact, whatever the temperature
 
-            if not exists(y_neg):
+            if not exists(y_neg) and self.normalize != 'sinkhorn':
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)   # mask self
 
-            W = self.coefficients(dist, num_pos, temperature)
+            W = self.coefficients(dist, num_pos, y.shape[-2] - num_pos, float(temperature))
             return self.apply_coefficients(W, x, y)
 
 # ───────────────────────────────────────────────────────────────────────────────
@@ -265,6 +320,7 @@ def drift_loss(
     uncond: Float['b u d'] | None = None,
     *,
     uncond_weight: Float['b u'] | None = None,
+    neg: Float['b m d'] | None = None,  # an independent batch of generated samples as negatives, in place of gen itself without self pairs
     temperatures = (0.02, 0.05, 0.2),   # A.6, relative to the mean distance S
     field: DriftField | None = None,
     weight_in_softmax = False,          # guidance weights the affinity (release), or the kernel before it is normalised
@@ -286,21 +342,24 @@ def drift_loss(
     Each temperature's field is divided by its own root mean square, so the loss stays near a constant: watch stats.drift_rms.
     Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights, temperatures <= 0.
     """
-    check_points(3, gen = gen, pos = pos, uncond = uncond)
+    check_points(3, gen = gen, pos = pos, uncond = uncond, neg = neg)
     temperatures = tuple(float(temperature) for temperature in temperatures)
     check(temperatures and all(0 < temperature < math.inf for temperature in temperatures), f'temperatures must be one or more finite numbers above 0, got {temperatures}')
     check(not exists(uncond_weight) or exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
 
-    (b, g, d), p, gen = gen.shape, pos.shape[1], full_precision(gen)
-    field, chunk_size = default(field, DriftField()), default(chunk_size, b)
+    field, chunk_size, negatives = default(field, DriftField()), default(chunk_size, len(gen)), default(neg, gen)
+    (b, g, d), p, m, gen = gen.shape, pos.shape[1], negatives.shape[1], full_precision(gen)
+    transport = field.normalize == 'sinkhorn'
+
+    check(not transport or exists(neg), "normalize = 'sinkhorn' needs neg, an independent batch of generated samples")
     check(chunk_size > 0, f'chunk_size must be above 0, got {chunk_size}')
 
-    weight = gen.new_ones(b, p + g + (uncond.shape[1] if exists(uncond) else 0))                       # b y
+    weight = gen.new_ones(b, p + m + (uncond.shape[1] if exists(uncond) else 0))                       # b y
 
     if exists(uncond_weight):
         check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
         check_range('uncond_weight', uncond_weight, 0)
-        weight[:, p + g:] = uncond_weight
+        weight[:, p + m:] = uncond_weight
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
 
@@ -310,15 +369,16 @@ def drift_loss(
 
         @lru_cache(maxsize = 1)
         def distances(i):
-            x, y = centered(gen[chunks[i]], cat([t[chunks[i]].to(gen.dtype) for t in (pos, gen, uncond) if exists(t)], dim = 1))
+            x, y = centered(gen[chunks[i]], cat([t[chunks[i]].to(gen.dtype) for t in (pos, negatives, uncond) if exists(t)], dim = 1))
             return x, y, pairwise_distance(x, y, min_dist_sq)                                          # b g d, b y d, b g y
 
-        # one scale for the feature: the weighted mean distance, everything below is relative to it
+        # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
 
-        sum_dist = sum(einx.multiply('b g y, b y -> b g y', distances(i)[-1], weight[chunk]).sum() for i, chunk in enumerate(chunks))
+        power = 2 if transport else 1
+        sum_dist = sum(einx.multiply('b g y, b y -> b g y', distances(i)[-1] ** power, weight[chunk]).sum() for i, chunk in enumerate(chunks))
         sum_dist, sum_weight = sum_over_processes(stack((sum_dist, weight.sum() * g)))
 
-        scale = sum_dist / sum_weight
+        scale = (sum_dist / sum_weight) ** (1 / power)
         feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
 
         # the field of each temperature
@@ -327,9 +387,11 @@ def drift_loss(
         def fields(i):
             x, y, dist = distances(i)
             dist = dist / scale.clamp(min = min_scale)
-            dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
 
-            W = [field.coefficients(dist, p, temperature, weight[chunks[i]], affinity_floor, weight_in_softmax) for temperature in temperatures]
+            if not exists(neg):
+                dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                 # mask self
+
+            W = [field.coefficients(dist, p, m, temperature, weight[chunks[i]], affinity_floor, weight_in_softmax) for temperature in temperatures]
             return W, [field.apply_coefficients(w, x, y) / feature_scale for w in W]                   # b g y, b g d
 
         # how large they are: V^2, and where the weights go
@@ -337,7 +399,7 @@ def drift_loss(
         def measures(W, V):
             pull, push = W[..., :p], W[..., p:]
             neighbors = effective_neighbors(pull).sum() if diagnostics else V.new_zeros(())
-            uncond_share = (push[..., g:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else V.new_zeros(())
+            uncond_share = (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else V.new_zeros(())
             return stack(((V ** 2).sum() / d, neighbors, uncond_share))
 
         sums = sum(stack([measures(*pair) for pair in zip(*fields(i))]) for i in range(len(chunks)))   # t 3
@@ -378,6 +440,7 @@ class FeatureDriftLoss(Module):
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in (*encoders, decoder) if isinstance(m, Module)])
         self.drift_loss_kwargs = drift_loss_kwargs
+        self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
 
     def train(self, mode = True):
         return super().train(False)    # frozen encoders stay in eval mode
@@ -405,14 +468,15 @@ class FeatureDriftLoss(Module):
         gen: Float['c g ...'],
         pos: Float['c p ...'],
         uncond: Float['c u ...'] | None = None,
-        alpha: Float['c'] | None = None         # guidance scale of each group, >= 1
+        alpha: Float['c'] | None = None,        # guidance scale of each group, >= 1
+        neg: Float['c m ...'] | None = None     # other generated samples as negatives, see drift_loss
     ) -> tuple[Float[''], Breakdown]:
         """The loss of a step: c class groups, generated against real samples, and unconditional ones to be guided away from.
 
         Gradients flow to gen, through the encoder. Returns the loss and its Breakdown per feature.
         Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional samples, and all that drift_loss refuses.
         """
-        for name, t in dict(gen = gen, pos = pos, uncond = uncond).items():
+        for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
             if exists(t):
                 given = f'{name} has shape {tuple(t.shape)}'
                 check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected [groups, samples per group, ...sample shape], at least one of each')
@@ -433,8 +497,9 @@ class FeatureDriftLoss(Module):
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
 
         with torch.no_grad():
-            real = pos if not exists(uncond) else cat((pos, uncond), dim = 1)
-            real_features = self.features(rearrange(real, 'c r ... -> (c r) ...'))
+            others = dict(pos = pos, uncond = uncond, neg = neg)
+            others = {kind: t for kind, t in others.items() if exists(t)}
+            sizes, other_features = [t.shape[1] for t in others.values()], self.features(rearrange(cat(list(others.values()), dim = 1), 'c n ... -> (c n) ...'))
 
         losses, stats = {}, {}
 
@@ -442,11 +507,13 @@ class FeatureDriftLoss(Module):
             # every location of every group is a problem of its own
 
             f = gen_feature.shape[1]
-            gen_points, real_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, real_features[name]))
-            pos_points, uncond_points = real_points.split((pos.shape[1], real.shape[1] - pos.shape[1]), dim = 1)
+            gen_points, other_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, other_features[name]))
+            points = dict(zip(others, other_points.split(sizes, dim = 1)))
 
-            guidance = dict(uncond = uncond_points, uncond_weight = repeat(uncond_weight, 'c u -> (c f) u', f = f)) if exists(uncond) else {}
-            loss, stats[name] = drift_loss(gen_points, pos_points, **guidance, **self.drift_loss_kwargs)
+            if exists(uncond):
+                points['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = f)
+
+            loss, stats[name] = drift_loss(gen_points, **points, **self.drift_loss_kwargs)
             losses[name] = loss.mean()
 
         return sum(losses.values()), Breakdown(losses, stats)
@@ -1455,35 +1522,34 @@ class Trainer(BaseTrainer):
         where = 'one pass over the data' + (f', shared by {self.accelerator.num_processes} processes,' if self.accelerator.num_processes > 1 else '')
         raise ValueError(f'{where} left classes with fewer than num_pos = {self.num_pos} samples (class: samples): {short}. Lower num_pos, or leave them out')
 
+    def mine(self, t):
+        """The part of this process of what was drawn for all groups."""
+        return t.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
     def draw(self, newest_labels, micro_step):
-        """labels [c], alpha [c], noise [c g ...], styles [c g s] or None, pos [c p ...], uncond [c u ...] or None of this process's groups."""
-        c, g, device, world = self.num_groups, self.num_gen, self.accelerator.device, self.accelerator.num_processes
-        key = (self.seed, self.step, micro_step)
-        generator, noise_generator = seeded(*key), seeded(*key, 'noise', device = device)
+        """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
+        key, device = (self.seed, self.step, micro_step), self.accelerator.device
+        generator, queue_generator = seeded(*key), seeded(*key, 'queue', self.accelerator.process_index)
 
         # release: labels of the newest real samples, without replacement (in turns, where more groups than samples are asked for)
 
-        turns = math.ceil(c / len(newest_labels))
-        order = cat([torch.randperm(len(newest_labels), generator = generator) for _ in range(turns)])[:c]
+        turns = math.ceil(self.num_groups / len(newest_labels))
+        order = cat([torch.randperm(len(newest_labels), generator = generator) for _ in range(turns)])[:self.num_groups]
 
-        labels, alpha = newest_labels[order], sample_alpha(c, generator = generator, **self.alpha_kwargs)
-        noise = torch.randn(c, g, *self.noise_shape, generator = noise_generator, device = device)
-        styles = rearrange(self.unwrapped.draw_styles(c * g, noise_generator), '(c g) s -> c g s', c = c) if hasattr(self.unwrapped, 'draw_styles') else None
+        labels, alpha = self.mine(newest_labels[order]), self.mine(sample_alpha(self.num_groups, generator = generator, **self.alpha_kwargs))
 
-        # the groups of this process
+        pos = self.queue.positives(labels, self.num_pos, queue_generator)
+        uncond = self.queue.unconditional(len(labels), self.num_uncond, queue_generator) if self.num_uncond > 0 else None
 
-        rank = self.accelerator.process_index
-        labels, alpha, noise, styles = (t.chunk(world)[rank] if exists(t) else None for t in (labels, alpha, noise, styles))
+        return labels.to(device), alpha.to(device), pos, uncond
 
-        generator = seeded(*key, 'queue', rank)
-        pos = self.queue.positives(labels, self.num_pos, generator)
-        uncond = self.queue.unconditional(len(labels), self.num_uncond, generator) if self.num_uncond > 0 else None
+    def generate(self, labels, alpha, micro_step, which = 'gen'):
+        """Generated samples [c g ...] of this process's groups, from noise and styles that depend on the step alone."""
+        c, g, device = self.num_groups, self.num_gen, self.accelerator.device
+        generator = seeded(self.seed, self.step, micro_step, which, device = device)
 
-        return labels.to(device), alpha.to(device), noise, styles, pos, uncond
-
-    def compute_loss(self, batches, micro_step):
-        labels, alpha, noise, styles, pos, uncond = self.draw(self.push(batches), micro_step)
-        g = self.num_gen
+        noise = self.mine(torch.randn(c, g, *self.noise_shape, generator = generator, device = device))
+        styles = self.mine(rearrange(self.unwrapped.draw_styles(c * g, generator), '(c g) s -> c g s', c = c)) if hasattr(self.unwrapped, 'draw_styles') else None
 
         gen = self.model(
             rearrange(noise, 'c g ... -> (c g) ...'),
@@ -1493,9 +1559,20 @@ class Trainer(BaseTrainer):
         )
 
         check(gen.shape[1:] == self.sample_shape, f'the generator returns samples of shape {tuple(gen.shape[1:])}, those of the dataset have {self.sample_shape}')
+        return rearrange(gen, '(c g) ... -> c g ...', g = g)
+
+    def compute_loss(self, batches, micro_step):
+        labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
+        kwargs = {}
+
+        if getattr(self.loss_fn, 'needs_neg', False):
+            with torch.no_grad():
+                kwargs['neg'] = self.generate(labels, alpha, micro_step, 'neg')
+
+        gen = self.generate(labels, alpha, micro_step)
 
         with self.accelerator.autocast():
-            loss, breakdown = self.loss_fn(rearrange(gen, '(c g) ... -> c g ...', g = g), pos, uncond, alpha)
+            loss, breakdown = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
 
         return loss, (breakdown, alpha)
 

@@ -2,6 +2,7 @@
 
 python examples/train_toy.py                six runs: their evolution, the field, a table
 python examples/train_toy.py --ablation     two of the targets with a broken anti-symmetry (Table 1)
+python examples/train_toy.py --fields       the paper's field and those of later work, on four runs
 """
 
 import argparse
@@ -51,6 +52,15 @@ TARGETS = dict(
 STARTS = dict(between = ((0., 0.), 0.3), far = ((0., 6.), 0.3), collapsed = ((-2., 0.), 0.05))
 
 RUNS = [('bimodal', 'between'), ('bimodal', 'far'), ('bimodal', 'collapsed'), ('eight_gaussians', 'between'), ('checkerboard', 'between'), ('swiss_roll', 'between')]
+FIELDS = dict(
+    paper = dict(),
+    gaussian = dict(kernel = 'gaussian'),
+    over_y = dict(normalize = 'y'),
+    gradient = dict(normalize = 'gradient'),
+    sharp = dict(normalize = 'sharp'),
+    sinkhorn = dict(normalize = 'sinkhorn')
+)
+
 FACTORS = [(1., 1.), (1.5, 1.), (1., 1.5), (2., 1.), (1., 2.), (1., 0.)]
 
 class Generator(nn.Module):
@@ -104,7 +114,7 @@ def evaluate(model, target, num = 4_000, seed = 1234):
 
 # training
 
-def train(target_name, start_name, *, steps, batch, learning_rate, temperatures, seed, factors = (1., 1.), snapshots = 5):
+def train(target_name, start_name, *, steps, batch, learning_rate, temperatures, seed, field = None, snapshots = 5):
     """Returns the model, [(step, points)] on the way, [(step, {temperature: drift rms})] and the metrics."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -113,13 +123,13 @@ def train(target_name, start_name, *, steps, batch, learning_rate, temperatures,
     model = Generator(*STARTS[start_name])
     optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = (0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min = learning_rate / 20)
-    field = DriftField(attraction = factors[0], repulsion = factors[1])
+    field = DriftField(**(field or {}))
 
     fixed = torch.randn(1_000, 8, generator = generator)
     when = {round(steps * (i / (snapshots - 1)) ** 2) for i in range(snapshots)}     # early steps move the most
     evolution, drifts = [], []
 
-    for step in tqdm(range(steps + 1), desc = f'{target_name} from {start_name} {factors}', leave = False):
+    for step in tqdm(range(steps + 1), desc = f'{target_name} from {start_name}', leave = False):
         if step in when:
             with torch.no_grad():
                 evolution.append((step, model(fixed)))
@@ -131,7 +141,8 @@ def train(target_name, start_name, *, steps, batch, learning_rate, temperatures,
 
         # the whole method: one group, raw points. The release's affinity floor would freeze low-dimensional data
 
-        loss, stats = drift_loss(points[None], sample(batch, generator)[None], temperatures = temperatures, field = field, affinity_floor = 0.)
+        neg = model(torch.randn(batch, 8, generator = generator)).detach()[None] if field.normalize == 'sinkhorn' else None
+        loss, stats = drift_loss(points[None], sample(batch, generator)[None], neg = neg, temperatures = temperatures, field = field, affinity_floor = 0.)
 
         optimizer.zero_grad()
         loss.mean().backward()
@@ -198,6 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--results-folder', default = 'results/toy', help = 'where the picture, the table and metrics.json go')
     parser.add_argument('--ablation', action = 'store_true', help = 'break the anti-symmetry instead, on two targets: attraction and repulsion factors of Table 1')
+    parser.add_argument('--fields', action = 'store_true', help = 'compare the fields instead: ' + ', '.join(FIELDS))
     parser.add_argument('--steps', type = int, default = 1_500, help = 'optimiser steps of each run')
     parser.add_argument('--batch', type = int, default = 256, help = 'generated and real points per step')
     parser.add_argument('--learning-rate', type = float, default = 3e-3, help = 'of AdamW, decayed to a twentieth by a cosine')
@@ -213,7 +225,10 @@ def main():
     kwargs = dict(steps = args.steps, batch = args.batch, learning_rate = args.learning_rate, temperatures = tuple(args.temperatures), seed = args.seed)
 
     if args.ablation:
-        jobs = {f'{target} {a} V+ - {b} V-': dict(target_name = target, start_name = 'between', factors = (a, b)) for target in ('bimodal', 'checkerboard') for a, b in FACTORS}
+        jobs = {f'{target} {a} V+ - {b} V-': dict(target_name = target, start_name = 'between', field = dict(attraction = a, repulsion = b)) for target in ('bimodal', 'checkerboard') for a, b in FACTORS}
+    elif args.fields:
+        which = [('bimodal', 'between'), ('bimodal', 'far'), ('bimodal', 'collapsed'), ('swiss_roll', 'between')]
+        jobs = {f'{target} from {start}, {name}': dict(target_name = target, start_name = start, field = field) for target, start in which for name, field in FIELDS.items()}
     else:
         jobs = {f'{target} from {start}': dict(target_name = target, start_name = start) for target, start in RUNS}
 
@@ -223,7 +238,7 @@ def main():
         _, evolution, drifts, results[name] = train(**job, **kwargs)
         runs.append((name, job['target_name'], evolution, drifts, results[name]))
 
-    name = 'ablation' if args.ablation else 'evolution'
+    name = 'ablation' if args.ablation else 'fields' if args.fields else 'evolution'
     plot_runs(runs, folder / f'{name}.png')
 
     text = table(results)

@@ -63,15 +63,15 @@ def test_digit_metrics_know_copies_and_collapse(monkeypatch):
 def test_toy(tmp_path):
     text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
-    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--ablation')
+    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation')
     assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
 
-@pytest.mark.parametrize('start', ['far', 'collapsed'])
-def test_toy_recovers_both_modes(monkeypatch, start):
+@pytest.mark.parametrize('start, field', [('far', 'paper'), ('collapsed', 'paper'), ('between', 'gaussian'), ('between', 'gradient'), ('between', 'sharp'), ('far', 'sinkhorn')])
+def test_toy_recovers_both_modes(monkeypatch, start, field):
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))
     import train_toy
 
-    kwargs = dict(steps = 400, batch = 128, learning_rate = 3e-3, temperatures = (0.02, 0.05, 0.2, 0.5), seed = 0)
+    kwargs = dict(steps = 400, batch = 128, learning_rate = 3e-3, temperatures = (0.02, 0.05, 0.2, 0.5), seed = 0, field = train_toy.FIELDS[field])
     result = train_toy.train('bimodal', start, **kwargs)[3]
     assert result['modes_covered'] == 2 and result['ratio'] < 6
 

@@ -1,9 +1,11 @@
+import numpy as np
 import oracle
 import pytest
 import torch
 from conftest import relative
 
 from drifting_pytorch import DriftField
+from drifting_pytorch.drifting import NORMALIZATIONS, sinkhorn
 
 def points(rng, *shape):
     return torch.randn(*shape, generator = rng, dtype = torch.float64)
@@ -48,7 +50,7 @@ def test_own_negatives_are_the_points_without_themselves(rng):
 
     assert relative(DriftField()(x, y_pos, x, temperature = 0.7), DriftField()(x, y_pos, temperature = 0.7)) > 1e-2
 
-@pytest.mark.parametrize('normalize', ['both', 'y', 'none'])
+@pytest.mark.parametrize('normalize', NORMALIZATIONS)
 def test_antisymmetry(rng, normalize):
     x, a, b = points(rng, 6, 4), points(rng, 5, 4), points(rng, 8, 4)
     field = DriftField(normalize = normalize)
@@ -57,9 +59,10 @@ def test_antisymmetry(rng, normalize):
     assert relative(forward, -backward) < 1e-9
     assert forward.norm() > 1e-3
 
-def test_no_drift_at_equilibrium(rng):
+@pytest.mark.parametrize('normalize', NORMALIZATIONS)
+def test_no_drift_at_equilibrium(rng, normalize):
     x, a = points(rng, 6, 4), points(rng, 5, 4)
-    assert DriftField()(x, a, a, temperature = 0.5).abs().max() < 1e-9
+    assert DriftField(normalize = normalize)(x, a, a, temperature = 0.5).abs().max() < 1e-9
 
 @pytest.mark.parametrize('factors', [(1., 1.), (2., 1.)])
 def test_translation_invariance(rng, factors):
@@ -81,6 +84,76 @@ def test_attraction_and_repulsion_factors(rng):
 
     far = torch.full((3, 4), 10., dtype = torch.float64) + x[:3]
     assert ((a.mean(dim = 0) - far) * DriftField(repulsion = 0.)(far, a, temperature = 5.)).sum(dim = -1).min() > 0
+
+# fields of later work
+
+@pytest.mark.parametrize('kernel', ['laplace', 'gaussian'])
+def test_gradient_field_is_the_gradient_of_the_log_kernel_sums(rng, kernel):
+    """sum grad k / sum k over positives minus the same over negatives = grad (log sum k+ - log sum k-)."""
+    x, y_pos, y_neg = points(rng, 5, 3).requires_grad_(), points(rng, 7, 3), points(rng, 4, 3)
+
+    def log_density(y):
+        dist = (x[:, None] - y[None]).norm(dim = -1)
+        return (-dist / 0.7 if kernel == 'laplace' else -dist ** 2 / (2 * 0.7 ** 2)).logsumexp(dim = -1)
+
+    expected, = torch.autograd.grad((log_density(y_pos) - log_density(y_neg)).sum(), x)
+    assert relative(DriftField(kernel = kernel, normalize = 'gradient')(x, y_pos, y_neg, temperature = 0.7), expected) < 1e-9
+
+def test_sharp_field_is_the_gradient_of_its_potential(rng):
+    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    field = DriftField(normalize = 'sharp')
+    v = field(x, y_pos, y_neg, temperature = 0.7)
+
+    # the formula, with loops
+
+    for i in range(5):
+        sums = []
+        for y in (y_pos, y_neg):
+            r = (y - x[i]).norm(dim = -1)
+            k = torch.exp(-r / 0.7)
+            sums.append((k[:, None] * (y - x[i])).sum(dim = 0) / (0.7 * (r + 0.7) * k).sum())
+        assert relative(v[i], sums[0] - sums[1]) < 1e-9
+
+        # and finite differences of the scalar
+
+        for j in range(3):
+            bump = torch.zeros(1, 3, dtype = torch.float64)
+            bump[0, j] = 1e-5
+            up, down = (field.potential(x[i:i + 1] + sign * bump, y_pos, y_neg, temperature = 0.7) for sign in (1, -1))
+            assert abs(-(up - down).item() / 2e-5 - v[i, j].item()) < 1e-6
+
+    assert field.potential(x, y_pos, y_pos, temperature = 0.7).abs().max() < 1e-12
+
+def test_sinkhorn_plans_have_the_marginals(rng):
+    log_kernel = -torch.cdist(points(rng, 2, 6, 3), points(rng, 2, 4, 3)) ** 2 / 0.5
+    plan = sinkhorn(log_kernel, 200)
+    assert (plan.sum(dim = -1) - 1 / 6).abs().max() < 1e-9 and (plan.sum(dim = -2) - 1 / 4).abs().max() < 1e-9
+
+    # the optimal entropic plan is the kernel, scaled by rows and columns: its log is the kernel's plus a sum of two vectors
+
+    residual = plan.log() - log_kernel
+    residual = residual - residual[:, :1] - residual[:, :, :1] + residual[:, :1, :1]
+    assert residual.abs().max() < 1e-9
+
+    # columns are exact after any number of iterations, rows are what the transport divides by
+
+    assert (sinkhorn(log_kernel, 1).sum(dim = -2) - 1 / 4).abs().max() < 1e-12
+
+def test_sinkhorn_field_moves_to_barycenters(rng):
+    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    v = DriftField(normalize = 'sinkhorn', sinkhorn_iters = 20)(x, y_pos, y_neg, temperature = 0.8)
+
+    targets = []
+    for y in (y_pos, y_neg):
+        K = np.exp(-0.5 * ((x[:, None] - y[None]) ** 2).sum(dim = -1).numpy() / 0.8)
+        u, w = np.ones(5), np.ones(len(y))
+        for _ in range(20):
+            u = 1 / 5 / (K @ w)
+            w = 1 / len(y) / (K.T @ u)
+        plan = u[:, None] * K * w
+        targets.append(plan @ y.numpy() / plan.sum(axis = 1, keepdims = True))
+
+    assert relative(v, targets[0] - targets[1]) < 1e-9
 
 def test_leading_dimensions_are_independent_problems(rng):
     x, a, b = points(rng, 2, 3, 6, 4), points(rng, 2, 3, 5, 4), points(rng, 2, 3, 7, 4)
@@ -118,7 +191,7 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField()(x, a, temperature = float('inf')), 'temperature must be above 0 and finite'),
     (lambda x, a: DriftField()(x, a.tolist(), temperature = 1.), 'y_pos must be a tensor, got list'),
     (lambda x, a: DriftField(kernel = 'cosine'), 'kernel must be'),
-    (lambda x, a: DriftField(normalize = 'x'), 'normalize must be'),
+    (lambda x, a: DriftField(normalize = 'x'), 'normalize must be one of both, y, none'),
 ])
 def test_bad_input_is_one_clear_line(rng, call, says):
     with pytest.raises(ValueError) as error:
@@ -129,7 +202,7 @@ def test_shapes_are_checked_when_switched_on(rng):
     from jaxtyping import TypeCheckError
 
     with pytest.raises(TypeCheckError):
-        DriftField().coefficients(points(rng, 3, 7), 2, 0.5, weight = points(rng, 6))
+        DriftField().coefficients(points(rng, 3, 7), 2, 5, 0.5, weight = points(rng, 6))
 
 def test_shape_checks_are_off_by_default():
     import os

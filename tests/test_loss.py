@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -164,6 +166,60 @@ def test_gradient_goes_through_a_frozen_encoder(rng):
     assert not encoder.training and encoder.linear.weight.grad is None and not encoder.linear.weight.requires_grad
     assert encoder.seen == [True, False]         # generated with a graph, real without
 
+# fields of later work in the loss
+
+def test_transport_with_guidance_equals_the_formula(rng):
+    """W-Flow: V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond) on features in units of the root mean square distance."""
+    gen, pos, uncond, neg = (torch.randn(2, n, 3, generator = rng, dtype = torch.float64) for n in (5, 6, 4, 7))
+    alpha, R = torch.tensor([1.5, 3.], dtype = torch.float64), 0.05
+
+    weight = ((alpha - 1) * 4 / 4)[:, None].expand(2, 4)
+    loss, stats = drift_loss(gen, pos, uncond, uncond_weight = weight, neg = neg, temperatures = (R,), field = DriftField(normalize = 'sinkhorn'))
+
+    y, w = torch.cat((pos, neg, uncond), dim = 1), torch.cat((torch.ones(2, 13), weight), dim = 1)
+    dist_sq = ((gen[:, :, None] - y[:, None]) ** 2).sum(dim = -1)
+    S = ((dist_sq * w[:, None]).mean() / w.mean()).sqrt()
+    unit = S / 3 ** 0.5
+
+    def transport(cost, points):
+        n, m = cost.shape
+        log_k, u, v = -cost / (R * 3), torch.zeros(n, 1), torch.zeros(1, m)        # eps = R d
+        for _ in range(10):
+            u = math.log(1 / n) - (log_k + v).logsumexp(dim = 1, keepdim = True)
+            v = math.log(1 / m) - (log_k + u).logsumexp(dim = 0, keepdim = True)
+        plan = (log_k + u + v).exp()
+        return plan @ points / plan.sum(dim = 1, keepdim = True)
+
+    V = []
+    for i in range(2):
+        moved = [transport(0.5 * torch.cdist(gen[i], t[i]) ** 2 / unit ** 2, t[i] / unit) for t in (pos, neg, uncond)]
+        V.append(moved[0] - moved[1] + (alpha[i] - 1) * (moved[0] - moved[2]))
+    V = torch.stack(V)
+
+    assert relative(stats.scale, S) < 1e-9
+    assert relative(stats.drift_rms[R], V.square().mean().sqrt()) < 1e-7
+    assert relative(loss, (V ** 2).mean(dim = (1, 2)) / V.square().mean()) < 1e-7
+
+def test_other_generated_samples_as_negatives(rng):
+    gen, pos, uncond, alpha = (torch.randn(2, n, 3, generator = rng) for n in (4, 5, 3, 1))
+    loss, stats = drift_loss(gen, pos, neg = uncond, affinity_floor = 0., temperatures = (0.5,))
+    S = torch.cdist(gen, torch.cat((pos, uncond), dim = 1)).mean()
+    V = DriftField()(gen / S, pos / S, uncond / S, temperature = 0.5) * 3 ** 0.5
+    assert relative(stats.scale, S) < 1e-5 and relative(stats.drift_rms[0.5], V.square().mean().sqrt()) < 1e-4
+
+    loss_fn = FeatureDriftLoss(field = DriftField(normalize = 'sinkhorn'), temperatures = (0.05,))
+    assert loss_fn.needs_neg and not FeatureDriftLoss().needs_neg
+    direct, _ = drift_loss(gen, pos, neg = uncond, field = DriftField(normalize = 'sinkhorn'), temperatures = (0.05,))
+    assert relative(loss_fn(gen, pos, neg = uncond)[0], direct.mean()) < 1e-6
+
+@pytest.mark.parametrize('normalize', ['gradient', 'sharp'])
+def test_weights_count_like_repeated_samples_where_positives_and_negatives_are_apart(rng, normalize):
+    gen, pos, uncond, _ = random_problem(rng)
+    field = DriftField(normalize = normalize)
+    weighted, _ = drift_loss(gen, pos, uncond, uncond_weight = torch.full((2, 2), 2., dtype = torch.float64), field = field)
+    twice, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field)
+    assert relative(weighted, twice) < 1e-9
+
 # invariances
 
 def encoder(x):
@@ -281,6 +337,8 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss(lambda x: {'a': x[:1, None]})(X, X), "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"),
     (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha must be a tensor'),
     (lambda: drift_loss(X, X, chunk_size = 0), 'chunk_size must be above 0'),
+    (lambda: drift_loss(X, X, field = DriftField(normalize = 'sinkhorn')), "normalize = 'sinkhorn' needs neg"),
+    (lambda: DriftField(normalize = 'sharp', kernel = 'gaussian'), 'has a kernel of its own'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
     (lambda: FeatureDriftLoss('resnet'), 'encoder must be'),
     (lambda: FeatureDriftLoss()(X, X[:1]), 'pos has shape (1, 3, 4) but gen has shape (2, 3, 4)'),
