@@ -167,7 +167,7 @@ class DriftField(Module):
     normalize: what turns the kernel into affinities (Table 11). 'both', the geometric mean of the softmax over y and the softmax over x
         (paper); 'y', the softmax over y only; 'none', the kernel itself, which underflows where distances far exceed the temperature.
         Or a field of later work, in which positives and negatives are normalised apart: 'gradient', the direction of the kernel's gradient (2605.10727);
-        'sharp', the gradient of the scalar that `potential` gives (2604.06333); 'sinkhorn', entropic optimal transport (2605.11755), whose
+        'sharp', the gradient of a scalar, see `potential` (2604.06333); 'sinkhorn', entropic optimal transport (2605.11755), whose
         temperature is the regularisation of the cost |x - y|^2 / 2, and which wants an independent batch of generated samples as negatives.
     attraction, repulsion: the factors a, b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and the training.
     """
@@ -178,84 +178,85 @@ class DriftField(Module):
         check(normalize in NORMALIZATIONS, f'normalize must be one of {", ".join(NORMALIZATIONS)}, got {normalize!r}')
         check(normalize not in ('sharp', 'sinkhorn') or kernel == 'laplace', f'normalize = {normalize!r} has a kernel of its own, leave out kernel = {kernel!r}')
 
-        self.kernel = kernel
-        self.normalize = normalize
-        self.attraction = attraction
-        self.repulsion = repulsion
-        self.sinkhorn_iters = sinkhorn_iters
+        self.kernel, self.normalize, self.sinkhorn_iters = kernel, normalize, sinkhorn_iters
+        self.attraction, self.repulsion = attraction, repulsion
 
     def extra_repr(self):
         return f'kernel = {self.kernel!r}, normalize = {self.normalize!r}, attraction = {self.attraction}, repulsion = {self.repulsion}'
 
+    def logits(self, dist, temperature):
+        return -dist / temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
+
     @typecheck
     def coefficients(
         self,
-        dist: Float['... n y'],            # distances to [positives | negatives | unconditional]
+        dist: Float['... n y'],                 # distances to [positives | negatives | unconditional]
         num_pos: int,
         num_neg: int,
         temperature: float,
-        weight: Float['... y'] | None = None,
+        weight: Float['... y'] | None = None,   # of each y, the guidance
         affinity_floor: float = 0.,
         weight_in_softmax: bool = False
     ) -> Float['... n y']:
         """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others, zero sum if a = b."""
 
+        weight = default(weight, dist.new_ones(()).expand(*dist.shape[:-2], dist.shape[-1]))
+
         if self.normalize == 'sinkhorn':
-            plans = [sinkhorn(-0.5 * d ** 2 / temperature, self.sinkhorn_iters) for d in dist.tensor_split((num_pos, num_pos + num_neg), dim = -1)]
-            plan_pos, plan_neg, plan_uncond = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
+            W_pos, W_neg = self.transport(dist, num_pos, num_neg, temperature, weight)
+        elif self.normalize in ('gradient', 'sharp'):
+            W_pos, W_neg = self.density_gradient(dist, num_pos, temperature, weight)
+        else:
+            W_pos, W_neg = self.mean_shift(dist, num_pos, temperature, weight, affinity_floor, weight_in_softmax)
 
-            # V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond), with alpha - 1 from the weights w = (alpha - 1) (g - 1) / u
+        return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
 
-            guidance = 0. if not exists(weight) else reduce(weight[..., num_pos + num_neg:], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
-            return cat(((self.attraction + guidance) * plan_pos, -self.repulsion * plan_neg, -guidance * plan_uncond), dim = -1)
+    def mean_shift(self, dist, num_pos, temperature, weight, affinity_floor = 0., weight_in_softmax = False):
+        """Algorithm 2."""
+        logits, weight = self.logits(dist, temperature), rearrange(weight, '... y -> ... 1 y')
 
-        logits = -dist / temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
-        apart = self.normalize in ('gradient', 'sharp')
-
-        if (weight_in_softmax or apart) and exists(weight):
-            logits = logits + rearrange(weight.clamp(min = 1e-30).log(), '... y -> ... 1 y')
-            weight = (weight > 0).to(weight)
-
-        if apart:
-            log_gradient, log_mass = self.log_gradient_and_mass(dist, temperature)
-            log_sums = [rearrange(t.logsumexp(dim = -1), '... n -> ... n 1') for t in (logits + log_mass).tensor_split((num_pos,), dim = -1)]
-
-            W_pos, W_neg = ((t - log_sum).exp() for t, log_sum in zip((logits + log_gradient).tensor_split((num_pos,), dim = -1), log_sums))
-            return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
+        if weight_in_softmax:
+            logits, weight = logits + weight.clamp(min = 1e-30).log(), (weight > 0).to(weight)
 
         over_y = logits.softmax(dim = -1) if self.normalize != 'none' else logits.exp()
         over_x = logits.softmax(dim = -2) if self.normalize == 'both' else over_y
 
-        A = (over_y * over_x).clamp(min = affinity_floor).sqrt()
-
-        if exists(weight):
-            A = einx.multiply('... n y, ... y -> ... n y', A, weight)  # release: guidance weights the normalised affinity
-
+        A = (over_y * over_x).clamp(min = affinity_floor).sqrt() * weight      # release: guidance weights the normalised affinity
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
 
         W_pos = A_pos * reduce(A_neg, '... n m -> ... n 1', 'sum')
         W_neg = A_neg * reduce(A_pos, '... n p -> ... n 1', 'sum')
+        return W_pos, W_neg
 
-        return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
+    def log_masses(self, dist, num_pos, temperature, weight):
+        """log of the kernel k [... n y], and of sum_y k c over positives and over negatives [... n 1]; c is 1, or t (|x - y| + t) if 'sharp'."""
+        log_k = self.logits(dist, temperature) + rearrange(weight.clamp(min = 1e-30).log(), '... y -> ... 1 y')
+        log_kc = log_k + (temperature * (dist + temperature)).log() if self.normalize == 'sharp' else log_k
+        return log_k, [t.logsumexp(dim = -1, keepdim = True) for t in log_kc.tensor_split((num_pos,), dim = -1)]
 
-    def log_gradient_and_mass(self, dist, temperature):
-        """V = sum_y k a (y - x) / sum_y k c: the logarithms of a and c. 'gradient': a (y - x) k is the gradient of k. 'sharp': k (y - x) is that of k c."""
-        if self.normalize == 'sharp':
-            return 0., (temperature * (dist + temperature)).log()
+    def density_gradient(self, dist, num_pos, temperature, weight):
+        """V+ = grad log sum_y k c: for 'gradient' the kernel's own direction, for 'sharp' grad (k c) = k (y - x)."""
+        log_k, log_masses = self.log_masses(dist, num_pos, temperature, weight)
 
-        return -(dist.clamp(min = 1e-12) * temperature).log() if self.kernel == 'laplace' else -2 * math.log(temperature), 0.
+        if self.normalize == 'gradient':
+            log_k = log_k - (dist.clamp(min = 1e-12) * temperature).log() if self.kernel == 'laplace' else log_k - 2 * math.log(temperature)
 
-    @torch.no_grad()
-    def potential(self, x: Float['... n d'], y_pos: Float['... p d'], y_neg: Float['... m d'], *, temperature) -> Float['... n']:
-        """The scalar that the 'sharp' field descends, V = -grad: log of the mean of c k over negatives minus that over positives. It falls as q nears p."""
-        check_points(x = x, y_pos = y_pos, y_neg = y_neg)
-        masses = []
+        return ((t - log_mass).exp() for t, log_mass in zip(log_k.tensor_split((num_pos,), dim = -1), log_masses))
 
-        for y in (y_neg, y_pos):
-            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')
-            masses.append(((temperature * (dist + temperature)).log() - dist / temperature).logsumexp(dim = -1) - math.log(y.shape[-2]))
+    def potential(self, dist, num_pos, temperature, weight):
+        """The scalar [... n] of the 'sharp' field, V = -grad: the log of the mean of k c over negatives minus that over positives. It falls as q nears p."""
+        _, (log_pos, log_neg) = self.log_masses(dist, num_pos, temperature, weight)
+        total_pos, total_neg = (t.sum(dim = -1) for t in weight.tensor_split((num_pos,), dim = -1))
+        return (log_neg - log_pos).squeeze(-1) - rearrange(total_neg.log() - total_pos.log(), '... -> ... 1')
 
-        return masses[0] - masses[1]
+    def transport(self, dist, num_pos, num_neg, temperature, weight):
+        """V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond), T the barycenters of entropic plans, alpha - 1 from the weights (alpha - 1) (g - 1) / u."""
+        blocks = dist.tensor_split((num_pos, num_pos + num_neg), dim = -1)
+        plans = [sinkhorn(-0.5 * block ** 2 / temperature, self.sinkhorn_iters) for block in blocks]
+        T_pos, T_neg, T_uncond = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
+
+        guidance = reduce(weight[..., num_pos + num_neg:], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
+        return (1 + guidance) * T_pos, cat((T_neg, guidance * T_uncond), dim = -1)
 
     @staticmethod
     def apply_coefficients(W, x, y):
@@ -303,6 +304,7 @@ class DriftStats(NamedTuple):
     drift_rms: dict         # {temperature: lambda}, root mean square of V before it is normalised: this falls as training goes, the loss does not
     neighbors: dict         # {temperature: to how many positives a generated sample listens}, between 1 and p
     uncond_share: dict      # {temperature: the share of unconditional samples in the push}, between 0 and 1
+    potential: dict         # {temperature: the scalar that the 'sharp' field descends}, a loss that falls; empty for the other fields
 
 class Breakdown(NamedTuple):
     losses: dict            # {feature name: loss}
@@ -330,7 +332,7 @@ def drift_loss(
     min_dist_sq = 1e-8,                 # release
     min_drift_sq = 1e-8,                # release: of the mean of V^2
     chunk_size = None,                  # problems at a time: bounds the memory, computes distances three times instead of once
-    diagnostics = True                  # the last two fields of DriftStats, otherwise empty
+    diagnostics = True                  # the last three fields of DriftStats, otherwise empty
 ) -> tuple[Float['b'], DriftStats]:
     """The drifting loss on one feature (A.6): mean over samples and dimensions of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
 
@@ -349,7 +351,7 @@ def drift_loss(
 
     field, chunk_size, negatives = default(field, DriftField()), default(chunk_size, len(gen)), default(neg, gen)
     (b, g, d), p, m, gen = gen.shape, pos.shape[1], negatives.shape[1], full_precision(gen)
-    transport = field.normalize == 'sinkhorn'
+    transport, with_potential = field.normalize == 'sinkhorn', diagnostics and field.normalize == 'sharp'
 
     check(not transport or exists(neg), "normalize = 'sinkhorn' needs neg, an independent batch of generated samples")
     check(chunk_size > 0, f'chunk_size must be above 0, got {chunk_size}')
@@ -383,28 +385,34 @@ def drift_loss(
 
         # the field of each temperature
 
-        @lru_cache(maxsize = 1)
-        def fields(i):
-            x, y, dist = distances(i)
-            dist = dist / scale.clamp(min = min_scale)
+        def scaled_distances(i):
+            dist = distances(i)[-1] / scale.clamp(min = min_scale)
 
             if not exists(neg):
                 dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                 # mask self
 
+            return dist
+
+        @lru_cache(maxsize = 1)
+        def fields(i):
+            (x, y, _), dist = distances(i), scaled_distances(i)
             W = [field.coefficients(dist, p, m, temperature, weight[chunks[i]], affinity_floor, weight_in_softmax) for temperature in temperatures]
             return W, [field.apply_coefficients(w, x, y) / feature_scale for w in W]                   # b g y, b g d
 
-        # how large they are: V^2, and where the weights go
+        # how large they are: V^2; and where they come from
 
-        def measures(W, V):
-            pull, push = W[..., :p], W[..., p:]
-            neighbors = effective_neighbors(pull).sum() if diagnostics else V.new_zeros(())
-            uncond_share = (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else V.new_zeros(())
-            return stack(((V ** 2).sum() / d, neighbors, uncond_share))
+        def measures(i, temperature, W, V):
+            pull, push, nothing = W[..., :p], W[..., p:], V.new_zeros(())
 
-        sums = sum(stack([measures(*pair) for pair in zip(*fields(i))]) for i in range(len(chunks)))   # t 3
+            neighbors = effective_neighbors(pull).sum() if diagnostics else nothing
+            uncond_share = (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else nothing
+            potential = field.potential(scaled_distances(i), p, temperature, weight[chunks[i]]).sum() if with_potential else nothing
+
+            return stack(((V ** 2).sum() / d, neighbors, uncond_share, potential))
+
+        sums = sum(stack([measures(i, *triple) for triple in zip(temperatures, *fields(i))]) for i in range(len(chunks)))      # t 4
         count = sum_over_processes(scale.new_tensor(float(b * g)))
-        mean_sq, neighbors, uncond_share = (sum_over_processes(sums) / count).unbind(dim = -1)         # t
+        mean_sq, *diagnosed = (sum_over_processes(sums) / count).unbind(dim = -1)                     # each t
 
         # each normalised to unit root mean square, they add up
 
@@ -415,7 +423,8 @@ def drift_loss(
 
     residual = (gen - gen.detach()) / feature_scale - drift
 
-    per_temperature = [dict(zip(temperatures, values)) for values in (mean_sq.sqrt(), *((neighbors, uncond_share) if diagnostics else ((), ())))]
+    shown = (True, diagnostics, diagnostics, with_potential)
+    per_temperature = [dict(zip(temperatures, values)) if show else {} for values, show in zip((mean_sq.sqrt(), *diagnosed), shown)]
     return reduce(residual ** 2, 'b g d -> b', 'mean'), DriftStats(scale, *per_temperature)
 
 class FeatureDriftLoss(Module):
@@ -1584,7 +1593,7 @@ class Trainer(BaseTrainer):
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
 
-            for kind in ('drift_rms', 'neighbors', 'uncond_share'):
+            for kind in ('drift_rms', 'neighbors', 'uncond_share', 'potential'):
                 metrics |= {f'feature/{name}/{kind}/{temperature}': value for temperature, value in getattr(stats, kind).items()}
 
         every = [stats.drift_rms for stats in breakdown.stats.values()]

@@ -220,6 +220,20 @@ def test_weights_count_like_repeated_samples_where_positives_and_negatives_are_a
     twice, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field)
     assert relative(weighted, twice) < 1e-9
 
+def test_sharp_potential_is_a_loss_that_falls(rng):
+    data = torch.randn(1, 64, 2, generator = rng)
+    field, x = DriftField(normalize = 'sharp'), 0.3 * torch.randn(1, 64, 2, generator = rng) + 2.
+    potentials = []
+
+    for _ in range(60):
+        x = x.requires_grad_()
+        loss, stats = drift_loss(x, data, field = field, temperatures = (0.5,))
+        gradient, = torch.autograd.grad(loss.sum(), x)
+        potentials.append(stats.potential[0.5].item())
+        x = x.detach() - 4. * gradient
+
+    assert potentials[0] > 1 and potentials[-1] < 0.3 * potentials[0] and drift_loss(x, data)[1].potential == {}
+
 # invariances
 
 def encoder(x):
