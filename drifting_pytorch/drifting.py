@@ -1244,6 +1244,7 @@ class BaseTrainer:
         results_folder = './results', resume_from_checkpoint = None, overwrite = False
     ):
         self.config = settings(locals())
+        vars(self).update(self.config)      # every setting is an attribute
 
         for name in ('batch_size', 'num_train_steps', 'gradient_accumulation_steps', 'keep_checkpoints'):
             check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
@@ -1267,17 +1268,13 @@ class BaseTrainer:
         self.ema = EMA(self.unwrapped, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = True)
         self.ema.update()
 
-        self.dataset, self.batch_size, self.num_workers, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), batch_size, num_workers, tuple(sample.shape)
-        self.num_train_steps, self.gradient_accumulation_steps, self.seed = num_train_steps, gradient_accumulation_steps, seed
-        self.learning_rate, self.lr_warmup_steps, self.max_grad_norm = learning_rate, lr_warmup_steps, max_grad_norm
-        self.log_every, self.sample_every, self.save_every, self.keep_checkpoints = log_every, sample_every, save_every, keep_checkpoints
-        self.results_folder, self.resume_from_checkpoint = Path(results_folder), resume_from_checkpoint
-        self.hide_bar = not (progress_bar and accelerator.is_main_process)
+        self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
+        self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
+        self.step, self.samples_read, self.queue = 0, 0, None
 
         # a new run does not mix with an earlier one
 
         self.results_folder.mkdir(parents = True, exist_ok = True)
-        accelerator.wait_for_everyone()
         earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'checkpoints', 'samples')) if path.exists()]
         check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
         accelerator.wait_for_everyone()
@@ -1287,7 +1284,6 @@ class BaseTrainer:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         accelerator.wait_for_everyone()
-        self.step, self.samples_read, self.queue = 0, 0, None
 
         if exists(log_with):
             accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
@@ -1298,6 +1294,11 @@ class BaseTrainer:
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
+
+    def images(self, samples):
+        """Samples as images [b 1|3 h w] in [0, 1], None where they are not images."""
+        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
+        return self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2 if is_image else None
 
     # the loop. Every random number is drawn from a seed made of its place in the run
 
@@ -1484,6 +1485,7 @@ class Trainer(BaseTrainer):
 
         super().__init__(model, dataset, batch_size = push_size, **kwargs)
         self.config |= config
+        vars(self).update(config)
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
 
@@ -1501,7 +1503,7 @@ class Trainer(BaseTrainer):
         check(num_pos <= class_queue_size, f'num_pos = {num_pos} does not fit into class_queue_size = {class_queue_size}')
         check(num_uncond <= uncond_queue_size or not guided, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
 
-        self.num_groups, self.num_gen, self.num_pos, self.num_uncond = num_groups, num_gen, num_pos, num_uncond if guided else 0
+        self.num_uncond = num_uncond if guided else 0
         self.queue = SampleQueue(default(self.num_classes, 1), class_size = class_queue_size, uncond_size = uncond_queue_size if guided else 0, device = device)
 
         loss_fn = loss_fn if exists(loss_fn) else FeatureDriftLoss()
@@ -1606,14 +1608,10 @@ class Trainer(BaseTrainer):
 
     def pictures(self):
         """Ten samples each of the first ten classes, always from the same noise."""
-        if not exists(self.to_image) and (len(self.sample_shape) != 3 or self.sample_shape[0] not in (1, 3)):
-            return
-
         rows = min(10, default(self.num_classes, 10))
         which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
-        samples = self.sample(**which, seed = self.seed)
-        images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
-        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
+        images = self.images(self.sample(**which, seed = self.seed))
+        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10) if exists(images) else None
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3); keyword arguments of BaseTrainer too. The encoder to use is trainer.ema.ema_model.
@@ -1633,11 +1631,13 @@ class MAETrainer(BaseTrainer):
         to_image = None,
         **kwargs
     ):
+        config = settings(locals())
         super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, ema_decay = ema_decay, **kwargs)
+        self.config |= config
+        vars(self).update(config)
         check(finetune_steps == 0 or exists(model.num_classes), 'finetune_steps needs a model with a classifier: set num_classes')
 
-        self.finetune_steps, self.cls_weight, self.cls_warmup_steps, self.to_image = finetune_steps, cls_weight, cls_warmup_steps, to_image
-        self.config |= dict(finetune_steps = finetune_steps, cls_weight = cls_weight, cls_warmup_steps = cls_warmup_steps)
+        self.to_image = to_image
         self.resume()
 
     @property
@@ -1660,18 +1660,14 @@ class MAETrainer(BaseTrainer):
 
     def pictures(self):
         """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""
-        if not exists(self.to_image) and self.sample_shape[0] not in (1, 3):
-            return
-
         model = self.ema.ema_model.eval()
         samples = stack([self.dataset[i, i][0] for i in range(min(10, len(self.dataset)))]).to(self.accelerator.device)
         mask = model.draw_mask(samples, seeded(self.seed, 'picture', device = samples.device))
         dropped = repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = samples.shape[2] // mask.shape[1], p2 = samples.shape[3] // mask.shape[2])
 
-        rows = stack((samples, samples * (1 - dropped), samples * (1 - dropped) + model.reconstruct(samples, mask)[0] * dropped))
-        images = rearrange(rows, 'rows b ... -> (rows b) ...')
-        images = self.to_image(images) if exists(self.to_image) else (images + 1) / 2
-        return rearrange(images, '(rows b) ... -> rows b ...', rows = 3)
+        left = samples * (1 - dropped)
+        images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
+        return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3) if exists(images) else None
 
 def save_tensors(state_dict, path):
     save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)

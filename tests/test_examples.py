@@ -30,7 +30,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(block, 'README.md', 'exec'), namespace)
 
 def test_digits(tmp_path):
-    run('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4)
+    run('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4, '--threads', 1)
 
     arrays = np.load(tmp_path / 'samples.npz')
     assert arrays['images'].shape == (1000, 1, 8, 8) and arrays['images'].min() >= 0 and arrays['images'].max() <= 1
@@ -61,9 +61,9 @@ def test_digit_metrics_know_copies_and_collapse(monkeypatch):
     assert 0.5 < copies['real']['nearest_real']['mean'] < 2
 
 def test_toy(tmp_path):
-    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8)
+    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
-    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation')
+    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--threads', 1)
     assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
 
 @pytest.mark.parametrize('start, field', [('far', 'paper'), ('collapsed', 'paper'), ('between', 'gaussian'), ('between', 'gradient'), ('between', 'sharp'), ('far', 'sinkhorn')])
