@@ -60,6 +60,20 @@ def test_digit_metrics_know_copies_and_collapse(monkeypatch):
     assert collapsed['samples']['spread_within_class'] < 1e-6 and collapsed['samples']['frechet_ratio'] > 10
     assert 0.5 < copies['real']['nearest_real']['mean'] < 2
 
+def test_mnist(tmp_path):
+    args = ('--results-folder', tmp_path, '--encoder', 'mae+cls', '--steps', 4, '--raw-steps', 2, '--mae-steps', 6, '--sample-every', 0, '--save-every', 0, '--threads', 1)
+    text = run('train_mnist.py', *args)
+
+    metrics = json.loads((tmp_path / 'metrics.json').read_text())
+    assert metrics['judge_accuracy'] > 0.96                                             # a classifier worth asking
+    assert metrics['real']['recall'] > 0.8 and metrics['real']['frechet_distance'] < 20
+    assert list(metrics['samples']) == ['1.0', '1.5', '2.0', '3.0'] and 'real training images' in text
+    assert all(0 <= m['accuracy'] <= 1 and m['frechet_distance'] > 100 for m in metrics['samples'].values())       # after four steps
+
+    samples, alphas = (Image.open(tmp_path / name) for name in ('samples.png', 'alpha_grid.png'))
+    assert samples.height * 2 == samples.width and alphas.height * 5 == alphas.width    # 10 rows of 20, 4 rows of 20
+    assert (tmp_path / 'reconstructions.png').exists() and (tmp_path / 'curves.png').exists()
+
 def test_toy(tmp_path):
     text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
@@ -75,7 +89,7 @@ def test_toy_recovers_both_modes(monkeypatch, start, field):
     result = train_toy.train('bimodal', start, **kwargs)[3]
     assert result['modes_covered'] == 2 and result['ratio'] < 6
 
-@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py'])
+@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py'])
 def test_help_explains_every_option(script):
     text = run(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]
