@@ -349,7 +349,8 @@ def drift_loss(
     check(temperatures and all(0 < temperature < math.inf for temperature in temperatures), f'temperatures must be one or more finite numbers above 0, got {temperatures}')
     check(not exists(uncond_weight) or exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
 
-    field, chunk_size, negatives = default(field, DriftField()), default(chunk_size, len(gen)), default(neg, gen)
+    field = field if exists(field) else DriftField()
+    chunk_size, negatives = default(chunk_size, len(gen)), default(neg, gen)
     (b, g, d), p, m, gen = gen.shape, pos.shape[1], negatives.shape[1], full_precision(gen)
     transport, with_potential = field.normalize == 'sinkhorn', diagnostics and field.normalize == 'sharp'
 
@@ -630,11 +631,14 @@ class LatentMAE(Module):
         """The published encoder in a local artifact folder of the release, like DriftingGenerator.from_pretrained."""
         return from_release(cls, mae_from_release, folder)
 
-    def fold(self, x):
-        """Samples [b ch h w] to the input of the stem, patches as channels."""
+    def check_samples(self, x):
         multiple = 8 * self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
         check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
+
+    def fold(self, x):
+        """Samples [b ch h w] to the input of the stem, patches as channels."""
+        self.check_samples(x)
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = self.patch_size, p2 = self.patch_size)
 
     def maps(self, x):
@@ -665,17 +669,24 @@ class LatentMAE(Module):
 
     def draw_mask(self, x, generator = None):
         """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
+        self.check_samples(x)
         b, p = x.shape[0], self.patch_size * self.mask_patch_size
         keys = torch.rand(b, x.shape[2] // p, x.shape[3] // p, generator = generator, device = generator.device if exists(generator) else x.device)
         return (keys < self.mask_ratio).to(x)
 
+    def dropped(self, mask):
+        """A mask [b h w] over mask patches as one over the pixels of samples, [b 1 h w]."""
+        p = self.patch_size * self.mask_patch_size
+        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
+
     def reconstruct(self, x, mask):
         """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last feature map [b d h w]."""
-        x, p = self.fold(x), self.mask_patch_size
+        self.check_samples(x)
+        p = self.patch_size * self.mask_patch_size
         expected = (x.shape[0], x.shape[2] // p, x.shape[3] // p)
         check(mask.shape == expected, f'mask has shape {tuple(mask.shape)}, expected {expected}, one number per mask patch')
 
-        maps = self.maps(x * (1 - repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)))
+        maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
 
         y = F.relu(self.bridge(maps['layer4']))
         for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1')):
@@ -697,14 +708,11 @@ class LatentMAE(Module):
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
         check(not exists(labels) or exists(self.to_logits), 'labels were given to a model without a classifier: set num_classes')
 
-        mask = default(mask, self.draw_mask(x))
+        mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
 
-        p = self.patch_size * self.mask_patch_size
-        dropped = repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
-
-        error = reduce((full_precision(reconstruction) - x) ** 2 * dropped, 'b ch h w -> b', 'sum') / (positions + 1e-8)
+        error = reduce((full_precision(reconstruction) - x) ** 2 * self.dropped(mask), 'b ch h w -> b', 'sum') / (positions + 1e-8)
 
         cross_entropy = accuracy = torch.zeros_like(error)
 
@@ -1223,7 +1231,7 @@ class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
 
     A subclass says what is trained: compute_loss(batches, micro_step) gives the loss () and any details, metrics(details) what to log of them as
-    {name: tensor ()} and which names go onto the progress bar, pictures() images [rows cols ch h w] in [0, 1] or None.
+    {name: tensor ()} and which names go onto the progress bar, pictures() images [rows cols ch h w] in [0, 1], and to_image is an attribute.
 
     num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
     gradient_accumulation_steps, mixed_precision, log_with: as in accelerate (one precision per Python process); cpu: train on the cpu even where there is a GPU.
@@ -1296,9 +1304,8 @@ class BaseTrainer:
         """Once, before the first step of a run that is not resumed."""
 
     def images(self, samples):
-        """Samples as images [b 1|3 h w] in [0, 1], None where they are not images."""
-        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
-        return self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2 if is_image else None
+        """Samples as images [b 1|3 h w] in [0, 1]."""
+        return self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
 
     # the loop. Every random number is drawn from a seed made of its place in the run
 
@@ -1381,12 +1388,12 @@ class BaseTrainer:
 
     @torch.no_grad()
     def save_pictures(self):
-        images = self.pictures() if self.accelerator.is_main_process else None
+        has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
 
-        if exists(images):
+        if self.accelerator.is_main_process and has_images:
             path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
             path.parent.mkdir(exist_ok = True)
-            image_grid(images).save(path)
+            image_grid(self.pictures()).save(path)
 
     # checkpoints: a folder of safetensors and json, complete or absent
 
@@ -1515,7 +1522,6 @@ class Trainer(BaseTrainer):
     def push(self, batches):
         """The next real samples go into the queue. Returns their labels, of all processes."""
         samples, labels = self.read(batches)
-        labels = labels if exists(self.num_classes) else torch.zeros(len(samples), dtype = torch.long)
         self.queue.push(samples, labels)
         return self.accelerator.gather(labels.long().to(self.accelerator.device)).cpu()
 
@@ -1611,7 +1617,7 @@ class Trainer(BaseTrainer):
         rows = min(10, default(self.num_classes, 10))
         which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
         images = self.images(self.sample(**which, seed = self.seed))
-        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10) if exists(images) else None
+        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3); keyword arguments of BaseTrainer too. The encoder to use is trainer.ema.ema_model.
@@ -1663,11 +1669,11 @@ class MAETrainer(BaseTrainer):
         model = self.ema.ema_model.eval()
         samples = stack([self.dataset[i, i][0] for i in range(min(10, len(self.dataset)))]).to(self.accelerator.device)
         mask = model.draw_mask(samples, seeded(self.seed, 'picture', device = samples.device))
-        dropped = repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = samples.shape[2] // mask.shape[1], p2 = samples.shape[3] // mask.shape[2])
+        dropped = model.dropped(mask)
 
         left = samples * (1 - dropped)
         images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
-        return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3) if exists(images) else None
+        return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
 
 def save_tensors(state_dict, path):
     save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)

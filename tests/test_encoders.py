@@ -324,6 +324,8 @@ X = torch.zeros(2, 2, 16, 16)
 @pytest.mark.parametrize('call, says', [
     (lambda: tiny().features(X[:, :1]), 'x has shape (2, 1, 16, 16), expected (batch, 2, height, width), both multiples of 8'),
     (lambda: tiny().features(X[..., :12]), 'both multiples of 8'),
+    (lambda: tiny()(X[0]), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
+    (lambda: tiny()(X[0], mask = torch.ones(2, 8, 8)), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X, mask = torch.ones(2, 4, 4)), 'mask has shape (2, 4, 4), expected (2, 8, 8)'),
     (lambda: tiny()(X, cls_weight = 0.1), 'needs labels'),
     (lambda: tiny()(X, torch.tensor([0, 5]), cls_weight = 0.1), 'labels must be finite and in 0 .. 4'),
