@@ -16,7 +16,7 @@ import random
 import re
 import shutil
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -112,7 +112,7 @@ def check_points(ndim = None, **points):
         check(t.numel() > 0, f'{given}: empty set, expected at least one sample and one feature')
         check(t.shape[:-2] == ref.shape[:-2], f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == ref.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
-        check(not can_read(t) or t.isfinite().all(), f'{name} has non-finite values (nan or inf)')
+        check(not can_read(t) or t.sum().isfinite() or t.isfinite().all(), f'{name} has non-finite values (nan or inf)')
 
 def full_precision(t):
     """Half precision features are computed as they come, the field in float32 (float64 stays)."""
@@ -121,6 +121,19 @@ def full_precision(t):
 def sum_over_processes(t):
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return reduce_over_processes(t, 'sum') if distributed else t
+
+class KnownGradient(torch.autograd.Function):
+    """A loss, () or one per row of x, whose gradient with respect to x is known already: no graph is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, loss, grad):
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad, = ctx.saved_tensors
+        return grad * grad_loss.reshape(-1, *([1] * (grad.ndim - 1))), None, None
 
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise'): every draw of a run is a function of its place in the run."""
@@ -133,17 +146,11 @@ def seeded(*key, device = 'cpu'):
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
 # ───────────────────────────────────────────────────────────────────────────────
 
-def centered(x, y):
-    """Move the origin to the mean of y: the field does not change, and the Gram trick below loses no digits to a common offset."""
-    center = reduce(y, '... y d -> ... 1 d', 'mean')
-    return x - center, y - center
-
 @typecheck
-def pairwise_distance(x: Float['... n d'], y: Float['... y d'], min_dist_sq: float = 0.) -> Float['... n y']:
-    """Euclidean distances through one matrix product, |x|^2 + |y|^2 - 2 x.y. Centre the points first."""
-    x_sq, y_sq = (reduce(t ** 2, '... d -> ...', 'sum') for t in (x, y))
-    dist_sq = einx.add('... n, ... y -> ... n y', x_sq, y_sq) - 2 * x @ y.mT
-    return dist_sq.clamp(min = min_dist_sq).sqrt()
+def pairwise_distance(x: Float['b n d'], y: Float['b y d'], min_dist_sq: float = 0.) -> Float['b n y']:
+    """Euclidean distances through one matrix product, |x|^2 + |y|^2 - 2 x.y. Centre the points first: it loses the digits of a common offset."""
+    x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
+    return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq).clamp_(min = min_dist_sq).sqrt_()
 
 NORMALIZATIONS = ('both', 'y', 'none', 'gradient', 'sharp', 'sinkhorn')
 
@@ -193,7 +200,7 @@ class DriftField(Module):
         dist: Float['... n y'],                 # distances to [positives | negatives | unconditional]
         num_pos: int,
         num_neg: int,
-        temperature: float,
+        temperature: float | Tensor,            # a tensor is broadcast against dist
         weight: Float['... y'] | None = None,   # of each y, the guidance
         affinity_floor: float = 0.,
         weight_in_softmax: bool = False
@@ -202,12 +209,13 @@ class DriftField(Module):
 
         weight = default(weight, dist.new_ones(()).expand(*dist.shape[:-2], dist.shape[-1]))
 
-        if self.normalize == 'sinkhorn':
-            W_pos, W_neg = self.transport(dist, num_pos, num_neg, temperature, weight)
-        elif self.normalize in ('gradient', 'sharp'):
-            W_pos, W_neg = self.density_gradient(dist, num_pos, temperature, weight)
-        else:
-            W_pos, W_neg = self.mean_shift(dist, num_pos, temperature, weight, affinity_floor, weight_in_softmax)
+        if self.normalize not in ('sinkhorn', 'gradient', 'sharp'):
+            return self.mean_shift(dist, num_pos, temperature, weight, affinity_floor, weight_in_softmax)
+
+        W_pos, W_neg = (
+            self.transport(dist, num_pos, num_neg, temperature, weight) if self.normalize == 'sinkhorn' else
+            self.density_gradient(dist, num_pos, temperature, weight)
+        )
 
         return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
 
@@ -218,15 +226,31 @@ class DriftField(Module):
         if weight_in_softmax:
             logits, weight = logits + weight.clamp(min = 1e-30).log(), (weight > 0).to(weight)
 
-        over_y = logits.softmax(dim = -1) if self.normalize != 'none' else logits.exp()
-        over_x = logits.softmax(dim = -2) if self.normalize == 'both' else over_y
-
-        A = (over_y * over_x).clamp(min = affinity_floor).sqrt() * weight      # release: guidance weights the normalised affinity
+        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)     # release: guidance weights the normalised affinity
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
+        sum_pos, sum_neg = (reduce(t, '... n y -> ... n 1', 'sum') for t in (A_pos, A_neg))
 
-        W_pos = A_pos * reduce(A_neg, '... n m -> ... n 1', 'sum')
-        W_neg = A_neg * reduce(A_pos, '... n p -> ... n 1', 'sum')
-        return W_pos, W_neg
+        A_pos *= self.attraction * sum_neg      # cross weights: every positive acts together with every negative, this is the anti-symmetry
+        A_neg *= -self.repulsion * sum_pos
+        return A
+
+    def affinity(self, logits):
+        """The kernel, normalised: sqrt(softmax over y * softmax over x), the softmax over y, or the kernel itself."""
+        if self.normalize == 'both' and can_read(logits):
+
+            # both softmaxes from one exponential, unless one of their sums nearly vanishes
+
+            kernel = (logits - reduce(logits, '... n y -> ... 1 1', 'max')).exp_()
+            over_y, over_x = reduce(kernel, '... n y -> ... n 1', 'sum'), reduce(kernel, '... n y -> ... 1 y', 'sum')
+
+            if min(over_y.min(), over_x.min()) > 1e-25:
+                return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
+
+        if self.normalize == 'none':
+            return logits.exp()
+
+        over_y = logits.softmax(dim = -1)
+        return (over_y * logits.softmax(dim = -2)).sqrt() if self.normalize == 'both' else over_y
 
     def log_masses(self, dist, num_pos, temperature, weight):
         """log of the kernel k [... n y], and of sum_y k c over positives and over negatives [... n 1]; c is 1, or t (|x - y| + t) if 'sharp'."""
@@ -239,7 +263,7 @@ class DriftField(Module):
         log_k, log_masses = self.log_masses(dist, num_pos, temperature, weight)
 
         if self.normalize == 'gradient':
-            log_k = log_k - (dist.clamp(min = 1e-12) * temperature).log() if self.kernel == 'laplace' else log_k - 2 * math.log(temperature)
+            log_k = log_k - ((dist.clamp(min = 1e-12) if self.kernel == 'laplace' else dist * 0 + temperature) * temperature).log()
 
         return ((t - log_mass).exp() for t, log_mass in zip(log_k.tensor_split((num_pos,), dim = -1), log_masses))
 
@@ -258,10 +282,11 @@ class DriftField(Module):
         guidance = reduce(weight[..., num_pos + num_neg:], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
         return (1 + guidance) * T_pos, cat((T_neg, guidance * T_uncond), dim = -1)
 
-    @staticmethod
-    def apply_coefficients(W, x, y):
+    def apply_coefficients(self, W, x, y):
         # open: with a != b the factors act on the mean-shift vectors V+ and V- (Eq. 10), so translation invariance stays
-        return W @ y - reduce(W, '... n y -> ... n 1', 'sum') * x
+        V = rearrange(rearrange(W, '... t n y -> ... (t n) y') @ y, '... (t n) d -> ... t n d', n = W.shape[-2])
+        zero_sum = self.attraction == self.repulsion and self.normalize not in ('gradient', 'sharp')
+        return V if zero_sum else V.addcmul_(reduce(W, '... t n y -> ... t n 1', 'sum'), rearrange(x, '... n d -> ... 1 n d'), value = -1)
 
     @torch.no_grad()
     def forward(
@@ -286,14 +311,15 @@ class DriftField(Module):
         y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
 
         with torch.autocast(x.device.type, enabled = False):
-            x, y = centered(x, y)
+            center = reduce(y, '... y d -> ... 1 d', 'mean')
+            x, y = x - center, y - center
             dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')      # exact, whatever the temperature
 
             if not exists(y_neg) and self.normalize != 'sinkhorn':
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)   # mask self
 
             W = self.coefficients(dist, num_pos, y.shape[-2] - num_pos, float(temperature))
-            return self.apply_coefficients(W, x, y)
+            return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 3. drift loss - Eq. 6, 13, 14, A.5-A.7
@@ -316,6 +342,38 @@ def effective_neighbors(affinity: Float['... n m']) -> Float['... n']:
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
+CACHED_NUMBERS = 2 ** 19        # of the points of the problems that a cpu works on at a time
+
+def shared_sums(steps):
+    """Makes a function of a generator that yields sums over its problems, and is sent what they are over those of all processes.
+
+    `.steps` is the generator: whoever sees the problems piece by piece can add up the sums of the pieces, and send the totals.
+    """
+    @wraps(steps)
+    def run(*args, **kwargs):
+        return finish(steps(*args, **kwargs), sum_over_processes)
+
+    run.steps = steps
+    return run
+
+def finish(steps, answer):
+    sums = next(steps)
+
+    try:
+        while True:
+            sums = steps.send(answer(sums))
+    except StopIteration as stop:
+        return stop.value
+
+def frozen(fn):
+    """No gradients, no autocast."""
+    @wraps(fn)
+    def run(*args):
+        with torch.no_grad(), torch.autocast('cuda', enabled = False), torch.autocast('cpu', enabled = False):
+            return fn(*args)
+    return run
+
+@shared_sums
 def drift_loss(
     gen: Float['b g d'],
     pos: Float['b p d'],
@@ -331,7 +389,7 @@ def drift_loss(
     min_scale = 1e-3,                   # release: of S and of S / sqrt(d)
     min_dist_sq = 1e-8,                 # release
     min_drift_sq = 1e-8,                # release: of the mean of V^2
-    chunk_size = None,                  # problems at a time: bounds the memory, computes distances three times instead of once
+    chunk_size = None,                  # problems at a time: bounds the memory, computes distances and fields again instead of keeping them
     diagnostics = True                  # the last three fields of DriftStats, otherwise empty
 ) -> tuple[Float['b'], DriftStats]:
     """The drifting loss on one feature (A.6): mean over samples and dimensions of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
@@ -348,85 +406,98 @@ def drift_loss(
     temperatures = tuple(float(temperature) for temperature in temperatures)
     check(temperatures and all(0 < temperature < math.inf for temperature in temperatures), f'temperatures must be one or more finite numbers above 0, got {temperatures}')
     check(not exists(uncond_weight) or exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
+    check(default(chunk_size, 1) > 0, f'chunk_size must be above 0, got {chunk_size}')
 
-    field = field if exists(field) else DriftField()
-    chunk_size, negatives = default(chunk_size, len(gen)), default(neg, gen)
-    (b, g, d), p, m, gen = gen.shape, pos.shape[1], negatives.shape[1], full_precision(gen)
+    gen, field = full_precision(gen), default(field, DriftField())
+    x_all, others = gen.detach(), (pos, default(neg, gen.detach()), uncond)
+    (b, g, d), p, m = gen.shape, pos.shape[1], others[1].shape[1]
+
     transport, with_potential = field.normalize == 'sinkhorn', diagnostics and field.normalize == 'sharp'
-
     check(not transport or exists(neg), "normalize = 'sinkhorn' needs neg, an independent batch of generated samples")
-    check(chunk_size > 0, f'chunk_size must be above 0, got {chunk_size}')
 
-    weight = gen.new_ones(b, p + m + (uncond.shape[1] if exists(uncond) else 0))                       # b y
+    weight = gen.new_ones(b, sum(t.shape[1] for t in others if exists(t)))                             # b y
 
     if exists(uncond_weight):
         check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
         check_range('uncond_weight', uncond_weight, 0)
         weight[:, p + m:] = uncond_weight
 
-    with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
+    # the problems are taken in chunks. What is needed twice is kept, or computed again where memory is to be bounded
 
-        # a chunk is a slice of the problems. With a single one everything is computed once, with several again at each pass
+    size = default(chunk_size, max(1, CACHED_NUMBERS // (weight.shape[1] * d)) if gen.device.type == 'cpu' else b)
+    chunks = [slice(i, i + size) for i in range(0, b, size)]
+    keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
 
-        chunks = [slice(i, i + chunk_size) for i in range(0, b, chunk_size)]
+    def points(i):
+        y = cat([t[chunks[i]].to(gen.dtype) for t in others if exists(t)], dim = 1)                    # b y d
+        center = reduce(y, 'b y d -> b 1 d', 'mean')
+        y -= center
+        return y[:, p:p + g] if not exists(neg) else x_all[chunks[i]] - center, y
 
-        @lru_cache(maxsize = 1)
-        def distances(i):
-            x, y = centered(gen[chunks[i]], cat([t[chunks[i]].to(gen.dtype) for t in (pos, negatives, uncond) if exists(t)], dim = 1))
-            return x, y, pairwise_distance(x, y, min_dist_sq)                                          # b g d, b y d, b g y
+    @keep
+    @frozen
+    def distances(i):
+        return pairwise_distance(*points(i), min_dist_sq)                                              # b g y
 
-        # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
+    # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
 
-        power = 2 if transport else 1
-        sum_dist = sum(einx.multiply('b g y, b y -> b g y', distances(i)[-1] ** power, weight[chunk]).sum() for i, chunk in enumerate(chunks))
-        sum_dist, sum_weight = sum_over_processes(stack((sum_dist, weight.sum() * g)))
+    power = 2 if transport else 1
 
-        scale = (sum_dist / sum_weight) ** (1 / power)
-        feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
+    @frozen
+    def sum_distances(i):
+        return (reduce(distances(i) ** power, 'b g y -> b y', 'sum') * weight[chunks[i]]).sum()
 
-        # the field of each temperature
+    sum_dist, sum_weight = yield stack((sum(map(sum_distances, range(len(chunks)))), weight.sum() * g))
 
-        def scaled_distances(i):
-            dist = distances(i)[-1] / scale.clamp(min = min_scale)
+    scale = (sum_dist / sum_weight) ** (1 / power)
+    feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
 
-            if not exists(neg):
-                dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                 # mask self
+    # the field of each temperature, how large it is (V^2), and where it comes from
 
-            return dist
+    @keep
+    @frozen
+    def fields(i):
+        x, y = points(i)
+        dist, w = distances(i) / scale.clamp(min = min_scale), weight[chunks[i], None]                 # b 1 y
 
-        @lru_cache(maxsize = 1)
-        def fields(i):
-            (x, y, _), dist = distances(i), scaled_distances(i)
-            W = [field.coefficients(dist, p, m, temperature, weight[chunks[i]], affinity_floor, weight_in_softmax) for temperature in temperatures]
-            return W, [field.apply_coefficients(w, x, y) / feature_scale for w in W]                   # b g y, b g d
+        if not exists(neg):
+            dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
 
-        # how large they are: V^2; and where they come from
+        dist, temperature = rearrange(dist, 'b g y -> b 1 g y'), rearrange(dist.new_tensor(temperatures), 't -> t 1 1')
 
-        def measures(i, temperature, W, V):
-            pull, push, nothing = W[..., :p], W[..., p:], V.new_zeros(())
+        W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
+        V = field.apply_coefficients(W, x, y)                                                          # b t g d
 
-            neighbors = effective_neighbors(pull).sum() if diagnostics else nothing
-            uncond_share = (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum() if diagnostics else nothing
-            potential = field.potential(scaled_distances(i), p, temperature, weight[chunks[i]]).sum() if with_potential else nothing
+        pull, push = W[..., :p], W[..., p:]
+        sums = [V.norm(dim = (2, 3)).square().sum(dim = 0) / (d * feature_scale ** 2)]
 
-            return stack(((V ** 2).sum() / d, neighbors, uncond_share, potential))
+        if diagnostics:
+            sums += [effective_neighbors(pull).sum(dim = (0, 2)), (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum(dim = (0, 2))]
 
-        sums = sum(stack([measures(i, *triple) for triple in zip(temperatures, *fields(i))]) for i in range(len(chunks)))      # t 4
-        count = sum_over_processes(scale.new_tensor(float(b * g)))
-        mean_sq, *diagnosed = (sum_over_processes(sums) / count).unbind(dim = -1)                     # each t
+        if with_potential:
+            sums += [field.potential(dist, p, temperature, w).sum(dim = (0, 2))]
 
-        # each normalised to unit root mean square, they add up
+        return stack((*sums, torch.full_like(sums[0], x.shape[0] * g))), V
 
-        norms = mean_sq.clamp(min = min_drift_sq).sqrt()
-        drift = cat([sum(V / norm for V, norm in zip(fields(i)[1], norms)) for i in range(len(chunks))])
+    *sums, count = yield sum(fields(i)[0] for i in range(len(chunks)))                                 # each t
+    mean_sq, *diagnosed = (total / count for total in sums)
 
-    # Eq. 6, x - stopgrad(x + V), with x - stopgrad(x) taken first: it is an exact zero that carries the gradient
+    # each normalised to unit root mean square, they add up. Eq. 6, the mean of |x - stopgrad(x + V)|^2, has the value V^2 and the gradient -2 V
 
-    residual = (gen - gen.detach()) / feature_scale - drift
+    norms = rearrange(mean_sq.clamp(min = min_drift_sq).sqrt() * feature_scale, 't -> t 1 1')
 
-    shown = (True, diagnostics, diagnostics, with_potential)
-    per_temperature = [dict(zip(temperatures, values)) if show else {} for values, show in zip((mean_sq.sqrt(), *diagnosed), shown)]
-    return reduce(residual ** 2, 'b g d -> b', 'mean'), DriftStats(scale, *per_temperature)
+    grad = torch.empty_like(x_all)
+
+    @frozen
+    def losses(i):
+        V = reduce(fields(i)[1] / norms, 'b t g d -> b g d', 'sum')
+        torch.mul(V, -2 / (g * d * feature_scale), out = grad[chunks[i]])
+        return reduce(V ** 2, 'b g d -> b', 'mean')
+
+    loss = cat([losses(i) for i in range(len(chunks))])
+
+    per_temperature = [dict(zip(temperatures, values)) for values in (mean_sq.sqrt(), *diagnosed)]
+    return KnownGradient.apply(gen, loss, grad), DriftStats(scale, *per_temperature, *({} for _ in range(4 - len(per_temperature))))
 
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with classifier-free guidance by unconditional negatives (A.7).
@@ -434,20 +505,25 @@ class FeatureDriftLoss(Module):
     encoder: None (raw samples), a Module with .features(x), a callable, or a list of them; each gives {name: [b f d]} for x [b ...].
     decoder: a callable in front of the encoders, for example from latents to pixels. Modules are frozen here, gradients pass through them.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
+    group_chunk_size: encode so many class groups at a time, with the same result: the memory is that of one chunk, the encoder runs three times.
+    chunk_statistics: with chunks, 'shared' (exact), or 'own', S and the drift's norm of every chunk by itself: cheap, another loss.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps, chunk_size.
     """
 
-    def __init__(self, encoder = None, *, decoder = None, raw = True, **drift_loss_kwargs):
+    def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, chunk_statistics = 'shared', **drift_loss_kwargs):
         super().__init__()
         encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder] if exists(encoder) else []
 
         unknown = drift_loss_kwargs.keys() - inspect.signature(drift_loss).parameters.keys()
         check(not unknown, f'unknown arguments {sorted(unknown)}')
         check(raw or encoders, 'raw = False needs an encoder: there would be no feature at all')
+        check(default(group_chunk_size, 1) > 0, f'group_chunk_size must be above 0, got {group_chunk_size}')
+        check(chunk_statistics in ('shared', 'own'), f"chunk_statistics must be 'shared' or 'own', got {chunk_statistics!r}")
         for encoder in encoders:
             check(callable(encoder) or hasattr(encoder, 'features'), f'encoder must be None, a Module with .features(x), a callable, or a list of these, got {type(encoder).__name__}')
 
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
+        self.group_chunk_size, self.chunk_statistics = group_chunk_size, chunk_statistics
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in (*encoders, decoder) if isinstance(m, Module)])
         self.drift_loss_kwargs = drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
@@ -500,33 +576,72 @@ class FeatureDriftLoss(Module):
             check_range('alpha', alpha, 1)
             check(exists(uncond) or not can_read(alpha) or (alpha == 1).all(), 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
 
-        if exists(uncond):
-            u = uncond.shape[1]
-            uncond_weight = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)    # A.7
+        weight = repeat((alpha - 1) * (g - 1) / uncond.shape[1], 'c -> c u', u = uncond.shape[1]) if exists(uncond) else None      # A.7
+        samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg, uncond_weight = weight)
+        samples = {kind: t for kind, t in samples.items() if exists(t)}
+
+        if not exists(self.group_chunk_size):
+            return self.breakdown({name: drift_loss(**problems, **self.drift_loss_kwargs) for name, problems in self.problems(**samples)})
+
+        # chunks of groups: first the two sums that drift_loss asks for, of all chunks, then each chunk's loss and gradient
+
+        chunks = [dict(zip(samples, parts)) for parts in zip(*(t.split(self.group_chunk_size) for t in samples.values()))]
+        known = {}                                                                                     # {name: [sums, ...]}
+
+        for _ in range(2 if self.chunk_statistics == 'shared' else 0):
+            totals = {}
+
+            for chunk in chunks:
+                with torch.no_grad():
+                    for name, problems in self.problems(**chunk):
+                        steps = drift_loss.steps(**problems, **self.drift_loss_kwargs)
+                        sums = next(steps)
+                        for answer in known.get(name, ()):
+                            sums = steps.send(answer)
+                        totals[name] = totals.get(name, 0) + sums
+
+            for name, total in totals.items():
+                known.setdefault(name, []).append(sum_over_processes(total))
+
+        results, grads = [], []
+
+        for chunk in chunks:
+            x = chunk['gen'].detach().requires_grad_()
+            answers = {name: iter(sums) for name, sums in known.items()}
+
+            with torch.enable_grad():
+                loss, breakdown = self.breakdown({
+                    name: finish(drift_loss.steps(**problems, **self.drift_loss_kwargs), lambda sums, name = name: next(answers[name]) if known else sums)
+                    for name, problems in self.problems(**{**chunk, 'gen': x})
+                })
+
+            share = len(x) / c
+            grads.append(torch.autograd.grad(loss, x)[0] * share)
+            results.append((loss.detach() * share, {name: t.detach() * share for name, t in breakdown.losses.items()}))
+
+        losses = {name: sum(part[name] for _, part in results) for name in breakdown.losses}
+        return KnownGradient.apply(gen, sum(loss for loss, _ in results), cat(grads)), Breakdown(losses, breakdown.stats)
+
+    def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
+        """The arguments of drift_loss, feature by feature: every location of every group is a problem of its own."""
+        c, others = len(gen), {kind: t for kind, t in dict(pos = pos, uncond = uncond, neg = neg).items() if exists(t)}
+        sizes = [t.shape[1] for t in others.values()]
 
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
 
         with torch.no_grad():
-            others = dict(pos = pos, uncond = uncond, neg = neg)
-            others = {kind: t for kind, t in others.items() if exists(t)}
-            sizes, other_features = [t.shape[1] for t in others.values()], self.features(rearrange(cat(list(others.values()), dim = 1), 'c n ... -> (c n) ...'))
-
-        losses, stats = {}, {}
+            other_features = self.features(rearrange(cat(list(others.values()), dim = 1), 'c n ... -> (c n) ...'))
 
         for name, gen_feature in gen_features.items():
-            # every location of every group is a problem of its own
+            points, other_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, other_features[name]))
+            weight = repeat(uncond_weight, 'c u -> (c f) u', f = gen_feature.shape[1]) if exists(uncond_weight) else None
+            yield name, dict(gen = points, **dict(zip(others, other_points.split(sizes, dim = 1))), uncond_weight = weight)
 
-            f = gen_feature.shape[1]
-            gen_points, other_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, other_features[name]))
-            points = dict(zip(others, other_points.split(sizes, dim = 1)))
-
-            if exists(uncond):
-                points['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = f)
-
-            loss, stats[name] = drift_loss(gen_points, **points, **self.drift_loss_kwargs)
-            losses[name] = loss.mean()
-
-        return sum(losses.values()), Breakdown(losses, stats)
+    @staticmethod
+    def breakdown(results):
+        """The sum over features {name: (loss [b], DriftStats)}."""
+        losses = {name: loss.mean() for name, (loss, _) in results.items()}
+        return sum(losses.values()), Breakdown(losses, {name: stats for name, (_, stats) in results.items()})
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 4. feature encoders - A.3-A.5
