@@ -8,13 +8,21 @@ authors' release differ, the release is the default and the line says so (`# rel
 tagged `# open`.
 """
 
-import os
+import hashlib
 import inspect
 import json
 import math
+import os
+import platform
 import random
 import re
 import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
 from contextlib import nullcontext
 from functools import lru_cache, wraps
 from importlib.metadata import version
@@ -23,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn, cat, stack, Tensor
@@ -33,12 +42,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import einx
 import jaxtyping
 from accelerate import Accelerator
-from accelerate.utils import reduce as reduce_over_processes
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, reduce as reduce_over_processes
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
 from PIL import Image
 from rotary_embedding_torch import RotaryEmbedding
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
@@ -528,6 +538,11 @@ class FeatureDriftLoss(Module):
         self.drift_loss_kwargs = drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
 
+    def compile(self):
+        """torch.compile of the encoders and of the field."""
+        field = self.drift_loss_kwargs.setdefault('field', DriftField())
+        self.features, field.coefficients = torch.compile(self.features), torch.compile(field.coefficients)
+
     def train(self, mode = True):
         return super().train(False)    # frozen encoders stay in eval mode
 
@@ -555,7 +570,8 @@ class FeatureDriftLoss(Module):
         pos: Float['c p ...'],
         uncond: Float['c u ...'] | None = None,
         alpha: Float['c'] | None = None,        # guidance scale of each group, >= 1
-        neg: Float['c m ...'] | None = None     # other generated samples as negatives, see drift_loss
+        neg: Float['c m ...'] | None = None,    # other generated samples as negatives, see drift_loss
+        diagnostics = True                      # see drift_loss
     ) -> tuple[Float[''], Breakdown]:
         """The loss of a step: c class groups, generated against real samples, and unconditional ones to be guided away from.
 
@@ -580,8 +596,10 @@ class FeatureDriftLoss(Module):
         samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg, uncond_weight = weight)
         samples = {kind: t for kind, t in samples.items() if exists(t)}
 
+        kwargs = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
+
         if not exists(self.group_chunk_size):
-            return self.breakdown({name: drift_loss(**problems, **self.drift_loss_kwargs) for name, problems in self.problems(**samples)})
+            return self.breakdown({name: drift_loss(**problems, **kwargs) for name, problems in self.problems(**samples)})
 
         # chunks of groups: first the two sums that drift_loss asks for, of all chunks, then each chunk's loss and gradient
 
@@ -594,7 +612,7 @@ class FeatureDriftLoss(Module):
             for chunk in chunks:
                 with torch.no_grad():
                     for name, problems in self.problems(**chunk):
-                        steps = drift_loss.steps(**problems, **self.drift_loss_kwargs)
+                        steps = drift_loss.steps(**problems, **kwargs)
                         sums = next(steps)
                         for answer in known.get(name, ()):
                             sums = steps.send(answer)
@@ -611,7 +629,7 @@ class FeatureDriftLoss(Module):
 
             with torch.enable_grad():
                 loss, breakdown = self.breakdown({
-                    name: finish(drift_loss.steps(**problems, **self.drift_loss_kwargs), lambda sums, name = name: next(answers[name]) if known else sums)
+                    name: finish(drift_loss.steps(**problems, **kwargs), lambda sums, name = name: next(answers[name]) if known else sums)
                     for name, problems in self.problems(**{**chunk, 'gen': x})
                 })
 
@@ -693,6 +711,10 @@ class UpBlock(Module):
         x = self.norm(cat((x, skip), dim = 1))
         return F.relu(self.refine(F.relu(self.proj(x))))
 
+def run_block(block, *args, checkpointing):
+    """A block of a network, computed again in the backward pass instead of keeping what is inside if checkpointing."""
+    return checkpoint(block, *args, use_reentrant = False) if checkpointing and torch.is_grad_enabled() else block(*args)
+
 class MAEBreakdown(NamedTuple):
     reconstruction: Tensor      # squared error per masked position, summed over channels (release)
     classification: Tensor      # cross entropy, 0 without labels
@@ -763,7 +785,7 @@ class LatentMAE(Module):
 
         for stage, (name, norm) in zip(self.stages, self.norms.items()):
             for k, block in enumerate(stage, 1):
-                x = checkpoint(block, x, use_reentrant = False) if self.checkpointing and torch.is_grad_enabled() else block(x)
+                x = run_block(block, x, checkpointing = self.checkpointing)
 
                 if k % 2 == 0:
                     maps[f'{name}_blk{k}'] = x
@@ -1025,6 +1047,7 @@ class DriftingGenerator(Module):
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0 tokens: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
+    checkpointing: recompute each block in the backward pass instead of keeping what is inside.
     """
 
     def __init__(
@@ -1033,7 +1056,8 @@ class DriftingGenerator(Module):
         image_size, channels, patch_size,
         dim, depth, heads, ff_mult = 4.,
         num_classes = None, num_register_tokens = 16,
-        num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False
+        num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
+        checkpointing = False
     ):
         super().__init__()
         sizes = dict(image_size = image_size, channels = channels, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
@@ -1043,7 +1067,7 @@ class DriftingGenerator(Module):
         check(num_classes is None or num_classes > 0, f'num_classes must be above 0, or None for an unconditional generator, got {num_classes}')
 
         self.noise_shape = (channels, image_size, image_size)
-        self.num_classes, self.patch_size, self.num_style_tokens = num_classes, patch_size, num_style_tokens
+        self.num_classes, self.patch_size, self.num_style_tokens, self.checkpointing = num_classes, patch_size, num_style_tokens, checkpointing
 
         size, dim_patch, dim_head = image_size // patch_size, channels * patch_size ** 2, dim // heads
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32                                      # release
@@ -1152,7 +1176,7 @@ class DriftingGenerator(Module):
         x = cat((registers, x), dim = 1)                                                               # b (r + n) d
 
         for block in self.blocks:
-            x = block(x, cond, self.rotary)
+            x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
 
         x = x[:, registers.shape[1]:]                                                                  # b n d
 
@@ -1210,21 +1234,21 @@ PRESETS = {
 # ───────────────────────────────────────────────────────────────────────────────
 
 class SampleQueue:
-    """The newest real samples of every class, and of all classes together: positives and unconditional samples are drawn from it.
+    """The newest real samples of every class: positives are drawn from it, and unconditional samples from a second one with a single class.
 
-    class_size per class, uncond_size overall (0: none); the oldest leave. Samples are kept on `device`, indices are drawn on the cpu.
+    size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come); indices are drawn on the cpu.
     """
 
-    def __init__(self, num_classes = 1, *, class_size = 128, uncond_size = 1000, device = 'cpu'):
-        check(num_classes > 0 and class_size > 0 and uncond_size >= 0, f'num_classes and class_size must be above 0, got {num_classes} and {class_size}, uncond_size not below, got {uncond_size}')
-        self.num_classes, self.class_size, self.uncond_size, self.device = num_classes, class_size, uncond_size, device
-        self.pushed = torch.zeros(num_classes + 1, dtype = torch.long)      # ever pushed, per class and (last) overall
-        self.by_class = self.uncond = None                                  # allocated at the first push, when the sample shape is known
+    def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
+        check(num_classes > 0 and size > 0, f'num_classes and size must be above 0, got {num_classes} and {size}')
+        self.num_classes, self.size, self.device, self.dtype = num_classes, size, device, dtype
+        self.pushed = torch.zeros(num_classes, dtype = torch.long)      # ever pushed, per class
+        self.samples = None                                             # [class slot ...], allocated at the first push
 
     @property
     def filled(self):
         """How many samples each class holds [num_classes], on the cpu."""
-        return self.pushed[:-1].clamp(max = self.class_size)
+        return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for labels out of range, other shapes, non-finite samples."""
@@ -1232,57 +1256,41 @@ class SampleQueue:
         labels = checked_labels(torch.as_tensor(labels).cpu(), C, b) if exists(labels) else torch.zeros(b, dtype = torch.long)
         check_range('real samples', samples, -math.inf)
 
-        if not exists(self.by_class):
-            self.by_class, self.uncond = (samples.new_zeros(*size, *samples.shape[1:], device = self.device) for size in ((C, self.class_size), (self.uncond_size,)))
+        if not exists(self.samples):
+            self.samples = torch.zeros(C, self.size, *samples.shape[1:], device = self.device, dtype = default(self.dtype, samples.dtype))
 
-        check(samples.shape[1:] == self.uncond.shape[1:], f'samples of shape {tuple(samples.shape[1:])} pushed to a queue of {tuple(self.uncond.shape[1:])}')
-        samples = samples.detach().to(self.by_class)
+        check(samples.shape[1:] == self.samples.shape[2:], f'samples of shape {tuple(samples.shape[1:])} pushed to a queue of {tuple(self.samples.shape[2:])}')
 
         # the place of each sample among those of its class in this push; of more than fit only the newest stay
 
         order = labels.argsort(stable = True)
         labels, counts = labels[order], labels.bincount(minlength = C)
         place = torch.arange(b) - (counts.cumsum(dim = 0) - counts)[labels]
-        fits = place >= (counts - self.class_size)[labels]
+        fits = place >= (counts - self.size)[labels]
 
-        slot = (self.pushed[labels] + place) % self.class_size
-        self.by_class[labels[fits].to(self.device), slot[fits].to(self.device)] = samples[order[fits].to(self.device)]
+        slot = (self.pushed[labels] + place) % self.size
+        self.samples[labels[fits].to(self.device), slot[fits].to(self.device)] = samples.detach()[order[fits].to(samples.device)].to(self.samples)
+        self.pushed += counts
 
-        if self.uncond_size > 0:
-            newest = torch.arange(max(0, b - self.uncond_size), b)
-            self.uncond[((self.pushed[-1] + newest) % self.uncond_size).to(self.device)] = samples[newest.to(self.device)]
-
-        self.pushed += cat((counts, counts.sum(dim = 0, keepdim = True)))
-
-    def draw(self, filled, size, num, generator):
-        """Indices [c num] without replacement, row i among the first filled[i] of size."""
-        keys = torch.rand(len(filled), size, generator = generator)
-        keys.masked_fill_(einx.greater_equal('size, c -> c size', torch.arange(size), filled), -1.)
-        return keys.topk(num, dim = -1).indices.to(self.device)
-
-    def positives(self, labels, num, generator = None):
-        """Real samples [c num ...] of the classes labels [c], drawn without replacement within each group."""
+    def draw(self, labels, num, generator = None):
+        """Samples [c num ...] of the classes labels [c], without replacement within each row."""
         labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
-        check((filled >= num).all(), f'{num} positives were asked for, but these classes hold fewer (class: samples): {dict(zip(labels[filled < num].tolist(), filled[filled < num].tolist()))}')
+        check((filled >= num).all(), f'{num} samples were asked for, but these classes hold fewer (class: samples): {dict(zip(labels[filled < num].tolist(), filled[filled < num].tolist()))}')
 
-        index = self.draw(filled, self.class_size, num, generator)
-        return einx.get_at('[class slot] ..., c, c p -> c p ...', self.by_class, labels.to(self.device), index)
-
-    def unconditional(self, groups, num, generator = None):
-        """Real samples [groups num ...] of any class, drawn without replacement within each group."""
-        filled = self.pushed[-1:].clamp(max = self.uncond_size)
-        check(filled >= num, f'{num} unconditional samples were asked for, the queue holds {filled.item()}')
-        return self.uncond[self.draw(filled.expand(groups), self.uncond_size, num, generator)]
+        keys = torch.rand(len(filled), self.size, generator = generator)
+        keys.masked_fill_(einx.greater_equal('size, c -> c size', torch.arange(self.size), filled), -1.)
+        index = keys.topk(num, dim = -1).indices.to(self.device)
+        return einx.get_at('[class slot] ..., c, c p -> c p ...', self.samples, labels.to(self.device), index)
 
     def state_dict(self):
-        return {name: t for name, t in dict(pushed = self.pushed, by_class = self.by_class, uncond = self.uncond).items() if exists(t)}
+        return dict(pushed = self.pushed, **(dict(samples = self.samples) if exists(self.samples) else {}))
 
     def load_state_dict(self, state):
-        if 'by_class' in state:
-            saved, own = (*state['by_class'].shape[:2], len(state['uncond'])), (self.num_classes, self.class_size, self.uncond_size)
-            check(saved == own, f'the saved queue has (num_classes, class_size, uncond_size) {saved}, this one {own}')
-            self.by_class, self.uncond = (state[name].to(self.device, copy = True) for name in ('by_class', 'uncond'))
+        if 'samples' in state:
+            saved, own = tuple(state['samples'].shape[:2]), (self.num_classes, self.size)
+            check(saved == own, f'the saved queue has (num_classes, size) {saved}, this one {own}')
+            self.samples = state['samples'].to(self.device, copy = True)
 
         self.pushed = state['pushed'].cpu().clone()
 
@@ -1309,7 +1317,11 @@ class Replayed(Dataset):
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
 
-        sample, label = self.dataset[index]
+        try:
+            sample, label = self.dataset[index]
+        except Exception as error:
+            raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
+
         return sample.float(), label if self.with_labels else 0
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
@@ -1325,6 +1337,80 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
 # ───────────────────────────────────────────────────────────────────────────────
 # 7. trainers - A.3, A.8, A.9
 # ───────────────────────────────────────────────────────────────────────────────
+
+# checkpoints: a folder of safetensors and a manifest, complete or not there at all
+
+def save_tensors(state_dict, path):
+    save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path} is not a safetensors file: {error}') from error
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+def flush(path):
+    """Wait until a file or a folder is on the disk."""
+    if os.name != 'nt':
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+def write_manifest(folder, content):
+    """manifest.json, with the size and hash of every other file of the folder. All of it is on the disk afterwards."""
+    files = {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path)) for path in sorted(folder.iterdir())}
+    (folder / 'manifest.json').write_text(json.dumps({**content, 'files': files}, indent = 1, default = str))
+
+    for path in (*folder.iterdir(), folder):
+        flush(path)
+
+def damage(folder):
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((folder / 'manifest.json').read_text())['files']
+        for name, expected in files.items():
+            size = (folder / name).stat().st_size
+            if size != expected['bytes']:
+                return f'{name} has {size} bytes instead of {expected["bytes"]}'
+            if sha256(folder / name) != expected['sha256']:
+                return f'{name} does not have the hash that the manifest gives'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f'it is not complete ({type(error).__name__}: {error})'
+
+def discard(folder):
+    """Remove a folder so that it is never seen half removed."""
+    if folder.exists():
+        waste = folder.rename(folder.with_name(f'unfinished-old-{folder.name}'))
+        shutil.rmtree(waste)
+
+class Interruption:
+    """Remembers Ctrl-C and SIGTERM, so that the step can end and a checkpoint be written. A second one acts at once."""
+
+    def __enter__(self):
+        self.received = 0
+        here = threading.current_thread() is threading.main_thread()
+        self.handlers = {number: signal.signal(number, self.remember) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
+        return self
+
+    def remember(self, number, frame):
+        self.received = number
+        signal.signal(number, self.handlers[number])
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# pictures and records
 
 def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels, without smoothing."""
@@ -1342,16 +1428,35 @@ def settings(arguments):
     """The arguments of a trainer that are plain values, for its record."""
     return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', '__class__')}
 
+def versions():
+    return {'python': platform.python_version(), **{name: version(name) for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers')}}
+
+def git_revision():
+    """Of the working directory, None outside of a repository."""
+    try:
+        return subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output = True, text = True, timeout = 10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+def memory_mib(device):
+    """The most that this process has had on its GPU, or what it has in all."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2 ** 20
+
 class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
 
-    A subclass says what is trained: compute_loss(batches, micro_step) gives the loss () and any details, metrics(details) what to log of them as
-    {name: tensor ()} and which names go onto the progress bar, pictures() images [rows cols ch h w] in [0, 1], and to_image is an attribute.
+    A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
+    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() images
+    [rows cols ch h w] in [0, 1]; to_image is an attribute.
 
     num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
-    gradient_accumulation_steps, mixed_precision, log_with: as in accelerate (one precision per Python process); cpu: train on the cpu even where there is a GPU.
-    log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, samples/, checkpoints/ (the newest keep_checkpoints).
-    resume_from_checkpoint: a checkpoint folder, or 'latest' (from the beginning if there is none). A resumed run repeats what it would have been.
+    gradient_accumulation_steps, log_with: as in accelerate. mixed_precision: too; None is what accelerate was launched with, or else bf16 on a GPU that has it.
+    compile: torch.compile of the model, and of encoders and loss. cpu: train on the cpu even where there is a GPU. num_workers: processes that read data.
+    max_skipped_steps: so many steps with non-finite gradients are left out, the next one stops the run. Above 0 every step waits for its gradient norm.
+    log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, starts.jsonl (configuration, versions and
+        hardware of every start), samples/, checkpoints/ (the newest keep_checkpoints). Ctrl-C and SIGTERM save a checkpoint before they act.
+    resume_from_checkpoint: a checkpoint folder, or 'latest', the newest that is complete and undamaged (from the beginning if there is none). A resumed
+        run repeats what it would have been.
     overwrite: remove an earlier run's metrics, samples and checkpoints from the folder. Otherwise it is refused.
     """
 
@@ -1362,7 +1467,7 @@ class BaseTrainer:
         *,
         batch_size, num_train_steps = 30_000, seed = 0,
         learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
-        gradient_accumulation_steps = 1, mixed_precision = None, cpu = False, num_workers = 0,
+        gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
         log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
         results_folder = './results', resume_from_checkpoint = None, overwrite = False
     ):
@@ -1372,7 +1477,13 @@ class BaseTrainer:
         for name in ('batch_size', 'num_train_steps', 'gradient_accumulation_steps', 'keep_checkpoints'):
             check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
 
-        self.accelerator = accelerator = Accelerator(mixed_precision = mixed_precision, cpu = cpu, log_with = log_with, project_dir = results_folder)
+        if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
+            mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not cpu else 'no'
+
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision = mixed_precision, cpu = cpu, log_with = log_with, project_dir = results_folder,
+            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
+        )
 
         check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
         check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
@@ -1385,25 +1496,35 @@ class BaseTrainer:
 
         # release: AdamW on all parameters, and the plain average of the weights from the start and at every step (the library would warm it up)
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay)
+        fused = accelerator.device.type in ('cuda', 'cpu')
+        optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay, fused = fused)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
         self.ema = EMA(self.unwrapped, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = True)
         self.ema.update()
 
+        if compile:
+            self.unwrapped.compile()
+
         self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
-        self.step, self.samples_read, self.queue = 0, 0, None
+        self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
 
         # a new run does not mix with an earlier one
 
-        self.results_folder.mkdir(parents = True, exist_ok = True)
-        earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'checkpoints', 'samples')) if path.exists()]
+        try:
+            self.results_folder.mkdir(parents = True, exist_ok = True)
+            with tempfile.TemporaryFile(dir = self.results_folder):
+                pass
+        except OSError as error:
+            raise OSError(f'results_folder = {str(results_folder)!r} cannot be written to: {error}') from error
+
+        earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')) if path.exists()]
         check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
         accelerator.wait_for_everyone()
 
-        if overwrite and not exists(resume_from_checkpoint) and accelerator.is_main_process:
-            for path in earlier:
+        if accelerator.is_main_process:
+            for path in earlier if overwrite and not exists(resume_from_checkpoint) else (self.results_folder / 'checkpoints').glob('unfinished-*'):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         accelerator.wait_for_everyone()
@@ -1414,6 +1535,10 @@ class BaseTrainer:
     @property
     def unwrapped(self):
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def logs_this_step(self):
+        return self.log_every > 0 and ((self.step + 1) % self.log_every == 0 or self.step + 1 == self.num_train_steps)
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -1435,17 +1560,22 @@ class BaseTrainer:
                 return places
 
         pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory))
+        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_ctrl_c))
 
     def read(self, batches):
         samples, labels = next(batches)
+        check_range('real samples', samples, -math.inf)
         self.samples_read += self.batch_size
-        torch.manual_seed(seed_for(self.seed, self.samples_read, self.accelerator.process_index))    # for a model with dropout
-        return samples, torch.as_tensor(labels)
+        self.seed_model()
+        return samples.to(self.accelerator.device, non_blocking = True), torch.as_tensor(labels)
+
+    def seed_model(self, *key):
+        """For a model with dropout: what it draws next is a function of the place in the run."""
+        torch.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
 
     def train_step(self, batches):
-        """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norm."""
-        accelerator = self.accelerator
+        """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norms."""
+        accelerator, logs = self.accelerator, self.logs_this_step
         self.model.train()
 
         warmup = min(1., self.step / max(1, self.lr_warmup_steps))
@@ -1453,45 +1583,112 @@ class BaseTrainer:
             group['lr'] = 1e-6 + (self.learning_rate - 1e-6) * warmup
 
         for micro_step in range(self.gradient_accumulation_steps):
-            last = micro_step == self.gradient_accumulation_steps - 1
+            loss, details = self.backward(batches, micro_step, sync = micro_step == self.gradient_accumulation_steps - 1)
 
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                loss, details = self.compute_loss(batches, micro_step)
-                accelerator.backward(loss / self.gradient_accumulation_steps)
+        accelerator.unscale_gradients()
+        parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
+        grad_norms = {f'grad_norm/{name}': stack([grad.norm() for grad in grads]).norm() for name, grads in parts.items() if grads}
+        grad_norms['grad_norm'] = accelerator.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
 
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update()
+        # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
+
         self.step += 1
-        return loss, details, grad_norm
+        self.unchecked.append((self.step, loss, grad_norms['grad_norm'], details))
+        waits = self.max_skipped_steps > 0 or accelerator.device.type == 'cpu'
+
+        if not waits or self.check_finite():
+            self.optimizer.step()
+            self.ema.update()
+
+        self.optimizer.zero_grad()
+        return loss, details, grad_norms
+
+    def check_finite(self):
+        """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
+        steps, self.unchecked = self.unchecked, []
+        finite = stack([torch.as_tensor(value).isfinite() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]).tolist() if steps else []
+        broken = [i // 2 for i, ok in enumerate(finite) if not ok and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
+
+        if not broken:
+            return True
+
+        self.skipped += 1
+        step, loss, grad_norm, details = steps[broken[0]]
+        found = ', '.join(self.explain(details)) or 'the loss is finite: the model or the encoder, backwards'
+        message = f'step {step}: loss {loss.item():.4g}, gradient norm {float(grad_norm):.4g}; {found}'
+
+        if self.skipped > self.max_skipped_steps:
+            good = [folder for folder in self.checkpoints() if not damage(folder)]
+            raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good[-1] if good else "none"}')
+
+        warnings.warn(f'{message}. Left out, {self.skipped} of at most {self.max_skipped_steps}')
+        return False
+
+    def explain(self, details):
+        """Which parts of the loss are not finite."""
+        return [f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)]
 
     def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints on the way."""
+        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints on the way.
+
+        Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
+        """
         batches = self.batches()
+
+        if self.accelerator.is_main_process:
+            hardware = dict(device = torch.cuda.get_device_name() if self.accelerator.device.type == 'cuda' else str(self.accelerator.device), processes = self.accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
+            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = git_revision(), hardware = hardware, precision = self.accelerator.mixed_precision, config = self.config)
+            with open(self.results_folder / 'starts.jsonl', 'a') as file:
+                file.write(json.dumps(start, default = str) + '\n')
 
         if self.samples_read == 0:
             self.before_training(batches)
 
-        with tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps:
-                result = self.train_step(batches)
+        self.clock = time.perf_counter(), self.step
+
+        with Interruption() as interruption, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
+            while self.step < self.num_train_steps and not self.stops(interruption):
+                logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
-                for every, action in ((self.log_every, lambda: self.log(bar, *result)), (self.sample_every, self.save_pictures), (self.save_every, self.save)):
+                if logs or len(self.unchecked) >= 10:
+                    self.check_finite()
+
+                if logs:
+                    self.log(bar, *result)
+
+                for every, action in ((self.sample_every, self.save_pictures), (self.save_every, self.save)):
                     if every > 0 and (self.step % every == 0 or self.step == self.num_train_steps):
                         action()
+
+            if self.stops(interruption) and self.step < self.num_train_steps:
+                self.save()
+                bar.write(f'stopped by a signal, saved at step {self.step}')
 
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def log(self, bar, loss, details, grad_norm):
+        if interruption.received:
+            signal.raise_signal(interruption.received)
+
+    def stops(self, interruption):
+        """Whether a signal has come, to any process; several ask each other every tenth step."""
+        if self.accelerator.num_processes == 1:
+            return interruption.received > 0
+        return self.step % 10 == 0 and self.accelerator.reduce(torch.tensor(float(interruption.received), device = self.accelerator.device)).item() > 0
+
+    def log(self, bar, loss, details, grad_norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
-        metrics = dict(loss = loss, grad_norm = grad_norm, **metrics)
+        metrics = dict(loss = loss, **grad_norms, **metrics)
 
         values = self.accelerator.reduce(stack([torch.as_tensor(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
         metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
+
+        # of the machine, not of the run: these differ when it is repeated
+
+        (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
+        metrics |= {'machine/steps_per_second': (self.step - first_step) / (self.clock[0] - before), 'machine/memory_mib': memory_mib(self.accelerator.device)}
 
         self.accelerator.log(metrics, step = self.step)
 
@@ -1510,68 +1707,106 @@ class BaseTrainer:
             path.parent.mkdir(exist_ok = True)
             image_grid(self.pictures()).save(path)
 
-    # checkpoints: a folder of safetensors and json, complete or absent
+    def checkpoints(self):
+        """The folders of this run's checkpoints, oldest first."""
+        return sorted((self.results_folder / 'checkpoints').glob('step-*'))
 
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest keep_checkpoints."""
+        """Write results_folder/checkpoints/step-..., and keep the newest keep_checkpoints. Until it is complete nothing has that name."""
+        self.check_finite()
         accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
         folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
 
-        unfinished.mkdir(parents = True, exist_ok = True)
-        save_tensors(self.queue.state_dict() if exists(self.queue) else {}, unfinished / f'queue-{accelerator.process_index}.safetensors')
+        try:
+            unfinished.mkdir(parents = True, exist_ok = True)
 
-        if accelerator.is_main_process:
-            moments = self.optimizer.state_dict()['state']
+            if self.queues:
+                queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
+                save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors')
 
-            save_tensors(self.unwrapped.state_dict(), unfinished / 'model.safetensors')
-            save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
-            save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
+            if accelerator.is_main_process:
+                moments = self.optimizer.state_dict()['state']
 
-            state = dict(step = self.step, samples_read = self.samples_read, num_processes = accelerator.num_processes, version = version('drifting-pytorch'), config = self.config)
-            (unfinished / 'state.json').write_text(json.dumps(state, indent = 1, default = str))
+                save_tensors(self.unwrapped.state_dict(), unfinished / 'model.safetensors')
+                save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
+                save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
+
+            accelerator.wait_for_everyone()
+
+            if accelerator.is_main_process:
+                state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes)
+                write_manifest(unfinished, dict(state, versions = versions(), config = self.config))
+
+                discard(folder)
+                unfinished.rename(folder)
+                flush(root)
+
+                for old in self.checkpoints()[:-self.keep_checkpoints]:
+                    discard(old)
+
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors = True)
+            *_, last = (None, *self.checkpoints())
+            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}. The last one is {last}') from error
 
         accelerator.wait_for_everyone()
 
-        if accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors = True)
-            unfinished.rename(folder)
-
-            for old in sorted(root.glob('step-*'))[:-self.keep_checkpoints]:
-                shutil.rmtree(old)
-
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
-        checkpoint, metrics = self.resume_from_checkpoint, self.results_folder / 'metrics.jsonl'
+        latest, found, problems = self.resume_from_checkpoint == 'latest', None, []
 
-        if checkpoint == 'latest':
-            *_, checkpoint = (None, *sorted((self.results_folder / 'checkpoints').glob('step-*')))
+        if exists(self.resume_from_checkpoint) and self.accelerator.is_main_process:
+            for folder in reversed(self.checkpoints()) if latest else [Path(self.resume_from_checkpoint)]:
+                problem = damage(folder)
+                if not problem:
+                    found = folder
+                    break
+                problems.append(f'{folder} cannot be used: {problem}')
 
-        if exists(checkpoint):
-            self.load(Path(checkpoint))
+        found, problems = broadcast_object_list([found, problems])
+        check(latest or not problems, '; '.join(problems))
 
-        if self.accelerator.is_main_process and metrics.is_file():       # what was logged after the checkpoint will be logged again
-            metrics.write_text(''.join(line for line in metrics.read_text().splitlines(keepends = True) if json.loads(line)['step'] <= self.step))
+        for problem in problems if self.accelerator.is_main_process else ():
+            warnings.warn(f'{problem}. Going on from an earlier one, if there is any')
+
+        if exists(found):
+            self.load(found)
+
+        if self.accelerator.is_main_process and (self.results_folder / 'metrics.jsonl').is_file():
+            self.trim_metrics(self.results_folder / 'metrics.jsonl')
+
+    def trim_metrics(self, path):
+        """What was logged after the checkpoint will be logged again; a line cut short by a crash goes too."""
+        def stays(line):
+            try:
+                return json.loads(line)['step'] <= self.step
+            except ValueError:
+                return False
+
+        trimmed = path.with_suffix('.trimmed')
+        trimmed.write_text(''.join(line for line in path.read_text().splitlines(keepends = True) if stays(line)))
+        trimmed.replace(path)
 
     def load(self, folder):
-        accelerator = self.accelerator
-        check((folder / 'state.json').is_file(), f'{folder} is not a checkpoint: it has no state.json')
+        accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
+        check(manifest['num_processes'] == accelerator.num_processes, f'the checkpoint is of {manifest["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
 
-        state = json.loads((folder / 'state.json').read_text())
-        check(state['num_processes'] == accelerator.num_processes, f'the checkpoint is of {state["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
+        load_checked(self.unwrapped, read_tensors(folder / 'model.safetensors'))
+        load_checked(self.ema.ema_model, read_tensors(folder / 'ema.safetensors'))
 
-        load_checked(self.unwrapped, load_file(folder / 'model.safetensors'))
-        load_checked(self.ema.ema_model, load_file(folder / 'ema.safetensors'))
-        if exists(self.queue):
-            self.queue.load_state_dict(load_file(folder / f'queue-{accelerator.process_index}.safetensors'))
+        if self.queues:
+            saved = read_tensors(folder / f'queue-{accelerator.process_index}.safetensors')
+            for name, queue in self.queues.items():
+                queue.load_state_dict({key.removeprefix(f'{name}.'): t for key, t in saved.items() if key.startswith(f'{name}.')})
 
         optimizer = {**self.optimizer.state_dict(), 'state': {}}
 
-        for key, t in load_file(folder / 'optimizer.safetensors').items():
+        for key, t in read_tensors(folder / 'optimizer.safetensors').items():
             index, name = key.split('.', 1)
             optimizer['state'].setdefault(int(index), {})[name] = t
 
         self.optimizer.load_state_dict(optimizer)
-        self.step, self.samples_read = state['step'], state['samples_read']
+        self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8). The defaults are the paper's ablation setting; keyword arguments of BaseTrainer too.
@@ -1581,10 +1816,13 @@ class Trainer(BaseTrainer):
     loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None compares raw samples.
 
     num_groups, num_gen, num_pos, num_uncond: class groups per step, and generated, positive and unconditional samples per group.
+    group_chunk_size: class groups at a time, for a step that does not fit into memory: the same gradient for twice to three times the computation.
     alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
-    push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue.
+    push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
+        (by default on the accelerator, in float32; 'cpu' and torch.float16 for a thousand classes of large pictures).
     to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
 
+    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of its share of the real samples.
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
     """
 
@@ -1594,16 +1832,16 @@ class Trainer(BaseTrainer):
         loss_fn,
         dataset,
         *,
-        num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16,
+        num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, group_chunk_size = None,
         alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
-        push_size = 64, class_queue_size = 128, uncond_queue_size = 1000,
+        push_size = 64, class_queue_size = 128, uncond_queue_size = 1000, queue_device = None, queue_dtype = None,
         to_image = None,
         **kwargs
     ):
         config = settings(locals())
 
-        for name in ('num_groups', 'num_gen', 'num_pos', 'push_size'):
-            check(config[name] > 0, f'{name} must be above 0, got {config[name]}')
+        for name in ('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'):
+            check(default(config[name], 1) > 0, f'{name} must be above 0, got {config[name]}')
 
         super().__init__(model, dataset, batch_size = push_size, **kwargs)
         self.config |= config
@@ -1621,42 +1859,66 @@ class Trainer(BaseTrainer):
         self.alpha_kwargs = dict(low = low, high = high, power = alpha_power, no_cfg_frac = no_cfg_frac)
 
         world, device = self.accelerator.num_processes, self.accelerator.device
-        check(num_groups % world == 0, f'num_groups {num_groups} must be a multiple of the {world} processes')
+        check(num_groups >= world, f'num_groups {num_groups} cannot be shared by {world} processes')
         check(num_pos <= class_queue_size, f'num_pos = {num_pos} does not fit into class_queue_size = {class_queue_size}')
         check(num_uncond <= uncond_queue_size or not guided, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
 
-        self.num_uncond = num_uncond if guided else 0
-        self.queue = SampleQueue(default(self.num_classes, 1), class_size = class_queue_size, uncond_size = uncond_queue_size if guided else 0, device = device)
+        kwargs = dict(device = default(queue_device, device), dtype = queue_dtype)
+        self.num_uncond, self.queues['positives'] = num_uncond if guided else 0, SampleQueue(default(self.num_classes, 1), size = class_queue_size, **kwargs)
 
-        loss_fn = loss_fn if exists(loss_fn) else FeatureDriftLoss()
-        self.loss_fn = loss_fn.to(device) if isinstance(loss_fn, Module) else loss_fn
+        if guided:
+            self.queues['unconditional'] = SampleQueue(size = uncond_queue_size, **kwargs)
+
+        self.loss_fn = loss_fn = loss_fn if exists(loss_fn) else FeatureDriftLoss()
+
+        if isinstance(loss_fn, Module):
+            loss_fn.to(device, memory_format = torch.channels_last if device.type == 'cuda' else torch.preserve_format)
+
+        if isinstance(loss_fn, FeatureDriftLoss):
+            loss_fn.group_chunk_size = default(group_chunk_size, loss_fn.group_chunk_size)
+            loss_fn.compile() if self.compile else None
 
         self.noise_shape, self.to_image = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image
         self.resume()
 
+    @classmethod
+    def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
+        """With the settings of a column of Table 8, see TRAINER_PRESETS; keyword arguments override them."""
+        check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
+        return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
+
     def push(self, batches):
-        """The next real samples go into the queue. Returns their labels, of all processes."""
+        """The next real samples go into the queues. Returns their labels, of all processes, in the order of the data."""
         samples, labels = self.read(batches)
-        self.queue.push(samples, labels)
-        return self.accelerator.gather(labels.long().to(self.accelerator.device)).cpu()
+
+        for queue in self.queues.values():
+            queue.push(samples, labels if queue.num_classes > 1 else None)
+
+        if self.accelerator.num_processes == 1:
+            return labels.long()
+
+        labels = self.accelerator.gather(labels.long().to(self.accelerator.device)).cpu()
+        return rearrange(labels, '(world b) -> (b world)', world = self.accelerator.num_processes)
 
     def before_training(self, batches):
-        """Read until every class has enough positives, at most once through the data."""
-        for _ in tqdm(range(math.ceil(len(self.dataset) / self.batch_size)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
-            self.push(batches)
-            held = cat((self.queue.filled, self.queue.pushed[-1:]))
-            *filled, total = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.accelerator.device)).amin(dim = 0).tolist()     # every process fills its own
-            short = {label: num for label, num in enumerate(filled) if num < self.num_pos}
+        """Read until every class has enough positives in every process, at most as many samples as the data have."""
+        world, num_pos = self.accelerator.num_processes, self.num_pos
 
-            if not short and total >= self.num_uncond:
+        for _ in tqdm(range(math.ceil(len(self.dataset) * world / self.batch_size)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
+            self.push(batches)
+            held = cat([queue.filled for queue in self.queues.values()])
+            filled = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.accelerator.device)).amin(dim = 0).tolist()
+            short = {label: num for label, num in enumerate(filled[:self.queues['positives'].num_classes]) if num < num_pos}
+
+            if not short and (self.num_uncond == 0 or filled[-1] >= self.num_uncond):
                 return
 
-        where = 'one pass over the data' + (f', shared by {self.accelerator.num_processes} processes,' if self.accelerator.num_processes > 1 else '')
-        raise ValueError(f'{where} left classes with fewer than num_pos = {self.num_pos} samples (class: samples): {short}. Lower num_pos, or leave them out')
+        some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
+        raise ValueError(f'one pass over the data left {len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}. Lower num_pos, or leave them out')
 
     def mine(self, t):
         """The part of this process of what was drawn for all groups."""
-        return t.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return t.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
@@ -1670,48 +1932,90 @@ class Trainer(BaseTrainer):
 
         labels, alpha = self.mine(newest_labels[order]), self.mine(sample_alpha(self.num_groups, generator = generator, **self.alpha_kwargs))
 
-        pos = self.queue.positives(labels, self.num_pos, queue_generator)
-        uncond = self.queue.unconditional(len(labels), self.num_uncond, queue_generator) if self.num_uncond > 0 else None
+        pos = self.queues['positives'].draw(labels, self.num_pos, queue_generator)
+        uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, queue_generator) if self.num_uncond > 0 else None
 
-        return labels.to(device), alpha.to(device), pos, uncond
+        labels, alpha = (t.to(device, non_blocking = True) for t in (labels, alpha))
+        return (labels, alpha, *(t.to(device, torch.float32) if exists(t) else None for t in (pos, uncond)))
 
-    def generate(self, labels, alpha, micro_step, which = 'gen'):
-        """Generated samples [c g ...] of this process's groups, from noise and styles that depend on the step alone."""
+    def inputs(self, labels, alpha, micro_step, which = 'gen'):
+        """What the generator is called with, for each of this process's groups: noise and styles depend on the step alone."""
         c, g, device = self.num_groups, self.num_gen, self.accelerator.device
         generator = seeded(self.seed, self.step, micro_step, which, device = device)
 
         noise = self.mine(torch.randn(c, g, *self.noise_shape, generator = generator, device = device))
         styles = self.mine(rearrange(self.unwrapped.draw_styles(c * g, generator), '(c g) s -> c g s', c = c)) if hasattr(self.unwrapped, 'draw_styles') else None
+        return noise, labels if exists(self.num_classes) else None, alpha, styles
 
-        gen = self.model(
-            rearrange(noise, 'c g ... -> (c g) ...'),
-            repeat(labels, 'c -> (c g)', g = g) if exists(self.num_classes) else None,
-            repeat(alpha, 'c -> (c g)', g = g),
-            rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
-        )
+    def generate(self, model, noise, labels, alpha, styles):
+        """Generated samples [c g ...] of noise [c g ...], labels [c], alpha [c], styles [c g s]."""
+        c, g = noise.shape[:2]
+        labels, alpha = (repeat(t, 'c -> (c g)', g = g) if exists(t) else None for t in (labels, alpha))
+        noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
 
+        gen = model(noise, labels, alpha, styles)
         check(gen.shape[1:] == self.sample_shape, f'the generator returns samples of shape {tuple(gen.shape[1:])}, those of the dataset have {self.sample_shape}')
         return rearrange(gen, '(c g) ... -> c g ...', g = g)
 
-    def compute_loss(self, batches, micro_step):
+    def replays(self, inputs):
+        """The inputs of the generator in chunks of groups; each chunk draws the same dropout whenever it comes again."""
+        sizes = default(self.group_chunk_size, len(inputs[0]))
+        parts = zip(*(t.split(sizes) if exists(t) else (None for _ in range(len(inputs[0]))) for t in inputs))
+
+        for i, part in enumerate(parts):
+            self.seed_model(i)
+            yield part
+
+    def samples_of(self, inputs):
+        """Generated samples [c g ...] without a graph."""
+        with torch.no_grad():
+            return cat([self.generate(self.unwrapped, *part) for part in self.replays(inputs)])
+
+    def backward(self, batches, micro_step, sync):
+        """The gradient of one micro step. In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk from there to the weights."""
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
-        kwargs = {}
+        inputs, kwargs = self.inputs(labels, alpha, micro_step), {}
+
+        if isinstance(self.loss_fn, FeatureDriftLoss):
+            kwargs['diagnostics'] = self.logs_this_step
 
         if getattr(self.loss_fn, 'needs_neg', False):
-            with torch.no_grad():
-                kwargs['neg'] = self.generate(labels, alpha, micro_step, 'neg')
+            kwargs['neg'] = self.samples_of(self.inputs(labels, alpha, micro_step, 'neg'))
 
-        gen = self.generate(labels, alpha, micro_step)
+        def loss_of(gen):
+            with self.accelerator.autocast():
+                loss, breakdown = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
 
-        with self.accelerator.autocast():
-            loss, breakdown = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
+            spread = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)] if self.logs_this_step else None
+            share = len(labels) * self.accelerator.num_processes / self.num_groups          # processes may have unequal numbers of groups
+            return loss, loss * share / self.gradient_accumulation_steps, StepDetails(breakdown, alpha, spread[0] / spread[1] if exists(spread) else None)
 
-        return loss, (breakdown, alpha)
+        def synced(last):
+            return nullcontext() if sync and last else self.accelerator.no_sync(self.model)
+
+        if not exists(self.group_chunk_size):
+            with synced(True):
+                gen, = (self.generate(self.model, *part) for part in self.replays(inputs))
+                loss, weighted, details = loss_of(gen)
+                self.accelerator.backward(weighted)
+
+            return loss.detach(), details
+
+        gen = self.samples_of(inputs).requires_grad_()
+        loss, weighted, details = loss_of(gen)
+        grads = torch.autograd.grad(weighted, gen)[0].split(self.group_chunk_size)
+
+        for i, (part, grad) in enumerate(zip(self.replays(inputs), grads), 1):
+            with synced(i == len(grads)):
+                self.accelerator.backward((self.generate(self.model, *part) * grad).sum())
+
+        return loss.detach(), details
 
     def metrics(self, details):
         """On the bar goes what tells progress: the drift before normalisation, per temperature, averaged over features."""
-        breakdown, alpha = details
-        metrics = {'alpha_mean': alpha.mean()}
+        breakdown, alpha, spread = details
+        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), 'alpha/share_of_1': (alpha == 1).float().mean()}
+        metrics |= {'spread': spread} if exists(spread) else {}
 
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
@@ -1723,6 +2027,12 @@ class Trainer(BaseTrainer):
         drift = {f'drift/{temperature}': stack([rms[temperature] for rms in every]).mean() for temperature in (every[0] if every else ())}
         return {**metrics, **drift}, (*drift, 'loss')
 
+    def log(self, bar, loss, details, grad_norms):
+        super().log(bar, loss, details, grad_norms)
+
+        if self.num_gen > 1 and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
+            warnings.warn(f'step {self.step}: the generated samples of a class spread {float(details.spread):.2g} times as far as the real ones, they collapse. Small data: affinity_floor = 0.; see "Small data" in the README')
+
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model, see sample_from."""
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
@@ -1733,6 +2043,23 @@ class Trainer(BaseTrainer):
         which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
         images = self.images(self.sample(**which, seed = self.seed))
         return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
+
+class StepDetails(NamedTuple):
+    breakdown: Breakdown
+    alpha: Tensor               # guidance scales of the step [c]
+    spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives: towards 0 they collapse
+
+# Table 8, by the names of the generator's presets. Where the paper and the release differ the release's value stands
+
+LARGE = dict(learning_rate = 4e-4, weight_decay = 0.01, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_gen = 64, num_pos = 64, num_uncond = 32, push_size = 128, ema_decay = 0.999)
+
+TRAINER_PRESETS = {
+    'ablation': dict(learning_rate = 2e-4, weight_decay = 0.01, lr_warmup_steps = 5_000, num_train_steps = 30_000, num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, alpha_power = 3., push_size = 64, ema_decay = 0.999),
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),                        # paper: num_pos = 128, and one of four ema_decay
+    'L/2': dict(LARGE, alpha_power = 3., no_cfg_frac = 0.5, push_size = 64),
+    'B/16': dict(LARGE, learning_rate = 2e-4, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.),
+    'L/16': dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.),
+}
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3); keyword arguments of BaseTrainer too. The encoder to use is trainer.ema.ema_model.
@@ -1767,14 +2094,16 @@ class MAETrainer(BaseTrainer):
         steps = self.step - (self.num_train_steps - self.finetune_steps) + 1
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
-    def compute_loss(self, batches, micro_step):
-        device = self.accelerator.device
+    def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
-        samples, labels = samples.to(device), labels.to(device) if exists(self.unwrapped.num_classes) else None
+        labels = labels.to(samples.device) if exists(self.unwrapped.num_classes) else None
+        mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
-        check_range('real samples', samples, -math.inf)
-        mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = device))
-        return self.model(samples, labels, cls_weight = self.current_cls_weight, mask = mask)
+        with nullcontext() if sync else self.accelerator.no_sync(self.model):
+            loss, details = self.model(samples, labels, cls_weight = self.current_cls_weight, mask = mask)
+            self.accelerator.backward(loss / self.gradient_accumulation_steps)
+
+        return loss.detach(), details
 
     def metrics(self, details):
         return {**details._asdict(), 'cls_weight': self.current_cls_weight}, ('reconstruction', 'accuracy')
@@ -1789,9 +2118,6 @@ class MAETrainer(BaseTrainer):
         left = samples * (1 - dropped)
         images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
         return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
-
-def save_tensors(state_dict, path):
-    save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)
 
 def load_checked(module, state_dict):
     """load_state_dict, strict, with an error that fits on one line."""

@@ -25,58 +25,54 @@ def labelled(labels, start = 0):
     return (labels + 0.001 * torch.arange(start, start + len(labels))).unsqueeze(-1), labels
 
 def test_queue_keeps_the_newest_of_each_class(rng):
-    queue = SampleQueue(3, class_size = 4, uncond_size = 5)
+    queue, unconditional = SampleQueue(3, size = 4), SampleQueue(size = 5)
     time, pushed = 0, []
 
     for _ in range(20):
         labels = torch.randint(3, (7,), generator = rng).tolist()
         samples, y = labelled(labels, time)
         queue.push(samples, y)
+        unconditional.push(samples)
         pushed += samples.flatten().tolist()
         time += len(labels)
 
     for label in range(3):
         newest = [s for s in pushed if int(s) == label][-4:]
-        held = queue.positives(torch.tensor([label]), 4).flatten().tolist()
+        held = queue.draw(torch.tensor([label]), 4).flatten().tolist()
         assert np.allclose(sorted(held), sorted(newest))
 
-    assert np.allclose(sorted(queue.unconditional(1, 5).flatten().tolist()), sorted(pushed[-5:]))
+    assert np.allclose(sorted(unconditional.draw(torch.tensor([0]), 5).flatten().tolist()), sorted(pushed[-5:]))
 
 def test_queue_takes_more_than_it_holds_at_once():
-    queue = SampleQueue(2, class_size = 3, uncond_size = 2)
+    queue = SampleQueue(2, size = 3)
     queue.push(*labelled([0] * 10 + [1] * 2))
-    assert np.allclose(sorted(queue.positives(torch.tensor([0]), 3).flatten()), [0.007, 0.008, 0.009])
-    assert np.allclose(sorted(queue.unconditional(1, 2).flatten()), [1.010, 1.011])
+    assert np.allclose(sorted(queue.draw(torch.tensor([0]), 3).flatten()), [0.007, 0.008, 0.009])
     assert queue.filled.tolist() == [3, 2]
 
 def test_queue_draws_without_replacement_and_uniformly(rng):
-    queue = SampleQueue(2, class_size = 8, uncond_size = 12)
+    queue = SampleQueue(2, size = 8)
     queue.push(*labelled([0] * 6 + [1] * 6))
 
-    positives = queue.positives(torch.tensor([0, 1] * 2000), 3, rng).squeeze(-1)
+    positives = queue.draw(torch.tensor([0, 1] * 2000), 3, rng).squeeze(-1)
     assert (positives[::2] < 1).all() and (positives[1::2] >= 1).all()           # only its own class
     assert all(len(set(row)) == 3 for row in positives.tolist())
 
     counts = np.unique(positives[::2].flatten().numpy().round(3), return_counts = True)[1]
     assert len(counts) == 6 and abs(counts / counts.sum() - 1 / 6).max() < 0.02   # 6000 draws, 4 standard deviations
 
-    unconditional = queue.unconditional(500, 12, rng).squeeze(-1)
-    assert all(len(set(row)) == 12 for row in unconditional.tolist())
-
-    again = (queue.positives(torch.tensor([0, 1]), 3, torch.Generator().manual_seed(5)) for _ in range(2))
+    again = (queue.draw(torch.tensor([0, 1]), 3, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(*again)
 
 @pytest.mark.parametrize('call, says', [
-    (lambda q: q.positives(torch.tensor([0, 1]), 3), '3 positives were asked for, but these classes hold fewer (class: samples): {1: 2}'),
-    (lambda q: q.unconditional(2, 6), '6 unconditional samples were asked for, the queue holds 5'),
+    (lambda q: q.draw(torch.tensor([0, 1]), 3), '3 samples were asked for, but these classes hold fewer (class: samples): {1: 2}'),
     (lambda q: q.push(*labelled([2])), 'labels must be finite and in 0 .. 1'),
     (lambda q: q.push(torch.zeros(1, 2), torch.tensor([0])), 'samples of shape (2,)'),
     (lambda q: q.push(torch.full((1, 1), float('nan')), torch.tensor([0])), 'real samples must be finite'),
-    (lambda q: q.positives(torch.tensor([4]), 1), 'labels must be finite and in 0 .. 1'),
-    (lambda q: SampleQueue(2, class_size = 5, uncond_size = 9).load_state_dict(q.state_dict()), 'the saved queue'),
+    (lambda q: q.draw(torch.tensor([4]), 1), 'labels must be finite and in 0 .. 1'),
+    (lambda q: SampleQueue(2, size = 5).load_state_dict(q.state_dict()), 'the saved queue'),
 ])
 def test_queue_errors(call, says):
-    queue = SampleQueue(2, class_size = 4, uncond_size = 9)
+    queue = SampleQueue(2, size = 4)
     queue.push(*labelled([0, 0, 0, 1, 1]))
     with pytest.raises(ValueError) as error:
         call(queue)
@@ -144,6 +140,11 @@ def trainer(folder, model = None, data = None, loss_fn = None, **kwargs):
     )
     return Trainer(model or Net(), loss_fn or FeatureDriftLoss(affinity_floor = 0.), data or dataset(), **{**settings, **kwargs})
 
+def rows(folder):
+    """What was logged, without what is of the machine."""
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith('machine/')} for line in lines]
+
 def weights(t):
     return torch.cat([p.detach().flatten() for p in t.unwrapped.parameters()])
 
@@ -171,8 +172,13 @@ def test_metrics_tell_the_drift(tmp_path):
     for row in rows:
         for temperature in (0.02, 0.05, 0.2):
             assert row[f'drift/{temperature}'] == row[f'feature/global/drift_rms/{temperature}'] > 0
-        assert row['loss'] == row['feature/global/loss'] and row['feature/global/scale'] > 0 and 1 <= row['alpha_mean'] <= 4
+        assert row['loss'] == row['feature/global/loss'] and row['feature/global/scale'] > 0 and 1 <= row['alpha/mean'] <= row['alpha/max'] <= 4 and row['spread'] > 0
     assert [row['learning_rate'] for row in rows] == [pytest.approx(1e-2)] * 4
+    assert rows[0]['grad_norm'] == pytest.approx(math.hypot(rows[0]['grad_norm/embed'], rows[0]['grad_norm/net']), rel = 1e-5)
+    assert all(row['machine/steps_per_second'] > 0 and row['machine/memory_mib'] > 10 for row in rows)
+
+    start, = (json.loads(line) for line in (tmp_path / 'starts.jsonl').read_text().splitlines())
+    assert start['config']['num_groups'] == 6 and start['versions']['torch'] == torch.__version__ and start['hardware']['device'] == 'cpu'
 
 def test_warmup_and_ema_are_the_plain_ones(tmp_path):
     t = trainer(tmp_path, ema_decay = 0.9)
@@ -215,11 +221,10 @@ def test_resume_is_exact(tmp_path):
     resumed.train()
 
     assert torch.equal(weights(straight), weights(resumed))
-    for a, b in ((straight.ema.ema_model.state_dict(), resumed.ema.ema_model.state_dict()), (straight.queue.state_dict(), resumed.queue.state_dict())):
+    for a, b in ((straight.ema.ema_model.state_dict(), resumed.ema.ema_model.state_dict()), *((straight.queues[name].state_dict(), resumed.queues[name].state_dict()) for name in straight.queues)):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-    last = lambda folder: json.loads((tmp_path / folder / 'metrics.jsonl').read_text().splitlines()[-1])
-    assert last('a') == last('b')
+    assert rows(tmp_path / 'a')[-1] == rows(tmp_path / 'b')[-1]
 
 def test_checkpoints(tmp_path):
     trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2, log_every = 4).train()
@@ -231,7 +236,7 @@ def test_checkpoints(tmp_path):
     model = Net()
     model.load_state_dict(load_file(tmp_path / 'checkpoints' / 'step-00000010' / 'ema.safetensors'))
 
-    with pytest.raises(ValueError, match = 'not a checkpoint'):
+    with pytest.raises(ValueError, match = 'checkpoints cannot be used: it is not complete'):
         trainer(tmp_path, resume_from_checkpoint = tmp_path / 'checkpoints')
     with pytest.raises(ValueError, match = 'the saved queue has'):
         trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
@@ -274,20 +279,20 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
 
     for micro_step in range(2):
         labels, alpha, pos, uncond = t.draw(t.push(batches), micro_step)
-        loss, _ = t.loss_fn(t.generate(labels, alpha, micro_step), pos, uncond, alpha)
+        loss, _ = t.loss_fn(t.generate(t.model, *t.inputs(labels, alpha, micro_step)), pos, uncond, alpha)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(t.unwrapped.parameters()))]))
 
     again = trainer(tmp_path, Plain(), gradient_accumulation_steps = 2, max_grad_norm = 1e9)
     batches = again.batches()
     again.before_training(batches)
-    norm = again.train_step(batches)[2]
+    norm = again.train_step(batches)[2]['grad_norm']
     assert relative(norm, ((gradients[0] + gradients[1]) / 2).norm()) < 1e-5
 
 def test_unconditional_training_ignores_labels_and_guidance(tmp_path):
     t = trainer(tmp_path, Net(num_classes = None))
     t.train()
     assert t.num_uncond == 0 and t.step == 20
-    assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['alpha_mean'] == 1
+    assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['alpha/mean'] == 1
     assert t.sample(num_samples = 4, seed = 0).shape == (4, 2)
 
 class Augmented(torch.utils.data.Dataset):
@@ -343,7 +348,7 @@ loss, stats = drift_loss(gen[rank:rank + 1], pos[rank:rank + 1])
 resumed = trainer({str(tmp_path / 'run')!r}, data = TensorDataset(X[:120], Y[:120]), num_train_steps = 6, num_pos = 12, resume_from_checkpoint = {str(tmp_path / 'run' / 'checkpoints' / 'step-00000003')!r})
 resumed.train()
 
-result = dict(world = t.accelerator.num_processes, weights = weights(t).tolist(), resumed = weights(resumed).tolist(), queue = t.queue.by_class.flatten().tolist(), loss = loss.tolist(), scale = stats.scale.item())
+result = dict(world = t.accelerator.num_processes, weights = weights(t).tolist(), resumed = weights(resumed).tolist(), queue = t.queues['positives'].samples.flatten().tolist(), loss = loss.tolist(), scale = stats.scale.item())
 json.dump(result, open({str(tmp_path)!r} + f'/{{rank}}.json', 'w'))
 """)
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29617', str(script)]
@@ -378,9 +383,6 @@ def mae_trainer(folder, **kwargs):
     model = LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = 2)
     settings = dict(num_train_steps = 60, batch_size = 16, learning_rate = 3e-3, lr_warmup_steps = 5, ema_decay = 0.9, log_every = 10, sample_every = 0, save_every = 0, results_folder = folder, cpu = True, progress_bar = False)
     return MAETrainer(model, pictures(), **{**settings, **kwargs})
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
 
 def test_pretraining_learns_to_reconstruct_then_to_classify(tmp_path):
     t = mae_trainer(tmp_path, num_train_steps = 80, finetune_steps = 40, cls_weight = 0.5, cls_warmup_steps = 10, sample_every = 80)
@@ -425,7 +427,7 @@ X, Y = dataset().tensors
     (dict(data = TensorDataset(X.long(), Y)), 'the dataset must yield (floating point tensor, label), its first sample is torch.int64'),
     (dict(data = [(0., 0)] * 20), 'its first sample is float'),
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
-    (dict(data = TensorDataset(X, Y.clamp(max = 1))), 'one pass over the data left classes with fewer than num_pos = 8 samples (class: samples): {2: 0}'),
+    (dict(data = TensorDataset(X, Y.clamp(max = 1))), 'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): 2: 0.'),
     (dict(data = TensorDataset(X.index_fill(0, torch.tensor(3), float('nan')), Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
     (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
