@@ -635,7 +635,7 @@ class FeatureDriftLoss(Module):
 
             share = len(x) / c
             grads.append(torch.autograd.grad(loss, x)[0] * share)
-            results.append((loss.detach() * share, {name: t.detach() * share for name, t in breakdown.losses.items()}))
+            results.append((loss.detach() * share, {name: t * share for name, t in breakdown.losses.items()}))
 
         losses = {name: sum(part[name] for _, part in results) for name in breakdown.losses}
         return KnownGradient.apply(gen, sum(loss for loss, _ in results), cat(grads)), Breakdown(losses, breakdown.stats)
@@ -659,7 +659,7 @@ class FeatureDriftLoss(Module):
     def breakdown(results):
         """The sum over features {name: (loss [b], DriftStats)}."""
         losses = {name: loss.mean() for name, (loss, _) in results.items()}
-        return sum(losses.values()), Breakdown(losses, {name: stats for name, (_, stats) in results.items()})
+        return sum(losses.values()), Breakdown({name: loss.detach() for name, loss in losses.items()}, {name: stats for name, (_, stats) in results.items()})
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 4. feature encoders - A.3-A.5
@@ -1537,6 +1537,10 @@ class BaseTrainer:
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def waits_for_norm(self):
+        return self.max_skipped_steps > 0 or self.accelerator.device.type == 'cpu'
+
+    @property
     def logs_this_step(self):
         return self.log_every > 0 and ((self.step + 1) % self.log_every == 0 or self.step + 1 == self.num_train_steps)
 
@@ -1594,9 +1598,8 @@ class BaseTrainer:
 
         self.step += 1
         self.unchecked.append((self.step, loss, grad_norms['grad_norm'], details))
-        waits = self.max_skipped_steps > 0 or accelerator.device.type == 'cpu'
 
-        if not waits or self.check_finite():
+        if not self.waits_for_norm or self.check_finite():
             self.optimizer.step()
             self.ema.update()
 
@@ -1878,7 +1881,7 @@ class Trainer(BaseTrainer):
             loss_fn.group_chunk_size = default(group_chunk_size, loss_fn.group_chunk_size)
             loss_fn.compile() if self.compile else None
 
-        self.noise_shape, self.to_image = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image
+        self.noise_shape, self.to_image, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image, False
         self.resume()
 
     @classmethod
@@ -2030,7 +2033,8 @@ class Trainer(BaseTrainer):
     def log(self, bar, loss, details, grad_norms):
         super().log(bar, loss, details, grad_norms)
 
-        if self.num_gen > 1 and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
+        if not self.collapsed and self.num_gen > 1 and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
+            self.collapsed = True
             warnings.warn(f'step {self.step}: the generated samples of a class spread {float(details.spread):.2g} times as far as the real ones, they collapse. Small data: affinity_floor = 0.; see "Small data" in the README')
 
     def sample(self, labels = None, **kwargs):
@@ -2103,7 +2107,7 @@ class MAETrainer(BaseTrainer):
             loss, details = self.model(samples, labels, cls_weight = self.current_cls_weight, mask = mask)
             self.accelerator.backward(loss / self.gradient_accumulation_steps)
 
-        return loss.detach(), details
+        return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
     def metrics(self, details):
         return {**details._asdict(), 'cls_weight': self.current_cls_weight}, ('reconstruction', 'accuracy')

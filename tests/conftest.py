@@ -1,4 +1,6 @@
+import multiprocessing
 import os
+import socket
 
 os.environ['DRIFTING_TYPECHECK'] = '1'    # shapes in signatures are checked throughout the tests
 
@@ -28,3 +30,42 @@ def fresh_accelerate():
     """accelerate keeps one state per process, for example its precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state = True)
+
+def launch(fn, world, *args, timeout = 120):
+    """Run fn(*args) in `world` forked processes that accelerate takes for one run; what each returns, or its exit code if it died."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+
+    context = multiprocessing.get_context('fork')
+    pipes, processes = [], []
+
+    def child(rank, pipe):
+        os.environ.update(RANK = str(rank), LOCAL_RANK = str(rank), WORLD_SIZE = str(world), LOCAL_WORLD_SIZE = str(world), MASTER_ADDR = '127.0.0.1', MASTER_PORT = str(port))
+        AcceleratorState._reset_state(reset_partial_state = True)
+        pipe.send(fn(*args))
+        os._exit(0)             # no exit handlers of the parent
+
+    for rank in range(world):
+        ours, theirs = context.Pipe()
+        process = context.Process(target = child, args = (rank, theirs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+
+    results = []
+
+    for pipe, process in zip(pipes, processes):
+        try:
+            assert pipe.poll(timeout), f'no answer within {timeout} s'
+            results.append(pipe.recv())
+            process.join()
+        except EOFError:
+            process.join()
+            results.append(process.exitcode)
+        finally:
+            if process.is_alive():
+                process.kill()
+
+    return results

@@ -1,0 +1,311 @@
+"""What goes wrong in long runs: each fault has its behaviour."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import launch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import Dataset, TensorDataset
+
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
+from test_distributed import DATA
+from test_trainer import Net, X, Y, mae_trainer, rows, trainer, weights
+
+def short(folder, model = None, **kwargs):
+    return trainer(folder, model, **{**dict(data = DATA, num_train_steps = 6, num_groups = 3, log_every = 1), **kwargs})
+
+# killed while a checkpoint is written
+
+OPERATIONS = [(drifting, 'save_file'), (drifting, 'flush'), (drifting, 'sha256'), (Path, 'write_text'), (Path, 'rename'), (Path, 'mkdir'), (shutil, 'rmtree')]
+
+def die_in_save(folder, at):
+    """Train with a checkpoint after every step, and die at the at-th file operation from the third save on, half of the file written."""
+    t, count = short(folder, save_every = 1, keep_checkpoints = 2), 0
+
+    def watched(fn):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += t.step >= 3
+            if count == at:
+                for name in args:
+                    if isinstance(name, Path) and name.is_file() and name.parent.name.startswith('unfinished'):
+                        os.truncate(name, name.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return fn(*args, **kwargs)
+        return call
+
+    for owner, name in OPERATIONS:
+        setattr(owner, name, watched(getattr(owner, name)))
+
+    t.train()
+
+def resumed(folder):
+    with warnings.catch_warnings(record = True) as caught:
+        warnings.simplefilter('always')
+        t = short(folder, resume_from_checkpoint = 'latest')
+    start = t.step
+    t.train()
+    return start, weights(t).numpy(), [str(w.message) for w in caught if 'cannot be used' in str(w.message)]
+
+@pytest.fixture(scope = 'module')
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('straight')
+    t = short(folder)
+    t.train()
+    return weights(t).numpy(), rows(folder)
+
+@pytest.mark.parametrize('at', range(1, 41, 2))
+def test_killed_while_saving(tmp_path, straight, at):
+    assert launch(die_in_save, 1, tmp_path, at) == [-signal.SIGKILL]
+    (start, final, complaints), = launch(resumed, 1, tmp_path)
+    assert start >= 2 and complaints == []                      # nothing is lost but the steps since the last checkpoint
+    assert (final == straight[0]).all() and rows(tmp_path) == straight[1]
+    assert not list((tmp_path / 'checkpoints').glob('unfinished*'))
+
+# damaged checkpoints
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+class Malicious:
+    def __reduce__(self):
+        return os._exit, (42,)
+
+def forged(folder):
+    """A pickle in place of the weights, with a manifest that vouches for it."""
+    (folder / 'model.safetensors').write_bytes(pickle.dumps(Malicious()))
+    (folder / 'manifest.json').write_text(json.dumps({**json.loads((folder / 'manifest.json').read_text()), 'files': {'model.safetensors': {'bytes': (folder / 'model.safetensors').stat().st_size, 'sha256': drifting.sha256(folder / 'model.safetensors')}}}))
+
+@pytest.mark.parametrize('harm, says', [
+    (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
+    (lambda f: flip(f / 'optimizer.safetensors'), 'optimizer.safetensors does not have the hash that the manifest gives'),
+    (lambda f: (f / 'model.safetensors').write_bytes(pickle.dumps(Malicious())), 'model.safetensors has'),
+    (lambda f: (f / 'queue-0.safetensors').unlink(), 'it is not complete (FileNotFoundError'),
+    (lambda f: (f / 'manifest.json').unlink(), 'it is not complete (FileNotFoundError'),
+    (lambda f: (f / 'manifest.json').write_text('{"files": '), 'it is not complete (JSONDecodeError'),
+])
+def test_damaged_checkpoints(tmp_path, straight, harm, says):
+    short(tmp_path, num_train_steps = 4, save_every = 2).train()
+    newest = tmp_path / 'checkpoints' / 'step-00000004'
+    harm(newest)
+
+    with pytest.raises(ValueError) as error:
+        short(tmp_path, resume_from_checkpoint = newest)
+    assert says in str(error.value) and '\n' not in str(error.value)
+
+    start, final, complaints = resumed(tmp_path)                # the newest that is sound, and it says so
+    assert start == 2 and len(complaints) == 1 and says in complaints[0] and (final == straight[0]).all()
+
+def test_forged_checkpoint_runs_no_code(tmp_path):
+    short(tmp_path, num_train_steps = 2, save_every = 2).train()
+    forged(tmp_path / 'checkpoints' / 'step-00000002')
+    with pytest.raises(ValueError, match = 'model.safetensors is not a safetensors file'):
+        short(tmp_path, resume_from_checkpoint = 'latest')
+
+def test_metrics_cut_short_by_a_crash(tmp_path, straight):
+    short(tmp_path, num_train_steps = 4, save_every = 2).train()
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 5, "lo')
+    resumed(tmp_path)
+    assert rows(tmp_path) == straight[1]
+
+# the disk
+
+def with_full_disk(folder):
+    """No file may grow above 1,500 bytes: writing fails as on a full disk."""
+    t = short(folder, save_every = 2)
+    save = t.save
+
+    def save_without_space():
+        if t.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+        save()
+
+    t.save = save_without_space
+
+    try:
+        t.train()
+    except OSError as error:
+        return str(error), sorted(path.name for path in (folder / 'checkpoints').iterdir())
+
+def test_full_disk(tmp_path, straight):
+    (message, folders), = launch(with_full_disk, 1, tmp_path)
+    assert 'the checkpoint of step 4 could not be written' in message and message.endswith('step-00000002') and folders == ['step-00000002']
+    start, final, complaints = resumed(tmp_path)
+    assert start == 2 and not complaints and (final == straight[0]).all()
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match = 'results_folder = .* cannot be written to: '):
+        short(tmp_path / 'file' / 'run')
+
+    if os.geteuid() != 0:       # root may write everywhere
+        (tmp_path / 'closed').mkdir(mode = 0o500)
+        with pytest.raises(OSError, match = 'cannot be written to: '):
+            short(tmp_path / 'closed')
+
+# numbers that are none
+
+class Breaking(Net):
+    """Its output is broken at one step, through its gradients alone if `backwards`."""
+
+    at, backwards, calls = 4, False, 0
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        if torch.is_grad_enabled() and self.training:
+            self.calls += 1
+            if self.calls == self.at:
+                return out + ((0 * out).abs() ** 0.5 if self.backwards else float('nan'))
+        return out
+
+def broken(folder, backwards = False, **kwargs):
+    torch.manual_seed(0)
+    model = Breaking()
+    model.backwards = backwards
+    loss_fn = FeatureDriftLoss(lambda x: {'sum': x.sum(dim = -1)[:, None, None]})
+    drifting_check, drifting.can_read = drifting.can_read, lambda t: False      # as on a GPU, where values are not looked at
+    try:
+        t = short(folder, model, loss_fn = loss_fn, **kwargs)
+        t.train()
+        return t
+    finally:
+        drifting.can_read = drifting_check
+
+@pytest.mark.parametrize('backwards, found', [(False, 'feature/sum/drift_rms/0.05 is nan'), (True, 'the loss is finite: the model or the encoder, backwards')])
+def test_non_finite_numbers_stop_the_run(tmp_path, backwards, found):
+    with pytest.raises(FloatingPointError) as error:
+        broken(tmp_path, backwards, save_every = 1)
+    message = str(error.value)
+    assert message.startswith('step 4: loss ') and found in message and message.endswith('the last good checkpoint is ' + str(tmp_path / 'checkpoints' / 'step-00000003'))
+
+def test_broken_steps_are_left_out_when_asked(tmp_path):
+    with pytest.warns(UserWarning, match = 'step 4: loss nan.*Left out, 1 of at most 1'):
+        t = broken(tmp_path, max_skipped_steps = 1)
+    assert t.step == 6 and weights(t).isfinite().all() and t.skipped == 1
+
+def test_broken_steps_are_found_before_the_next_checkpoint_without_waiting(tmp_path, monkeypatch):
+    """As on a GPU: nothing is read in the step, but nothing broken is saved either."""
+    monkeypatch.setattr(drifting.BaseTrainer, 'waits_for_norm', False)
+    with pytest.raises(FloatingPointError, match = 'step 4: .*the last good checkpoint is .*step-00000003'):
+        broken(tmp_path, save_every = 3, log_every = 0)
+
+# data
+
+class Unreadable(Dataset):
+    """Files, one of which is not an image."""
+
+    def __init__(self, folder):
+        self.paths = [folder / f'{i}.png' for i in range(60)]
+        for path in self.paths:
+            Image.fromarray(np.zeros((4, 4), dtype = np.uint8)).save(path)
+        self.paths[30].write_text('not an image')
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(np.array(Image.open(self.paths[i]))).float().flatten()[:2] / 255, i % 3
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_image_that_does_not_open(tmp_path, num_workers):
+    with pytest.raises(RuntimeError, match = r'sample 30 of the dataset cannot be read: cannot identify image file .*30\.png'):
+        short(tmp_path / 'run', data = Unreadable(tmp_path), num_workers = num_workers, num_train_steps = 20).train()
+
+# signals
+
+def interrupted(folder, number, raises):
+    t = short(folder, num_train_steps = 6)
+    step = t.train_step
+
+    def train_step(batches):
+        if t.step == 2:
+            os.kill(os.getpid(), number)
+        return step(batches)
+
+    t.train_step = train_step
+
+    try:
+        t.train()
+    except KeyboardInterrupt:
+        return 'KeyboardInterrupt' if raises else None
+
+@pytest.mark.parametrize('number, result', [(signal.SIGINT, 'KeyboardInterrupt'), (signal.SIGTERM, -signal.SIGTERM)])
+def test_signals_save_before_they_act(tmp_path, straight, number, result):
+    assert launch(interrupted, 1, tmp_path, number, True) == [result]
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000003']
+    start, final, complaints = resumed(tmp_path)
+    assert start == 3 and not complaints and (final == straight[0]).all() and rows(tmp_path) == straight[1]
+
+def interrupted_together(folder):
+    """The signal reaches the second process alone; both stop at the same step."""
+    t = short(folder, num_train_steps = 40, num_groups = 4)
+    step = t.train_step
+
+    def train_step(batches):
+        if t.step == 13 and t.accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(batches)
+
+    t.train_step = train_step
+
+    try:
+        t.train()
+    except KeyboardInterrupt:
+        return t.step, 'interrupted'
+    return t.step, 'ended'
+
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    assert launch(interrupted_together, 2, tmp_path) == [(20, 'ended'), (20, 'interrupted')]
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000020']
+
+# collapse
+
+def test_collapse_is_told(tmp_path):
+    class Constant(Net):
+        def forward(self, noise, *args, **kwargs):
+            return super().forward(noise * 1e-4, *args, **kwargs)
+
+    model = Constant()
+    model.net[2] = torch.nn.Identity()
+    with pytest.warns(UserWarning, match = 'step 4: the generated samples of a class spread .* times as far as the real ones, they collapse'):
+        short(tmp_path, model).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        short(tmp_path / 'sound').train()
+
+# memory
+
+def peak_mib(folder, num_groups, chunk):
+    """The most that torch held during one step, beyond what it held before."""
+    torch.manual_seed(0)
+    model = DriftingGenerator(image_size = 16, channels = 1, patch_size = 2, dim = 64, depth = 4, heads = 4, num_classes = 3, num_register_tokens = 2, num_style_tokens = 2)
+    loss_fn = FeatureDriftLoss(LatentMAE(dim = 16, channels = 1, layers = (1, 2, 1, 1), num_classes = None))
+    data = TensorDataset(torch.rand(60, 1, 16, 16) * 2 - 1, Y[:60])
+    t = trainer(folder, model, data, loss_fn = loss_fn, num_groups = num_groups, num_gen = 8, group_chunk_size = chunk)
+    batches = t.batches()
+    t.before_training(batches)
+    t.train_step(batches)
+
+    with torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CPU], profile_memory = True) as profiler:
+        t.train_step(batches)
+
+    profiler.export_chrome_trace(str(folder / 'trace.json'))
+    totals = [event['args']['Total Allocated'] for event in json.loads((folder / 'trace.json').read_text())['traceEvents'] if event.get('name') == '[memory]']
+    return (max(totals) - totals[0]) / 2 ** 20
+
+def test_chunks_bound_the_memory(tmp_path):
+    few, many, whole = peak_mib(tmp_path / 'a', 4, 4), peak_mib(tmp_path / 'b', 16, 4), peak_mib(tmp_path / 'c', 16, None)
+    assert many < 1.3 * few and whole > 2 * many, (few, many, whole)
