@@ -1,0 +1,281 @@
+"""The ImageNet scripts end to end, on generated images with tiny models of random weights."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from drifting_pytorch import ConvNeXtV2, DriftingGenerator, LatentMAE
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
+
+import encode_latents
+import train_generator
+import train_mae
+from data import ImageFolder, LatentDataset, center_crop, load_vae, random_crop_box
+
+CLASSES = ('n01', 'n02', 'n03')
+
+def paint(root, classes = CLASSES, num = 12):
+    """A folder of class folders: a disc on noise, its colour tells the class; a few sizes, modes and formats."""
+    rng = np.random.default_rng(0)
+
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents = True)
+
+        for i in range(num):
+            h, w = rng.integers(64, 140, 2)
+            pixels = rng.integers(0, 80, (h, w, 3), dtype = np.uint8)
+            rows, cols = np.mgrid[:h, :w]
+            pixels[(rows - h / 2) ** 2 + (cols - w / 3) ** 2 < 400, label] = 255
+            picture = Image.fromarray(pixels)
+            picture.convert('L').save(root / name / f'{i:02d}.JPEG') if i == 3 else picture.save(root / name / f'{i:02d}.{"png" if i == 5 else "JPEG"}')
+
+    return root
+
+@pytest.fixture(scope = 'module')
+def images(tmp_path_factory):
+    return paint(tmp_path_factory.mktemp('imagenet') / 'train')
+
+@pytest.fixture(scope = 'module')
+def vae(tmp_path_factory):
+    diffusers = pytest.importorskip('diffusers')
+    folder = tmp_path_factory.mktemp('vae')
+    torch.manual_seed(0)
+    blocks = dict(down_block_types = ('DownEncoderBlock2D',) * 4, up_block_types = ('UpDecoderBlock2D',) * 4, block_out_channels = (4, 4, 4, 4))
+    diffusers.AutoencoderKL(**blocks, norm_num_groups = 2, layers_per_block = 1).save_pretrained(folder)
+    return folder
+
+def encode(images, latents, vae, *args):
+    encode_latents.main([str(images), str(latents), '--vae', str(vae), '--image-size', '64', '--shard-size', '10', '--batch-size', '4', '--num-workers', '0', '--cpu', *args])
+    return latents
+
+@pytest.fixture(scope = 'module')
+def latents(images, vae, tmp_path_factory):
+    return encode(images, tmp_path_factory.mktemp('latents'), vae)
+
+# images
+
+def test_center_crop_is_that_of_adm():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 70, 3), dtype = np.uint8)
+    cropped = pixels[:, 3:67]
+    assert (np.array(center_crop(Image.fromarray(pixels), 64)) == cropped).all()
+
+    blocks = pixels.repeat(4, axis = 0).repeat(4, axis = 1)                 # twice halved by the box filter, no rounding
+    assert (np.array(center_crop(Image.fromarray(blocks), 64)) == cropped).all()
+    assert center_crop(Image.fromarray(pixels), 50).size == (50, 50) and center_crop(Image.fromarray(pixels), 100).size == (100, 100)
+
+def test_random_crop_box_is_inside_and_of_the_asked_area():
+    boxes = np.array([random_crop_box(160, 100) for _ in range(2000)])
+    left, top, right, bottom = boxes.T
+    area, aspect = (right - left) * (bottom - top) / 16_000, (right - left) / (bottom - top)
+
+    assert (boxes >= 0).all() and right.max() <= 160 and bottom.max() <= 100 and right.max() - left.min() == 160
+    assert 0.19 < area.min() < 0.22 and 0.75 < area.max() <= 1
+    assert 0.72 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.38
+    assert random_crop_box(1000, 10) == (495, 0, 505, 10)                   # nothing fits
+
+def test_image_folder(images, tmp_path):
+    dataset = ImageFolder(images, 64)
+    assert dataset.classes == list(CLASSES) and len(dataset) == 36
+    assert [dataset[i][1] for i in (0, 11, 12, 35)] == [0, 0, 1, 2]
+
+    image = dataset[0][0]
+    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and -1 <= image.min() < -0.8 and image.max() > 0.9
+    assert torch.equal(*dataset[3][0][:2])                                  # the grey one
+
+    torch.manual_seed(0)
+    flips = [ImageFolder(images, 64, 'flip')[0][0] for _ in range(20)]
+    assert {torch.equal(flip, image) for flip in flips} == {True, False} and all(torch.equal(flip, image) or torch.equal(flip.flip(-1), image) for flip in flips)
+    assert ImageFolder(images, 64, 'crop')[0][0].shape == (3, 64, 64)
+
+    for root, message in ((tmp_path / 'none', 'not a folder'), (tmp_path, 'no class folders')):
+        with pytest.raises(ValueError, match = message):
+            ImageFolder(root)
+
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match = 'empty has no images'):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match = "got 'mirror'"):
+        ImageFolder(images, 64, 'mirror')
+
+# latents
+
+def test_encoding_is_the_vae_s(images, vae, latents):
+    manifest = json.loads((latents / 'manifest.json').read_text())
+    assert manifest['classes'] == list(CLASSES) and manifest['counts'] == [12, 12, 12] and manifest['images'] == 36
+    assert manifest['shape'] == [4, 8, 8] and manifest['scaling_factor'] == 0.18215 and manifest['dtype'] == 'float16' and manifest['vae'] == str(vae)
+    assert [shard['images'] for shard in manifest['shards']] == [10, 10, 10, 6]
+    assert sorted(path.name for path in latents.iterdir()) == ['manifest.json', *(f'shard-{i:05d}.npy' for i in range(4))]
+
+    image, shard = ImageFolder(images, 64)[13][0], np.load(latents / 'shard-00001.npy')
+    assert shard.dtype == np.float16 and shard.shape == (10, 2, 2, 4, 8, 8)
+
+    for flip, pixels in enumerate((image, image.flip(-1))):
+        with torch.no_grad():
+            posterior = load_vae(str(vae)).encode(pixels[None]).latent_dist
+        assert np.allclose(shard[3, flip, 0], posterior.mean[0], atol = 2e-3) and np.allclose(shard[3, flip, 1], posterior.std[0], rtol = 2e-3)
+
+def test_latents_are_fresh_samples_of_the_posterior(latents):
+    dataset = LatentDataset(latents, 'center')
+    assert len(dataset) == 36 and [dataset[i][1] for i in (0, 11, 12, 35)] == [0, 0, 1, 2]
+
+    mean, std = torch.from_numpy(np.load(latents / 'shard-00003.npy')[5, 0].astype(np.float32)) * 0.18215       # the last image
+    draws = torch.stack([dataset[35][0] for _ in range(4000)])
+    assert draws.shape == (4000, 4, 8, 8) and draws.dtype == torch.float32
+    assert ((draws.mean(dim = 0) - mean).abs() < 5 * std / 4000 ** 0.5).all() and torch.allclose(draws.std(dim = 0), std, rtol = 0.08)
+
+    torch.manual_seed(1)
+    a = dataset[20][0]
+    torch.manual_seed(1)
+    assert torch.equal(dataset[20][0], a) and not torch.equal(dataset[20][0], a)
+
+    flipped = torch.from_numpy(np.load(latents / 'shard-00003.npy')[5, 1, 0].astype(np.float32)) * 0.18215
+    with_flips = torch.stack([LatentDataset(latents, 'flip')[35][0] for _ in range(400)])
+    assert (with_flips.mean(dim = 0) - (mean + flipped) / 2).abs().mean() < (with_flips.mean(dim = 0) - mean).abs().mean()
+
+    crops = [LatentDataset(latents, 'crop')[35][0] for _ in range(20)]
+    assert all(crop.shape == (4, 8, 8) and crop.isfinite().all() for crop in crops)
+
+def test_interrupted_encoding_goes_on(images, vae, latents, tmp_path, monkeypatch):
+    whole, calls = encode_latents.posterior_moments, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 6:                                                 # in the middle of the second shard
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(encode_latents, 'posterior_moments', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode(images, tmp_path, vae)
+
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ['manifest.json', 'shard-00000.npy']
+    with pytest.raises(ValueError, match = 'has not finished'):
+        LatentDataset(tmp_path)
+
+    encode(images, tmp_path, vae)
+    assert len(calls) == 6 + 8                                              # 3 shards of 3, 3 and 2 batches, the first was there
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in latents.iterdir()}
+
+    # a shard that is lost or cut short is named, and written again
+
+    shard = tmp_path / 'shard-00002.npy'
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match = 'shard-00002.npy is not a whole shard'):
+        LatentDataset(tmp_path)
+
+    shard.unlink()
+    with pytest.raises(ValueError, match = 'shard-00002.npy is missing'):
+        LatentDataset(tmp_path)
+
+    encode(images, tmp_path, vae)
+    assert shard.read_bytes() == (latents / shard.name).read_bytes()
+
+    with pytest.raises(ValueError, match = 'another dtype'):
+        encode(images, tmp_path, vae, '--dtype', 'float32')
+    with pytest.raises(ValueError, match = 'no manifest.json'):
+        LatentDataset(tmp_path / 'elsewhere')
+
+def test_processes_share_the_shards(images, vae, latents, tmp_path, monkeypatch):
+    for rank in (1, 0):
+        state = SimpleNamespace(process_index = rank, num_processes = 2, is_main_process = rank == 0, device = 'cpu')
+        monkeypatch.setattr(encode_latents, 'PartialState', lambda **kwargs: state)
+        encode(images, tmp_path, vae)
+        assert (tmp_path / 'shard-00000.npy').exists() == (rank == 0)      # which ends last, so it completes the manifest
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in latents.iterdir()}
+
+def test_unreadable_images_are_named_or_left_out(vae, tmp_path):
+    root, folder = paint(tmp_path / 'images', CLASSES[:2], 6), tmp_path / 'latents'
+    (root / 'n01' / '02.JPEG').write_bytes(b'no picture')
+    half = root / 'n02' / '04.JPEG'
+    half.write_bytes(half.read_bytes()[:300])
+
+    with pytest.raises(ValueError, match = re.escape(str(root / 'n01' / '02.JPEG')) + ' cannot be read.*--skip-unreadable'):
+        encode(root, folder, vae)
+
+    encode(root, folder, vae, '--skip-unreadable')
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    assert manifest['unreadable'] == ['n01/02.JPEG', 'n02/04.JPEG'] and manifest['counts'] == [5, 5]
+    assert (folder / 'shard-00000.unreadable.txt').read_text() == 'n01/02.JPEG'
+
+    dataset = LatentDataset(folder)
+    assert [label for _, label in (dataset[i] for i in range(10))] == [0] * 5 + [1] * 5
+
+def test_vae_that_is_not_there(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'diffusers', None)
+    with pytest.raises(ImportError, match = r'drifting-pytorch\[imagenet\]'):
+        encode(images, tmp_path, 'somewhere')
+
+# trainings
+
+RUN = ('--num-workers', '0', '--seed', '3', '--image-size', '64', '--cpu')
+
+def pretrain(data, folder, space, *args):
+    train_mae.main([
+        str(data), '--space', space, '--results-folder', str(folder), '--dim', '8', '--layers', '1', '1', '2', '1', '--steps', '3',
+        '--batch-size', '8', '--lr-warmup-steps', '2', '--finetune-steps', '2', '--cls-warmup-steps', '1', '--sample-every', '3', '--save-every', '2', *RUN, *args
+    ])
+    return folder / 'encoder'
+
+def generate(data, folder, preset, encoder, *args):
+    train_generator.main([
+        str(data), '--preset', preset, '--encoder', str(encoder), '--results-folder', str(folder), '--dim', '16', '--depth', '1', '--heads', '2',
+        '--num-groups', '3', '--num-gen', '4', '--num-pos', '4', '--num-uncond', '4', '--push-size', '6', '--lr-warmup-steps', '1',
+        '--sample-every', '0', '--save-every', '2', *RUN, *args
+    ])
+    return load_file(folder / 'generator' / 'model.safetensors')
+
+@pytest.mark.parametrize('space, preset', [('latent', 'ablation'), ('pixel', 'B/16')])
+def test_training_from_encoder_to_generator(request, images, tmp_path, space, preset):
+    data = request.getfixturevalue('latents') if space == 'latent' else images
+    encoder = pretrain(data, tmp_path / 'mae', space)
+
+    mae = LatentMAE.from_pretrained(encoder)
+    assert mae.channels == dict(latent = 4, pixel = 3)[space] and mae.num_classes == 3
+    rows = [json.loads(line) for line in (tmp_path / 'mae' / 'metrics.jsonl').read_text().splitlines()]
+    assert rows[-1]['step'] == 3 and rows[-1]['cls_weight'] == pytest.approx(0.1) and rows[-1]['classification'] > 0
+    assert Image.open(tmp_path / 'mae' / 'samples' / 'step-00000003.png').size == (66 * 10, 66 * 3)         # decoded, for latents
+
+    extra = ('--group-chunk-size', '1')
+
+    if space == 'pixel':
+        save_file(ConvNeXtV2(dims = (4, 4, 4, 8), depths = (1, 1, 1, 1)).state_dict(), tmp_path / 'convnext.safetensors')
+        extra += ('--convnext', str(tmp_path / 'convnext.safetensors'))
+
+    # resumed in the middle it ends where the straight run ends
+
+    straight = generate(data, tmp_path / 'straight', preset, encoder, *extra, '--steps', '4', '--sample-every', '4')
+    generate(data, tmp_path / 'resumed', preset, encoder, *extra, '--steps', '2')
+    resumed = generate(data, tmp_path / 'resumed', preset, encoder, *extra, '--steps', '4', '--resume', 'latest')
+    assert all(torch.equal(t, resumed[name]) for name, t in straight.items())
+
+    rows = [json.loads(line) for line in (tmp_path / 'straight' / 'metrics.jsonl').read_text().splitlines()]
+    features = {name.split('/')[1] for name in rows[-1] if name.startswith('feature/')}
+    assert {'global', 'layer4_mean', 'norm_x'} <= features and ('convenxt_stage_3_mean' in features) == (space == 'pixel')
+    assert Image.open(tmp_path / 'straight' / 'samples' / 'step-00000004.png').size == (66 * 10, 66 * 3)            # a row per class
+
+    model = DriftingGenerator.from_pretrained(tmp_path / 'straight' / 'generator')
+    assert model.sample([0, 2], seed = 0).shape == (2, *((4, 8, 8) if space == 'latent' else (3, 64, 64)))
+
+    if space == 'latent':
+        LatentMAE(dim = 8, channels = 3, patch_size = 8, layers = (1, 1, 1, 1)).save_pretrained(tmp_path / 'of-pixels')
+        with pytest.raises(ValueError, match = 'reads samples of 3 channels, those of the preset ablation have 4'):
+            generate(data, tmp_path / 'other', preset, tmp_path / 'of-pixels')
+
+@pytest.mark.parametrize('script', [encode_latents, train_mae, train_generator])
+def test_help_explains_every_option(script, capsys):
+    with pytest.raises(SystemExit, match = '0'):
+        script.main(['--help'])
+
+    options = re.split(r'\n  (?=-)', capsys.readouterr().out.split('options:')[1])[1:]
+    assert len(options) > 4 and all(len(option.split()) > 3 for option in options)
