@@ -11,8 +11,8 @@ Images (--reference, --training) are an npz (arr_0, uint8 [n h w ch]), a folder 
 in [-1, 1] or uint8, with or without labels. A reference npz may hold statistics, mu and sigma (or ref_mu, ref_sigma), instead or as well. An --extractor
 'module:callable' returns a Module: uint8 images [b ch h w] -> features [b d], or (features, logits [b c]). Its weights belong to the name of the features.
 
-Writes into --results-folder: results.json, alphas.png (FID and Inception Score), neighbors-*.png (a row per sample, and the training images nearest to it),
-features/ (in chunks: what is complete is not computed again, by whatever run asks for it).
+Writes into --results-folder, of this run: results.json, alphas.png (FID and Inception Score), neighbors-*.png (a row per sample, and the training images nearest to it),
+and of all runs: features/ (in chunks: what is complete is not computed again, by whatever run asks for it).
 """
 
 import argparse
@@ -69,6 +69,7 @@ class Images:
         elif Path(source).is_dir():
             self.items = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp'))
             check(len(self.items) > 0, f'{source} has no png, jpg or webp in it')
+            self.mode = 'L' if all(Image.open(path).mode == 'L' for path in self.items) else 'RGB'      # ImageNet has a few grey pictures
         else:
             self.items = imported(source)
 
@@ -80,7 +81,7 @@ class Images:
 
         if isinstance(item, Path):
             with Image.open(item) as picture:
-                item = np.array(picture if picture.mode in ('L', 'RGB') else picture.convert('RGB'))
+                item = np.array(picture.convert(self.mode))
 
         if isinstance(item, np.ndarray):
             return rearrange(torch.from_numpy(item).view(*item.shape[:2], -1), 'h w ch -> ch h w')
@@ -106,15 +107,14 @@ class Generated:
     @torch.no_grad()
     def batch(self, indices):
         model, args, device = self.model, self.args, self.device
-        noise, styles, labels = [], [], torch.tensor([i % model.num_classes for i in indices], device = device) if model.num_classes else None
+        labels = torch.tensor([i % model.num_classes for i in indices], device = device) if model.num_classes else None
+        generators = [seeded(args.seed, 'evaluate', i) for i in indices]
 
-        for i in indices:
-            generator = seeded(args.seed, 'evaluate', i)
-            noise.append(torch.randn(1, *model.noise_shape, generator = generator))
-            styles.append(model.draw_styles(1, generator))
+        noise = cat([torch.randn(1, *model.noise_shape, generator = generator) for generator in generators])
+        styles = cat([model.draw_styles(1, generator) for generator in generators])
 
         with autocast(device, args.precision):
-            samples = model(cat(noise).to(device), labels, self.alpha, cat(styles).to(device))
+            samples = model(noise.to(device), labels, self.alpha, styles.to(device))
 
         return to_uint8(samples, self.vae, rounding = args.rounding, batch_size = args.batch_size)
 
@@ -303,7 +303,7 @@ def main(argv = None):
         is_npz = args.reference.endswith('.npz')
         statistics = read_statistics(args.reference) if is_npz else None
         reference_key['reference_sha256'] = sha256([Path(args.reference).read_bytes()]) if is_npz else None
-        has_images = not is_npz or 'arr_0' in np.load(args.reference).files
+        has_images = not is_npz or 'arr_0' in np.load(args.reference)
 
         if has_images:
             images = Images(args.reference)

@@ -284,6 +284,11 @@ def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkey
     with pytest.raises(ValueError, match = 'neither a file'):
         run(tmp_path / 'results', '--num-samples', 20, '--reference', tmp_path / 'absent')
 
+def test_pictures_of_a_folder_have_the_same_channels(tmp_path):
+    for i, mode in enumerate(('L', 'L', 'RGB', 'RGBA')):
+        Image.new(mode, (8, 6)).save(tmp_path / f'{i}.png')
+        assert evaluate.Images(str(tmp_path)).batch(range(i + 1)).shape == (i + 1, 1 if i < 2 else 3, 6, 8)
+
 def test_uint8_is_truncated():
     x = torch.tensor([-2., -1., 0., 0.999, 1., 3.]).view(1, 1, 1, -1)
     assert sample_imagenet.to_uint8(x).flatten().tolist() == [0, 0, 127, 254, 255, 255]
