@@ -46,6 +46,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from PIL import Image
 from rotary_embedding_torch import RotaryEmbedding
 from safetensors import SafetensorError
@@ -151,6 +152,63 @@ def seed_for(*key):
 
 def seeded(*key, device = 'cpu'):
     return torch.Generator(device).manual_seed(seed_for(*key))
+
+# weights: ours are safetensors, with the arguments of the model in config.json
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path} is not a safetensors file: {error}') from error
+
+def load_checked(module, state_dict, assign = False):
+    """load_state_dict, strict, with an error that fits on one line."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
+
+    check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
+    module.load_state_dict(state_dict, assign = assign)
+
+class Pretrained(Module, PyTorchModelHubMixin):
+    """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
+
+    published, published_in = (), None      # names in the authors' repository, and their folder there
+
+    @classmethod
+    def from_pretrained(cls, name, *, revision = None):
+        """A model in eval mode, in float32.
+
+        name: one of cls.published, a repository on the hub ('user/name', downloaded once; revision: a commit, tag or branch of it), or a local folder,
+            of save_pretrained or of a published model (metadata.json and ema_params.msgpack, which needs the extra [pretrained]).
+        Raises ValueError for an unknown name, a damaged file, and weights that do not fit, with the list of what is missing, unknown or of another shape.
+        """
+        folder, published = Path(name), name in cls.published
+        check(published or folder.is_dir() or '/' in str(name), f'{name!r} is neither a folder nor a published model, which are {", ".join(cls.published)}')
+
+        def fetch(file):
+            if folder.is_dir():
+                return folder / file
+            repository, file = (RELEASE, f'{cls.published_in}/{name}/{file}') if published else (str(name), file)
+            return Path(hf_hub_download(repository, file, revision = revision))
+
+        if published or (folder / 'metadata.json').is_file():
+            config, state_dict = cls.from_release(*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))
+        else:
+            check(not folder.is_dir() or (folder / 'config.json').is_file(), f'{folder} has neither config.json nor metadata.json: expected a folder of save_pretrained or a published model')
+            config, state_dict = json.loads(fetch('config.json').read_text()), read_tensors(fetch('model.safetensors'))
+
+        with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
+            model = cls(**config)
+
+        load_checked(model, state_dict, assign = True)
+        model.set_buffers()
+        return model.eval()
+
+    def set_buffers(self):
+        """Those that are not saved."""
+
+RELEASE = 'Goodeat/drifting'
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
@@ -720,7 +778,7 @@ class MAEBreakdown(NamedTuple):
     classification: Tensor      # cross entropy, 0 without labels
     accuracy: Tensor            # of the classifier, 0 without labels
 
-class LatentMAE(Module):
+class LatentMAE(Pretrained):
     """The feature encoder of the paper, a ResNet that is pretrained as a masked autoencoder on latents or pixels (A.3).
 
     patch_size: patches of the input that are folded into channels before the stem, 1 for latents, 8 for pixels. What is left must be divisible by 8.
@@ -730,6 +788,8 @@ class LatentMAE(Module):
     feature_sets: which kinds of features `.features` gives, see map_features, and 'norm_x', the norms of the input's channels.
     checkpointing: recompute each residual block in the backward pass instead of keeping what is inside.
     """
+
+    published, published_in = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'models/mae/jax'
 
     def __init__(
         self,
@@ -763,10 +823,9 @@ class LatentMAE(Module):
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
 
-    @classmethod
-    def from_pretrained(cls, folder):
-        """The published encoder in a local artifact folder of the release, like DriftingGenerator.from_pretrained."""
-        return from_release(cls, mae_from_release, folder)
+    @staticmethod
+    def from_release(config, params):
+        return mae_from_release(config, params)         # section 8
 
     def check_samples(self, x):
         multiple = 8 * self.patch_size
@@ -1039,7 +1098,7 @@ def sincos_2d(size, dim):
     rows, cols = repeat(sin_first, 'h d -> (h w) d', w = size), repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
-class DriftingGenerator(Module):
+class DriftingGenerator(Pretrained):
     """The one-step generator: a DiT that maps noise to samples in a single forward pass, given class, guidance scale and style (A.2).
 
     image_size, channels, patch_size: samples are [b channels image_size image_size], cut into patches of patch_size x patch_size.
@@ -1049,6 +1108,8 @@ class DriftingGenerator(Module):
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
     checkpointing: recompute each block in the backward pass instead of keeping what is inside.
     """
+
+    published, published_in = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'models/gen/jax'
 
     def __init__(
         self,
@@ -1086,8 +1147,8 @@ class DriftingGenerator(Module):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        rotary = RotaryEmbedding(dim_head, cache_if_possible = False)(torch.arange(num_register_tokens + size ** 2)).detach()
-        self.register_buffer('rotary', rearrange(rotary, 'n d -> 1 n d'), persistent = False)
+        self.num_tokens, self.dim_head = num_register_tokens + size ** 2, dim_head
+        self.set_buffers()
 
         # transformer
 
@@ -1104,10 +1165,13 @@ class DriftingGenerator(Module):
         check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
         return cls(**{**PRESETS[name], **kwargs})
 
-    @classmethod
-    def from_pretrained(cls, folder):
-        """The published generator in a local artifact folder of the release (metadata.json and ema_params.msgpack), section 8 below."""
-        return from_release(cls, generator_from_release, folder)
+    @staticmethod
+    def from_release(config, params):
+        return generator_from_release(config, params)   # section 8
+
+    def set_buffers(self):
+        rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False)(torch.arange(self.num_tokens)).detach()
+        self.register_buffer('rotary', rearrange(rotary, 'n d -> 1 n d'), persistent = False)
 
     def init_weights(self):
         for module in self.modules():
@@ -1342,12 +1406,6 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
 
 def save_tensors(state_dict, path):
     save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)
-
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -1732,6 +1790,7 @@ class BaseTrainer:
 
                 save_tensors(self.unwrapped.state_dict(), unfinished / 'model.safetensors')
                 save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
+                (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
                 save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
 
             accelerator.wait_for_everyone()
@@ -2123,31 +2182,21 @@ class MAETrainer(BaseTrainer):
         images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
         return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
 
-def load_checked(module, state_dict):
-    """load_state_dict, strict, with an error that fits on one line."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
-
-    check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
-    module.load_state_dict(state_dict)
-
 # ───────────────────────────────────────────────────────────────────────────────
 # 8. published weights - reading the release's artifacts
 # ───────────────────────────────────────────────────────────────────────────────
 
-def read_release_artifact(folder):
-    """The model config and the parameters, {'a/b/c': tensor}, of a published artifact: metadata.json and ema_params.msgpack."""
+def read_release_artifact(metadata, weights):
+    """The model config and the parameters, {'a/b/c': tensor}, of a published artifact: its files metadata.json and ema_params.msgpack."""
     try:
         import msgpack
     except ImportError as error:
         raise ImportError("the release's weights are msgpack files: pip install 'drifting-pytorch[pretrained]'") from error
 
-    metadata, weights = (Path(folder) / name for name in ('metadata.json', 'ema_params.msgpack'))
-    check(metadata.is_file() and weights.is_file(), f'{folder} is not an artifact of the release: expected a local folder with metadata.json and ema_params.msgpack')
+    check(metadata.is_file() and weights.is_file(), f'{weights.parent} is not an artifact of the release: expected metadata.json and ema_params.msgpack')
 
     def to_tensor(code, data):      # extension type 1 is an array: (shape, dtype name, bytes)
-        shape, dtype, raw = msgpack.unpackb(data)
+        shape, dtype, raw = msgpack.unpackb(data, max_bin_len = len(data))
         check(code == 1 and isinstance(getattr(torch, dtype, None), torch.dtype), f'unknown array type {code}, {dtype!r}')
         return torch.frombuffer(bytearray(raw), dtype = getattr(torch, dtype)).reshape(shape)
 
@@ -2166,24 +2215,27 @@ def read_release_artifact(folder):
         return {name: t for key, branch in tree.items() for name, t in flatten(branch, *path, key).items()}
 
     try:
-        params = flatten(msgpack.unpackb(weights.read_bytes(), ext_hook = to_tensor))
-    except (ValueError, TypeError, RuntimeError, KeyError, msgpack.UnpackException) as error:
-        raise ValueError(f'{weights} is not a msgpack file of arrays: {error}') from error
+        with open(weights, 'rb') as file:           # array by array, never the whole file
+            unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
+            params = flatten(unpacker.unpack())
+            check(not file.read(1) and unpacker.tell() == weights.stat().st_size, 'there is something behind the last array')
+    except (ValueError, TypeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
+        raise ValueError(f'{weights} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
     return json.loads(metadata.read_text())['model_config'], params
 
 def renamed(params, rules):
-    """The parameters under our names, by the first rule (pattern of the whole module path, ours) that fits, in PyTorch's layout."""
+    """The parameters under our names, by the first rule (pattern of the whole module path, ours) that fits, in PyTorch's layout. params is emptied on the way."""
     state = {}
 
-    for path, t in params.items():
-        module, leaf = path.rsplit('/', 1)
+    for path in list(params):
+        t, (module, leaf) = params.pop(path), path.rsplit('/', 1)
         ours = next((re.sub(pattern, name, module) for pattern, name in rules if re.fullmatch(pattern, module)), module)
 
         if leaf == 'kernel':    # (in, out), or (h, w, in, out)
             t = rearrange(t, '... i o -> o i ...')
 
-        state[f'{ours}.{dict(kernel = "weight", scale = "weight", embedding = "weight").get(leaf, leaf)}'] = t.float()
+        state[f'{ours}.{dict(kernel = "weight", scale = "weight", embedding = "weight").get(leaf, leaf)}'] = t.float().contiguous()
 
     return state
 
@@ -2238,7 +2290,7 @@ def generator_from_release(config, params):
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
         for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
-            state[f'{block}.attn.to_{name}.weight'], state[f'{block}.{name}_bias'] = (t if name == 'v' else interleave(t, heads) for t in (weight, bias))
+            state[f'{block}.attn.to_{name}.weight'], state[f'{block}.{name}_bias'] = (t.clone() if name == 'v' else interleave(t, heads) for t in (weight, bias))
 
         for name in 'qk':       # one gain for all heads there, here one per head and stored as gain - 1
             gain = interleave(take(f'{block}.attn.{name}_rmsnorm.weight'), 1)
@@ -2254,9 +2306,3 @@ def generator_from_release(config, params):
         num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
     )
     return {ours: config[theirs] for ours, theirs in names.items()}, state
-
-def from_release(cls, convert, folder):
-    kwargs, state_dict = convert(*read_release_artifact(folder))
-    model = cls(**kwargs)
-    load_checked(model, state_dict)
-    return model.eval()
