@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, cat, stack, Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import einx
@@ -184,7 +184,7 @@ class Pretrained(Module, PyTorchModelHubMixin):
         Raises ValueError for an unknown name, a damaged file, and weights that do not fit, with the list of what is missing, unknown or of another shape.
         """
         folder, published = Path(name), name in cls.published
-        check(published or folder.is_dir() or '/' in str(name), f'{name!r} is neither a folder nor a published model, which are {", ".join(cls.published)}')
+        check(published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)), f'{name!r} is neither a folder nor a published model, which are {", ".join(cls.published)}')
 
         def fetch(file):
             if folder.is_dir():
@@ -771,7 +771,8 @@ class UpBlock(Module):
 
 def run_block(block, *args, checkpointing):
     """A block of a network, computed again in the backward pass instead of keeping what is inside if checkpointing."""
-    return checkpoint(block, *args, use_reentrant = False) if checkpointing and torch.is_grad_enabled() else block(*args)
+    with set_checkpoint_early_stop(False):      # it stops by an exception, which einx would take for an error
+        return checkpoint(block, *args, use_reentrant = False) if checkpointing and torch.is_grad_enabled() else block(*args)
 
 class MAEBreakdown(NamedTuple):
     reconstruction: Tensor      # squared error per masked position, summed over channels (release)
@@ -2294,7 +2295,7 @@ def generator_from_release(config, params):
 
         for name in 'qk':       # one gain for all heads there, here one per head and stored as gain - 1
             gain = interleave(take(f'{block}.attn.{name}_rmsnorm.weight'), 1)
-            state[f'{block}.attn.{name}_rmsnorm.gamma'] = repeat(gain - 1, 'd -> h 1 d', h = heads)
+            state[f'{block}.attn.{name}_rmsnorm.gamma'] = repeat(gain - 1, 'd -> h 1 d', h = heads).contiguous()
 
         for kind in ('weight', 'bias'):
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))

@@ -9,7 +9,7 @@ import torch
 from conftest import REFERENCE, relative
 from einops import rearrange
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import DriftingGenerator, drifting
 from drifting_pytorch.drifting import PRESETS
 
 ARTIFACT = REFERENCE / 'artifact_generator'
@@ -79,14 +79,20 @@ def test_wrong_parameters_are_refused(tmp_path, change, says):
         DriftingGenerator.from_pretrained(damaged(tmp_path, change))
     assert says in str(error.value) and '\n' not in str(error.value)
 
-@pytest.mark.parametrize('raw', [lambda b: b[:1000], lambda b: b'\x80\x04pickle', lambda b: b''])
+@pytest.mark.parametrize('raw', [lambda b: b[:1000], lambda b: b[:-1], lambda b: b + b'\x00', lambda b: b'\x80\x04pickle', lambda b: b''])
 def test_damaged_files_are_refused(tmp_path, raw):
     with pytest.raises(ValueError, match = 'not a msgpack file of arrays'):
         DriftingGenerator.from_pretrained(damaged(tmp_path, raw = raw))
 
 def test_missing_folder_is_refused(tmp_path):
+    for missing in (tmp_path / 'nothing', 'latent_XL_sota'):
+        with pytest.raises(ValueError, match = 'is neither a folder nor a published model, which are latent_L_sota, latent_B_sota'):
+            DriftingGenerator.from_pretrained(missing)
+    with pytest.raises(ValueError, match = 'has neither config.json nor metadata.json'):
+        DriftingGenerator.from_pretrained(tmp_path)
+    shutil.copy(ARTIFACT / 'metadata.json', tmp_path)
     with pytest.raises(ValueError, match = 'not an artifact of the release'):
-        DriftingGenerator.from_pretrained(tmp_path / 'nothing')
+        DriftingGenerator.from_pretrained(tmp_path)
 
 def test_chunked_and_bfloat16_arrays_are_read(tmp_path):
     whole = DriftingGenerator.from_pretrained(ARTIFACT)
@@ -103,6 +109,34 @@ def test_chunked_and_bfloat16_arrays_are_read(tmp_path):
     model = DriftingGenerator.from_pretrained(damaged(tmp_path, change))
     assert torch.equal(model.class_embed.weight, whole.class_embed.weight)
     assert torch.equal(model.to_patch.bias, whole.to_patch.bias.bfloat16().float())
+
+@pytest.mark.parametrize('name', ['latent_L_sota', 'someone/generator'])
+def test_names_are_fetched_from_the_hub(tmp_path, monkeypatch, name):
+    """What is asked of huggingface_hub; the answer comes from this disk."""
+    model = DriftingGenerator.from_pretrained(ARTIFACT)
+    model.save_pretrained(tmp_path)
+    asked = []
+
+    def hf_hub_download(repository, file, revision = None):
+        asked.append((repository, file, revision))
+        return str((ARTIFACT if name == 'latent_L_sota' else tmp_path) / file.split('/')[-1])
+
+    monkeypatch.setattr(drifting, 'hf_hub_download', hf_hub_download)
+    fetched = DriftingGenerator.from_pretrained(name, revision = 'v1')
+    assert torch.equal(fetched.sample([1, 2], seed = 0), model.sample([1, 2], seed = 0))
+    assert asked == ([('Goodeat/drifting', f'models/gen/jax/latent_L_sota/{file}', 'v1') for file in ('metadata.json', 'ema_params.msgpack')] if name == 'latent_L_sota'
+                     else [(name, file, 'v1') for file in ('config.json', 'model.safetensors')])
+
+def test_saved_models_are_read_back(tmp_path):
+    model = awake(tiny(share_style_codebook = True)).eval()
+    model.save_pretrained(tmp_path)
+    again = DriftingGenerator.from_pretrained(tmp_path)
+    assert not again.training and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert torch.equal(model.sample([0, 3], seed = 1), again.sample([0, 3], seed = 1)) and all(p.requires_grad for p in again.parameters())
+
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:-8])
+    with pytest.raises(ValueError, match = 'is not a safetensors file'):
+        DriftingGenerator.from_pretrained(tmp_path)
 
 # architecture
 
@@ -223,3 +257,13 @@ def test_other_dtypes_of_the_input_and_no_registers():
 def test_preset_arguments_can_be_overridden():
     with torch.device('meta'):
         assert len(DriftingGenerator.from_preset('B/2', depth = 1).blocks) == 1
+
+def test_checkpointing_changes_nothing():
+    noise, labels, styles = torch.randn(2, 2, 8, 8), torch.tensor([1, 3]), torch.zeros(2, 4, dtype = torch.long)
+    results = []
+    for checkpointing in (False, True):
+        model = awake(tiny(checkpointing = checkpointing))
+        out = model(noise, labels, 1.5, styles)
+        out.square().sum().backward()
+        results.append((out, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))

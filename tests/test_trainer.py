@@ -256,6 +256,41 @@ def test_checkpoints(tmp_path):
     trainer(tmp_path, num_train_steps = 5, save_every = 5, overwrite = True).train()
     assert steps() == [5] and [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000005']
 
+def test_presets_are_the_columns_of_table_8(tmp_path):
+    """The release's values, read off the table."""
+    expected = {                   # lr, weight decay, warmup, steps, groups, positives, generated, unconditional, power, share of alpha = 1, pushed
+        'ablation': (2e-4, 0.01, 5_000, 30_000, 64, 64, 64, 16, 3., 0., 64),
+        'B/2': (4e-4, 0., 10_000, 200_000, 128, 64, 64, 32, 5., 0., 128),
+        'L/2': (4e-4, 0.01, 10_000, 200_000, 128, 64, 64, 32, 3., 0.5, 64),
+        'B/16': (2e-4, 0.01, 10_000, 100_000, 128, 128, 64, 32, 5., 0., 128),
+        'L/16': (4e-4, 0.01, 10_000, 100_000, 128, 128, 64, 32, 5., 0., 128),
+    }
+
+    for name, values in expected.items():
+        t = Trainer.from_preset(name, Net(), None, dataset(), results_folder = tmp_path / name.replace('/', '-'), cpu = True)
+        assert (t.learning_rate, t.weight_decay, t.lr_warmup_steps, t.num_train_steps, t.num_groups, t.num_pos, t.num_gen, t.num_uncond, t.alpha_power, t.no_cfg_frac, t.push_size) == values
+        assert t.ema_decay == 0.999 and t.alpha_range == (1., 4.) and t.max_grad_norm == 2.
+
+    assert Trainer.from_preset('L/2', Net(), None, dataset(), num_groups = 3, results_folder = tmp_path / 'other', cpu = True).num_groups == 3
+    with pytest.raises(ValueError, match = "unknown preset 'XL'"):
+        Trainer.from_preset('XL', Net(), None, dataset())
+
+def test_queue_of_half_precision_elsewhere(tmp_path):
+    t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2)
+    t.train()
+    assert t.queues['positives'].samples.dtype == torch.float16 and t.draw(torch.tensor([0, 1, 2]), 0)[2].dtype == torch.float32
+
+def test_checkpoints_of_a_generator_name_it(tmp_path):
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    model = DriftingGenerator(image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = 1, heads = 2, num_classes = 3, num_register_tokens = 1, num_style_tokens = 2)
+    t = trainer(tmp_path, model, data, num_train_steps = 2, save_every = 2)
+    t.train()
+    config = json.loads((tmp_path / 'checkpoints' / 'step-00000002' / 'config.json').read_text())
+    DriftingGenerator(**config).load_state_dict(load_file(tmp_path / 'checkpoints' / 'step-00000002' / 'ema.safetensors'))
+
+    t.ema.ema_model.save_pretrained(tmp_path / 'export')
+    assert torch.equal(DriftingGenerator.from_pretrained(tmp_path / 'export').sample([0, 1], seed = 0), t.sample([0, 1], seed = 0))
+
 def test_images_of_the_averaged_model(tmp_path):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
     model = DriftingGenerator(image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = 1, heads = 2, num_classes = 3, num_register_tokens = 1, num_style_tokens = 2)
