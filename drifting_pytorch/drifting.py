@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import lru_cache, wraps
 from importlib.metadata import version
 from itertools import islice
@@ -36,13 +37,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn, cat, stack, Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import einx
 import jaxtyping
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, reduce as reduce_over_processes
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, reduce as reduce_over_processes
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
@@ -168,7 +172,15 @@ def load_checked(module, state_dict, assign = False):
     wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
 
     check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
-    module.load_state_dict(state_dict, assign = assign)
+    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = to_load(module))
+
+# states are those of the whole model, also where it is sharded
+
+WHOLE = StateDictOptions(full_state_dict = True, cpu_offload = True)
+
+def to_load(module):
+    sharded = any(isinstance(p, DTensor) for p in module.parameters())
+    return StateDictOptions(full_state_dict = True, broadcast_from_rank0 = sharded)
 
 class Pretrained(Module, PyTorchModelHubMixin):
     """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
@@ -1217,9 +1229,8 @@ class DriftingGenerator(Pretrained):
         check(tuple(shape) == self.noise_shape, f'noise has shape {tuple(noise.shape)}, expected (batch, {", ".join(map(str, self.noise_shape))})')
         check_range('noise', noise, -math.inf)
 
-        dtype = self.pos_embed.dtype
-        check(dtype in (torch.float32, torch.float64), f'the weights are {dtype}: keep them in float32 and run under torch.autocast for half precision')
-        noise = noise.to(dtype)
+        check(self.rotary.dtype in (torch.float32, torch.float64), f'the model is {self.rotary.dtype}, positions included: keep it in float32 and run under torch.autocast for half precision')
+        noise = noise.to(self.pos_embed.dtype)
 
         check(exists(labels) == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {"are needed" if exists(self.num_classes) else "must be None"}')
         labels = checked_labels(labels, self.num_classes, b) if exists(labels) else None
@@ -1286,6 +1297,8 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
         return cat([model(*batch) for batch in batches])
     finally:
         model.train(training)
+        if hasattr(model, 'reshard'):       # FSDP
+            model.reshard()
 
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),       # latent
@@ -1497,6 +1510,10 @@ def git_revision():
     except (OSError, subprocess.SubprocessError):
         return None
 
+def whole(value):
+    """A number as a tensor, gathered where it is spread over processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+
 def memory_mib(device):
     """The most that this process has had on its GPU, or what it has in all."""
     return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2 ** 20
@@ -1544,6 +1561,7 @@ class BaseTrainer:
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
 
+        check(accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2, 'FSDP is supported in its second version: set fsdp_version to 2')
         check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
         check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
 
@@ -1557,9 +1575,11 @@ class BaseTrainer:
 
         fused = accelerator.device.type in ('cuda', 'cpu')
         optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay, fused = fused)
+        whole = deepcopy(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
-        self.ema = EMA(self.unwrapped, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = True)
+        average = fsdp2_prepare_model(accelerator, whole) if accelerator.is_fsdp2 else deepcopy(self.unwrapped)
+        self.ema = EMA(self.unwrapped, average, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not accelerator.is_fsdp2)
         self.ema.update()
 
         if compile:
@@ -1650,7 +1670,7 @@ class BaseTrainer:
 
         accelerator.unscale_gradients()
         parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
-        grad_norms = {f'grad_norm/{name}': stack([grad.norm() for grad in grads]).norm() for name, grads in parts.items() if grads}
+        grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
         grad_norms['grad_norm'] = accelerator.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
 
         # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
@@ -1668,7 +1688,7 @@ class BaseTrainer:
     def check_finite(self):
         """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
         steps, self.unchecked = self.unchecked, []
-        finite = stack([torch.as_tensor(value).isfinite() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]).tolist() if steps else []
+        finite = stack([whole(value).isfinite() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]).tolist() if steps else []
         broken = [i // 2 for i, ok in enumerate(finite) if not ok and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
 
         if not broken:
@@ -1744,7 +1764,7 @@ class BaseTrainer:
         metrics, on_bar = self.metrics(details)
         metrics = dict(loss = loss, **grad_norms, **metrics)
 
-        values = self.accelerator.reduce(stack([torch.as_tensor(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
+        values = self.accelerator.reduce(stack([whole(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
         metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
 
         # of the machine, not of the run: these differ when it is repeated
@@ -1763,11 +1783,13 @@ class BaseTrainer:
     @torch.no_grad()
     def save_pictures(self):
         has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
+        main = self.accelerator.is_main_process
 
-        if self.accelerator.is_main_process and has_images:
+        if has_images and (main or self.accelerator.is_fsdp2):         # a sharded model needs every process
+            images = self.pictures()
             path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
             path.parent.mkdir(exist_ok = True)
-            image_grid(self.pictures()).save(path)
+            image_grid(images).save(path) if main else None
 
     def checkpoints(self):
         """The folders of this run's checkpoints, oldest first."""
@@ -1786,13 +1808,15 @@ class BaseTrainer:
                 queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
                 save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors')
 
-            if accelerator.is_main_process:
-                moments = self.optimizer.state_dict()['state']
+            states = dict(model = get_model_state_dict(self.unwrapped, options = WHOLE), ema = get_model_state_dict(self.ema.ema_model, options = WHOLE))
+            moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = WHOLE).get('state', {})      # on the main process alone
+            states['optimizer'] = {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()}
 
-                save_tensors(self.unwrapped.state_dict(), unfinished / 'model.safetensors')
-                save_tensors(self.ema.ema_model.state_dict(), unfinished / 'ema.safetensors')
+            if accelerator.is_main_process:
+                for name, state in states.items():
+                    save_tensors(state, unfinished / f'{name}.safetensors')
+
                 (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
-                save_tensors({f'{i}.{name}': t for i, state in moments.items() for name, t in state.items()}, unfinished / 'optimizer.safetensors')
 
             accelerator.wait_for_everyone()
 
@@ -1862,13 +1886,14 @@ class BaseTrainer:
             for name, queue in self.queues.items():
                 queue.load_state_dict({key.removeprefix(f'{name}.'): t for key, t in saved.items() if key.startswith(f'{name}.')})
 
-        optimizer = {**self.optimizer.state_dict(), 'state': {}}
+        optimizer = {**get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer), 'state': {}}
 
-        for key, t in read_tensors(folder / 'optimizer.safetensors').items():
-            index, name = key.split('.', 1)
-            optimizer['state'].setdefault(int(index), {})[name] = t
+        for name, t in read_tensors(folder / 'optimizer.safetensors').items():
+            name, kind = name.rsplit('.', 1)
+            optimizer['state'].setdefault(name, {})[kind] = t
 
-        self.optimizer.load_state_dict(optimizer)
+        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = to_load(self.unwrapped))
+
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
 class Trainer(BaseTrainer):

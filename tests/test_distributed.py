@@ -1,15 +1,17 @@
 """Several processes, several chunks: the gradient is that of one step on one process."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 from conftest import launch, relative
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import FeatureDriftLoss
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drifting
 from test_trainer import Net, X, Y, rows, trainer, weights
 
 GROUPS = 5      # neither by two nor by four
@@ -154,3 +156,53 @@ def run_killed(folder):
 
 def run_resumed(folder):
     return run(folder, save_every = 5, resume_from_checkpoint = 'latest')
+
+# sharded models
+
+def sharded_run(folder, precision = 'no', **kwargs):
+    """The same with FSDP2. accelerate turns it on for accelerators alone, so it is told here that this one is, and shards on the cpu."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    def sharding(**arguments):
+        accelerator = Accelerator(**arguments)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version = 2, auto_wrap_policy = 'no_wrap', cpu_ram_efficient_loading = False)
+        if precision != 'no':
+            plugin.set_mixed_precision(precision)
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState._shared_state['distributed_type'] = DistributedType.FSDP
+        return accelerator
+
+    Accelerator, drifting.Accelerator = drifting.Accelerator, sharding
+    t = trainer(folder, generator(), PICTURES, num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3, mixed_precision = precision, **kwargs)
+    assert all(type(p).__name__ == 'DTensor' for p in t.unwrapped.parameters())
+    t.train()
+    return [torch.cat([p.full_tensor().flatten() for p in model.parameters()]).detach().numpy() for model in (t.unwrapped, t.ema.ema_model)]
+
+def plain_run(folder):
+    t = trainer(folder, generator(), PICTURES, num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3)
+    t.train()
+    return [torch.cat([p.flatten() for p in model.parameters()]).detach().numpy() for model in (t.unwrapped, t.ema.ema_model)]
+
+PICTURES = TensorDataset(torch.rand(120, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(120) % 3)
+
+def generator():
+    torch.manual_seed(0)
+    return DriftingGenerator(image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = 2, heads = 2, num_classes = 3, num_register_tokens = 1, num_style_tokens = 2)
+
+def test_sharded_training_equals_replicated(tmp_path):
+    whole, _ = launch(plain_run, 2, tmp_path / 'a')
+    for sharded in launch(sharded_run, 2, tmp_path / 'b', 'no'):
+        assert all(relative(a, b) < 1e-5 for a, b in zip(sharded, whole))
+
+    assert (tmp_path / 'b' / 'samples' / 'step-00000003.png').is_file()
+
+    # resumed, and in other hands: the checkpoint is that of the whole model
+
+    shutil.rmtree(tmp_path / 'b' / 'checkpoints' / 'step-00000006')
+    resumed, _ = launch(resumed_sharded_run, 2, tmp_path / 'b')
+    assert all((a == b).all() for a, b in zip(resumed, sharded))
+    generator().load_state_dict(load_file(tmp_path / 'b' / 'checkpoints' / 'step-00000006' / 'ema.safetensors'))
+
+def resumed_sharded_run(folder):
+    return sharded_run(folder, resume_from_checkpoint = 'latest')

@@ -225,7 +225,7 @@ def test_sampling_is_reproducible_and_leaves_the_model_as_it_was():
     (lambda m, x, y: m(x, y, 1., torch.zeros(2, 3).long()), 'styles has shape'),
     (lambda m, x, y: m(x, y, 1., torch.full((2, 4), 6)), 'styles must be finite and in 0 .. 5'),
     (lambda m, x, y: m(x, torch.tensor([True, False])), 'labels must be integers, got torch.bool'),
-    (lambda m, x, y: m.bfloat16()(x, y), 'the weights are torch.bfloat16'),
+    (lambda m, x, y: m.bfloat16()(x, y), 'the model is torch.bfloat16'),
     (lambda m, x, y: m.sample(), 'pass labels'),
     (lambda m, x, y: m.sample([]), 'must be above 0, got 0'),
     (lambda m, x, y: m.sample(y, batch_size = 0), 'must be above 0'),
