@@ -90,8 +90,11 @@ class Shaped:
 Float, Int = Shaped(jaxtyping.Float), Shaped(jaxtyping.Int)
 
 def typecheck(fn):
-    enabled = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
-    return jaxtyping.jaxtyped(fn, typechecker = beartype) if enabled else fn
+    if os.environ.get('DRIFTING_TYPECHECK', '0') in ('', '0'):
+        return fn
+
+    checked = jaxtyping.jaxtyped(fn, typechecker = beartype)
+    return wraps(fn)(lambda *args, **kwargs: (fn if torch.compiler.is_compiling() else checked)(*args, **kwargs))
 
 def check(condition, message):
     if not condition:
@@ -1588,6 +1591,7 @@ class BaseTrainer:
         self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
+        self.samples_per_step = batch_size
 
         # a new run does not mix with an earlier one
 
@@ -1770,7 +1774,8 @@ class BaseTrainer:
         # of the machine, not of the run: these differ when it is repeated
 
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        metrics |= {'machine/steps_per_second': (self.step - first_step) / (self.clock[0] - before), 'machine/memory_mib': memory_mib(self.accelerator.device)}
+        samples = (self.step - first_step) * self.samples_per_step * self.gradient_accumulation_steps
+        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory_mib(self.accelerator.device)}
 
         self.accelerator.log(metrics, step = self.step)
 
@@ -1966,6 +1971,7 @@ class Trainer(BaseTrainer):
             loss_fn.group_chunk_size = default(group_chunk_size, loss_fn.group_chunk_size)
             loss_fn.compile() if self.compile else None
 
+        self.samples_per_step = num_groups * num_gen
         self.noise_shape, self.to_image, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image, False
         self.resume()
 

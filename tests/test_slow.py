@@ -10,9 +10,11 @@ import msgpack
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, launch
+from conftest import REFERENCE, launch, relative
+from torch.utils.data import TensorDataset
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE
+from test_trainer import rows, trainer
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +57,22 @@ def test_full_size_artifact_loads_without_a_second_copy(tmp_path):
     (seconds, memory, parameters, depth), = launch(load, 1, tmp_path)
     print(f'\nL/2, {parameters:,} parameters, a file of {mib:.0f} MiB: loaded in {seconds:.1f} s, peak memory {memory:.0f} MiB, {memory / mib:.2f} times the file')
     assert depth == 24 and memory < 1.25 * mib
+
+# compiled
+
+def test_compiled_step_is_the_same(tmp_path):
+    """Generator, encoder and field through torch.compile, against plain python: loss, gradient, drift of the first step, sample of the network."""
+    results = []
+
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = DriftingGenerator(image_size = 16, channels = 1, patch_size = 4, dim = 32, depth = 1, heads = 4, num_classes = 3, num_register_tokens = 2, num_style_tokens = 2)
+        torch.nn.init.normal_(model.to_patch.weight, std = 0.1)
+        encoder = LatentMAE(dim = 16, channels = 1, layers = (1, 1, 1, 1), num_classes = None, feature_sets = ('mean_std', '4x4'))
+        data = TensorDataset(torch.rand(60, 1, 16, 16, generator = torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(60) % 3)
+        t = trainer(tmp_path / str(compile), model, data, loss_fn = FeatureDriftLoss(encoder), compile = compile, num_train_steps = 1)
+        t.train()
+        row, = rows(tmp_path / str(compile))
+        results.append([row[name] for name in ('loss', 'grad_norm', 'drift/0.02', 'drift/0.05', 'drift/0.2', 'spread')])
+
+    assert relative(*results) < 1e-4, results

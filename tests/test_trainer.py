@@ -175,7 +175,7 @@ def test_metrics_tell_the_drift(tmp_path):
         assert row['loss'] == row['feature/global/loss'] and row['feature/global/scale'] > 0 and 1 <= row['alpha/mean'] <= row['alpha/max'] <= 4 and row['spread'] > 0
     assert [row['learning_rate'] for row in rows] == [pytest.approx(1e-2)] * 4
     assert rows[0]['grad_norm'] == pytest.approx(math.hypot(rows[0]['grad_norm/embed'], rows[0]['grad_norm/net']), rel = 1e-5)
-    assert all(row['machine/steps_per_second'] > 0 and row['machine/memory_mib'] > 10 for row in rows)
+    assert all(row['machine/samples_per_second'] > 0 and row['machine/memory_mib'] > 10 for row in rows)
 
     start, = (json.loads(line) for line in (tmp_path / 'starts.jsonl').read_text().splitlines())
     assert start['config']['num_groups'] == 6 and start['versions']['torch'] == torch.__version__ and start['hardware']['device'] == 'cpu'
