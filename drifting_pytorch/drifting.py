@@ -1350,7 +1350,7 @@ class SampleQueue:
         fits = place >= (counts - self.size)[labels]
 
         slot = (self.pushed[labels] + place) % self.size
-        self.samples[labels[fits].to(self.device), slot[fits].to(self.device)] = samples.detach()[order[fits].to(samples.device)].to(self.samples)
+        self.samples[labels[fits].to(self.device), slot[fits].to(self.device)] = samples.detach().to(self.samples, non_blocking = True)[order[fits].to(self.device)]
         self.pushed += counts
 
     def draw(self, labels, num, generator = None):
@@ -1654,7 +1654,7 @@ class BaseTrainer:
         check_range('real samples', samples, -math.inf)
         self.samples_read += self.batch_size
         self.seed_model()
-        return samples.to(self.accelerator.device, non_blocking = True), torch.as_tensor(labels)
+        return samples, torch.as_tensor(labels)
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
@@ -2190,8 +2190,8 @@ class MAETrainer(BaseTrainer):
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
-        samples, labels = self.read(batches)
-        labels = labels.to(samples.device) if exists(self.unwrapped.num_classes) else None
+        samples, labels = (t.to(self.accelerator.device, non_blocking = True) for t in self.read(batches))
+        labels = labels if exists(self.unwrapped.num_classes) else None
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
         with nullcontext() if sync else self.accelerator.no_sync(self.model):
