@@ -31,15 +31,15 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, Trainer
-from drifting_pytorch.drifting import FEATURE_SETS, image_grid, map_features
+from drifting_pytorch.drifting import image_grid
 
 # the generator has the same settings, and the same number of steps, for every encoder
 
 PRESETS = dict(
     cpu = dict(
-        steps = 1_200, raw_steps = 700, mae_steps = 600,
+        steps = 1_800, raw_steps = 900, mae_steps = 600,
         generator = dict(patch_size = 8, dim = 64, depth = 2, heads = 4, num_register_tokens = 2, num_style_tokens = 8, style_codebook_size = 16),     # few tokens, many steps
-        trainer = dict(num_groups = 10, num_gen = 32, num_pos = 64, num_uncond = 16, learning_rate = 2e-3, lr_warmup_steps = 50, ema_decay = 0.995),
+        trainer = dict(num_groups = 4, num_gen = 32, num_pos = 64, num_uncond = 16, learning_rate = 4e-3, lr_warmup_steps = 50, ema_decay = 0.995),      # steps count for more than groups
         mae = dict(dim = 16, patch_size = 2, layers = (1, 1, 1, 1)),
         mae_trainer = dict(batch_size = 64, learning_rate = 2e-3, lr_warmup_steps = 50, ema_decay = 0.99)
     ),
@@ -67,19 +67,15 @@ def load_images():
 # the encoder
 
 class EncoderFeatures(nn.Module):
-    """Features of an autoencoder's maps: 'maps' is a whole map flattened into one vector, the others are those of LatentMAE."""
+    """Some of an autoencoder's maps, each flattened into one vector: on small images features of single locations do not see the digit."""
 
-    def __init__(self, mae, maps, feature_sets):
+    def __init__(self, mae, names):
         super().__init__()
-        self.mae, self.names, self.sets = mae, maps, feature_sets
+        self.mae, self.names = mae, names
 
-    def features(self, x):
-        features = {}
-        for name, feature_map in self.mae.maps(self.mae.fold(x)).items():
-            if name in self.names:
-                whole = {f'{name}_map': rearrange(feature_map, 'b d h w -> b 1 (d h w)')} if 'maps' in self.sets else {}
-                features |= {**whole, **map_features(name, feature_map, self.sets)}
-        return features
+    def features(self, x):                                  # b 1 32 32
+        maps = self.mae.maps(self.mae.fold(x))
+        return {name: rearrange(maps[name], 'b d h w -> b 1 (d h w)') for name in self.names}
 
 def pretrain(args, preset, dataset, folder):
     """The averaged LatentMAE, trained here or read from an earlier run in the same results folder, and the folder of that training."""
@@ -106,6 +102,16 @@ def pretrain(args, preset, dataset, folder):
     trainer.train()
     shutil.copy(own_folder / 'samples' / f'step-{args.mae_steps:08d}.png', folder / 'reconstructions.png')
     return trainer.ema.ema_model, own_folder
+
+# the generator
+
+def spread_out(model):
+    """A start from many pictures. The release's start is one constant picture for any noise and class: leaving it takes steps, and through the norms of an
+    encoder a picture without contrast gets a huge gradient of no use."""
+    nn.init.xavier_uniform_(model.to_patch.weight)
+
+    for embedding in (model.class_embed, model.style_embed):
+        nn.init.normal_(embedding.weight, std = 0.5)
 
 # metrics, all by a classifier of real digits that has no part in the training
 
@@ -192,10 +198,9 @@ def main():
     parser.add_argument('--steps', type = int, default = None, help = 'optimiser steps of the generator, None for those of the preset')
     parser.add_argument('--mae-steps', type = int, default = None, help = 'optimiser steps of the encoder, None for those of the preset')
     parser.add_argument('--maps', nargs = '+', default = ['layer2', 'layer3', 'layer4'], help = "the encoder's maps that are compared: conv1, layer1 .. layer4, and layer1_blk2 and so on")
-    parser.add_argument('--feature-sets', nargs = '+', choices = ('maps', *FEATURE_SETS), default = ['maps'], help = 'what is compared of each map; maps: the whole map as one vector. mean_std needs maps whose mean and deviation are not fixed by a norm')
+    parser.add_argument('--feature-weight', type = float, default = 0.2, help = 'of the loss of every map, next to 1 for the raw pixels')
     parser.add_argument('--raw-steps', type = int, default = None, help = 'first steps of the generator, on raw pixels only, None for those of the preset')
     parser.add_argument('--temperatures', type = float, nargs = '+', default = [0.02, 0.05, 0.2], help = 'of the field, relative to the mean distance')
-    parser.add_argument('--affinity-floor', type = float, default = 0., help = "lower bound of softmax * softmax, the release's is 1e-6")
     parser.add_argument('--alpha-range', type = float, nargs = 2, default = [1., 3.], help = 'guidance scales to train with, 1 1 for no guidance')
     parser.add_argument('--alphas', type = float, nargs = '+', default = [1., 1.5, 2., 3.], help = 'guidance scales to sample with; samples.png shows the first')
     parser.add_argument('--seed', type = int, default = 0, help = 'of the whole run; the split, the judge and the final samples always use seed 0')
@@ -223,14 +228,22 @@ def main():
     torch.manual_seed(args.seed)
     model = DriftingGenerator(image_size = 32, channels = 1, num_classes = 10, **preset['generator'])
 
-    # through the norms of the encoder a picture without contrast gets a huge gradient of no use, so the first steps compare raw pixels
+    spread_out(model)
 
-    kwargs = dict(temperatures = args.temperatures, affinity_floor = args.affinity_floor)
+    # the first steps compare raw pixels: the encoder would add little to rough shapes, at twice the time
+
+    kwargs = dict(temperatures = args.temperatures, affinity_floor = 0.)      # the release's floor holds small data back
     raw_loss = FeatureDriftLoss(**kwargs)
-    full_loss = FeatureDriftLoss(EncoderFeatures(mae, args.maps, args.feature_sets), **kwargs) if mae is not None else raw_loss
+    full_loss = FeatureDriftLoss(EncoderFeatures(mae, args.maps), **kwargs) if mae is not None else raw_loss
 
     def loss_fn(*samples):
-        return (raw_loss if trainer.step < args.raw_steps else full_loss)(*samples)
+        if mae is None or trainer.step < args.raw_steps:
+            return raw_loss(*samples)
+
+        # as every field has unit size, the gradients that come back through the encoder would otherwise drown those of the pixels
+
+        _, breakdown = full_loss(*samples)
+        return sum(loss * (1. if name == 'global' else args.feature_weight) for name, loss in breakdown.losses.items()), breakdown
 
     trainer = Trainer(
         model, loss_fn, dataset,
