@@ -1037,6 +1037,12 @@ class ConvNeXtV2(Module):
         load_checked(model, state)
         return model.eval()
 
+    @classmethod
+    def from_pretrained(cls, name = 'timm/convnextv2_base.fcmae_ft_in22k_in1k', *, revision = None, **kwargs):
+        """model.safetensors of a repository on the hub (by default the weights that the release uses: base, 22k, 224) or of a local folder."""
+        file = Path(name) / 'model.safetensors' if Path(name).is_dir() else hf_hub_download(name, 'model.safetensors', revision = revision)
+        return cls.from_state_dict(read_tensors(file), **kwargs)
+
     def features(self, x):
         """{name: [b f d]} of images x [b 3 h w] in [-1, 1]: each stage standardised over its channels, and the pooled output."""
         x, features = self.pixel_input(x), {}
@@ -2147,13 +2153,14 @@ class StepDetails(NamedTuple):
 # Table 8, by the names of the generator's presets. Where the paper and the release differ the release's value stands
 
 LARGE = dict(learning_rate = 4e-4, weight_decay = 0.01, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_gen = 64, num_pos = 64, num_uncond = 32, push_size = 128, ema_decay = 0.999)
+PIXEL = dict(num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16)
 
 TRAINER_PRESETS = {
     'ablation': dict(learning_rate = 2e-4, weight_decay = 0.01, lr_warmup_steps = 5_000, num_train_steps = 30_000, num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, alpha_power = 3., push_size = 64, ema_decay = 0.999),
     'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),                        # paper: num_pos = 128, and one of four ema_decay
     'L/2': dict(LARGE, alpha_power = 3., no_cfg_frac = 0.5, push_size = 64),
-    'B/16': dict(LARGE, learning_rate = 2e-4, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.),
-    'L/16': dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.),
+    'B/16': {**LARGE, **PIXEL, 'learning_rate': 2e-4},
+    'L/16': {**LARGE, **PIXEL},
 }
 
 class MAETrainer(BaseTrainer):

@@ -2,7 +2,7 @@
 
 python examples/evaluate.py latent_L_sota --reference VIRTUAL_imagenet256_labeled.npz --alphas 1 1.5 2
 torchrun --nproc-per-node 8 examples/evaluate.py ...            # or accelerate launch
-python examples/evaluate.py results/mnist --model-config model.json --last-k 3 --extractor mine:judge --reference mine:held_out
+python examples/evaluate.py results/mnist --last-k 3 --extractor mine:judge --reference mine:held_out
 
 Sample i is drawn from noise of (seed, i), of class i modulo the number of classes, in batches that do not depend on the processes: any number of them
 gives the same features, bit by bit. Another batch size changes the last digits, as matrix products do, and with them a few pixels by one level.
@@ -241,10 +241,9 @@ def find_models(args):
     if not checkpoints:
         return {folder.name: lambda: load_generator(args.model, args.revision)}
 
-    config = Path(args.model_config) if args.model_config else folder / 'config.json'
-    check(config.is_file(), f'{config} does not exist: pass --model-config, a json of the arguments of DriftingGenerator')
-
     def load(checkpoint):
+        config = checkpoint / 'config.json'
+        check(config.is_file() and json.loads(config.read_text()), f'{checkpoint} does not say which DriftingGenerator it is of: it has no config.json')
         model = DriftingGenerator(**json.loads(config.read_text()))
         load_checked(model, load_file(checkpoint / 'ema.safetensors'))
         return model.eval()
@@ -261,7 +260,6 @@ def main(argv = None):
     parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('model', help = "a published generator by name, a local folder of one, a trainer's results folder, or one of its checkpoints")
     parser.add_argument('--revision', default = None, help = 'of the published weights, None for the default')
-    parser.add_argument('--model-config', default = None, help = "json of DriftingGenerator's arguments for a trainer's checkpoints, None for config.json in the folder")
     parser.add_argument('--last-k', type = int, default = 1, help = "how many of a results folder's newest checkpoints")
     parser.add_argument('--num-samples', type = int, default = 50_000, help = 'per checkpoint and guidance scale')
     parser.add_argument('--alphas', type = float, nargs = '+', default = [1.], help = 'guidance scales, all from the same noise')

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import REFERENCE, relative
 from einops import rearrange
+from safetensors.torch import save_file
 
-from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss
+from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss, drifting
 from drifting_pytorch.drifting import map_features
 
 TINY = dict(dim = 8, channels = 2, layers = (2, 1, 3, 4), num_classes = 5)
@@ -186,6 +187,13 @@ def test_convnext_weights_of_timm_and_transformers():
         ConvNeXtV2.from_state_dict({name: t for name, t in original.items() if name != 'norm.bias'})
     with pytest.raises(ValueError, match = 'not the weights of a ConvNeXt-V2'):
         ConvNeXtV2.from_state_dict({'layer1.weight': torch.zeros(1)})
+
+def test_convnext_weights_from_a_folder_or_the_hub(tmp_path, monkeypatch):
+    save_file({name: t.contiguous() for name, t in convnext_weights().items()}, tmp_path / 'model.safetensors')
+    expected = ConvNeXtV2.from_state_dict(convnext_weights()).state_dict()
+    monkeypatch.setattr(drifting, 'hf_hub_download', lambda *asked, revision: str(tmp_path / 'model.safetensors') if asked == ('timm/convnextv2_base.fcmae_ft_in22k_in1k', 'model.safetensors') else None)
+    for model in (ConvNeXtV2.from_pretrained(tmp_path), ConvNeXtV2.from_pretrained()):
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in expected.items())
 
 def test_any_backbone(rng):
     seen = []

@@ -55,7 +55,6 @@ def place(tmp_path_factory):
     """A folder with two checkpoints of a generator of 16 x 16 pixels, and a module of extractors and real images."""
     folder = tmp_path_factory.mktemp('evaluate')
     (folder / 'evaluate_parts.py').write_text(MODULE)
-    (folder / 'config.json').write_text(json.dumps(CONFIG))
 
     for step in (1, 2):
         torch.manual_seed(step)
@@ -66,6 +65,7 @@ def place(tmp_path_factory):
         checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
         checkpoint.mkdir(parents = True)
         save_file(model.state_dict(), checkpoint / 'ema.safetensors')
+        (checkpoint / 'config.json').write_text(json.dumps(CONFIG))
 
     return folder
 

@@ -249,8 +249,8 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
     extra = ('--group-chunk-size', '1')
 
     if space == 'pixel':
-        save_file(ConvNeXtV2(dims = (4, 4, 4, 8), depths = (1, 1, 1, 1)).state_dict(), tmp_path / 'convnext.safetensors')
-        extra += ('--convnext', str(tmp_path / 'convnext.safetensors'))
+        save_file(ConvNeXtV2(dims = (4, 4, 4, 8), depths = (1, 1, 1, 1)).state_dict(), tmp_path / 'model.safetensors')
+        extra += ('--convnext', str(tmp_path))
 
     # resumed in the middle it ends where the straight run ends
 

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from data import add_run_options, given, load_dataset, run_settings
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
@@ -39,7 +38,7 @@ def main(argv = None):
     parser.add_argument('data', help = 'folder of latents, or of class folders of images')
     parser.add_argument('--preset', choices = tuple(SPACES), default = 'ablation', help = 'column of Table 8: the generator and its training')
     parser.add_argument('--encoder', required = True, help = 'folder of a LatentMAE, from train_mae.py or published')
-    parser.add_argument('--convnext', default = None, help = "weights (safetensors) of a ConvNeXt-V2 base, the pixel presets' second encoder; None for none")
+    parser.add_argument('--convnext', default = None, help = "the pixel presets' second encoder: timm/convnextv2_base.fcmae_ft_in22k_in1k on the hub, which the release uses, or a folder with a model.safetensors; None for none")
     parser.add_argument('--checkpointing', action = 'store_true', help = 'recompute the residual blocks of the encoder in the backward pass: less memory, more time')
     parser.add_argument('--group-chunk-size', type = int, default = None, help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once')
 
@@ -70,7 +69,7 @@ def main(argv = None):
 
     encoders = [mae]
     if args.convnext is not None:
-        encoders.append(ConvNeXtV2.from_state_dict(load_file(args.convnext)))
+        encoders.append(ConvNeXtV2.from_pretrained(args.convnext))
 
     trainer = Trainer.from_preset(
         args.preset, model, FeatureDriftLoss(encoders), dataset,
