@@ -1456,6 +1456,11 @@ def damage(folder):
     """What is wrong with a checkpoint, or None."""
     try:
         files = json.loads((folder / 'manifest.json').read_text())['files']
+        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
+
+        if missing:
+            return f'its manifest does not have {", ".join(sorted(missing))}'
+
         for name, expected in files.items():
             size = (folder / name).stat().st_size
             if size != expected['bytes']:

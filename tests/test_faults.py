@@ -86,7 +86,9 @@ class Malicious:
 def forged(folder):
     """A pickle in place of the weights, with a manifest that vouches for it."""
     (folder / 'model.safetensors').write_bytes(pickle.dumps(Malicious()))
-    (folder / 'manifest.json').write_text(json.dumps({**json.loads((folder / 'manifest.json').read_text()), 'files': {'model.safetensors': {'bytes': (folder / 'model.safetensors').stat().st_size, 'sha256': drifting.sha256(folder / 'model.safetensors')}}}))
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['files']['model.safetensors'] = dict(bytes = (folder / 'model.safetensors').stat().st_size, sha256 = drifting.sha256(folder / 'model.safetensors'))
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
 
 @pytest.mark.parametrize('harm, says', [
     (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
@@ -95,6 +97,7 @@ def forged(folder):
     (lambda f: (f / 'queue-0.safetensors').unlink(), 'it is not complete (FileNotFoundError'),
     (lambda f: (f / 'manifest.json').unlink(), 'it is not complete (FileNotFoundError'),
     (lambda f: (f / 'manifest.json').write_text('{"files": '), 'it is not complete (JSONDecodeError'),
+    (lambda f: (f / 'manifest.json').write_text('{"files": {}}'), 'its manifest does not have ema.safetensors, model.safetensors, optimizer.safetensors'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
