@@ -1,0 +1,73 @@
+"""The robotics example runs, its demonstrator is worth imitating, and what it measures tells sides and crashes apart."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+@pytest.fixture
+def policy(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import train_policy
+    return train_policy
+
+def run(*args):
+    result = subprocess.run([sys.executable, str(ROOT / 'examples' / 'train_policy.py'), *map(str, args)], capture_output = True, text = True, timeout = 300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+def test_quick(tmp_path):
+    text = run('--quick', '--results-folder', tmp_path)
+    assert (tmp_path / 'policy.md').read_text() in text and text.count('\n| ') == 7
+    assert Image.open(tmp_path / 'policy.png').width > 500
+
+    results = json.loads((tmp_path / 'metrics.json').read_text())['results']
+    assert results['demonstrator'][0]['success'] == 1
+    assert results['drifting'][0]['evaluations_per_action'] == 1 / 8 and results['flow matching, 100 steps'][0]['evaluations_per_action'] == 12.5
+
+def test_demonstrations_take_both_sides_of_the_same_scene(policy, rng):
+    result = policy.evaluate(lambda n: policy.demonstrator(n, rng), num_scenes = 20, repeats = 12)
+    assert result['success'] > 0.98 and result['crashed'] < 0.02
+    assert 0.4 < result['left'] < 0.6 and result['both_sides'] > 0.9
+
+def test_straight_ahead_crashes(policy):
+    def ahead(obs):
+        return torch.nn.functional.normalize(obs[:, :2], dim = -1)[:, None]
+
+    result = policy.evaluate(lambda n: ahead, num_scenes = 20, repeats = 2)
+    assert result['crashed'] == 1 and result['success'] == 0 and result['left'] is None
+
+def test_chunks_are_what_followed_the_observation(policy, rng):
+    observations, chunks = policy.demonstrate(20, rng)
+    assert observations.shape[1:] == (7,) and chunks.shape[1:] == (policy.CHUNK, 2) and len(observations) == len(chunks) > 60
+
+    start = observations[:, 5:].norm(dim = -1) == 0                         # not moving yet: the sides differ, the way ahead is the same
+    assert start.sum() == 20 and (chunks[start, :8, 0] > 0).all()
+    assert chunks[start, :8, 1].mean(dim = 1).abs().min() > 0.1
+
+def test_drifting_learns_both_sides_where_regression_crashes(policy, rng):
+    observations, chunks = policy.demonstrate(200, rng)
+    settings = SimpleNamespace(steps = 300, batch = 256, num_gen = 8, temperatures = (0.05, 0.2, 0.5), learning_rate = 3e-3)
+
+    success = {}
+    for method in ('regression', 'drifting'):
+        model = policy.train(method, observations, chunks, settings, seed = 0)[0]
+        success[method] = policy.evaluate(lambda n: policy.policy_of(model, method), num_scenes = 20, repeats = 10)
+
+    assert success['regression']['success'] < 0.2
+    assert success['drifting']['success'] > success['regression']['success'] + 0.2 and success['drifting']['both_sides'] > 0.3
+
+def test_help_explains_every_option(policy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train_policy.py', '--help'])
+    with pytest.raises(SystemExit):
+        policy.main()
+
+    options = capsys.readouterr().out.split('options:')[1].split('\n  -')[1:]
+    assert len(options) > 4 and all(len(option.split()) > 3 for option in options)
