@@ -234,8 +234,8 @@ def compare(args, features):
 
 def benchmark_loss(args):
     sizes = dict(W1 = (8, 256), W2 = (32, 64)) if args.quick else dict(W1 = (8, 256), W2 = (512, 256), W3 = (512, 640))
-    rows = [{'problem': name, **row} for name, (b, d) in sizes.items() for row in compare(args, [problems(args, b, d)])]
-    show('The loss, forward and backward: W1 8 problems of 256 dimensions, W2 512 of 256, W3 512 of 640; 64 generated, 64 positives, 16 unconditional each', rows)
+    rows = [{'problem': f'{name}, {b} of {d} dimensions', **row} for name, (b, d) in sizes.items() for row in compare(args, [problems(args, b, d)])]
+    show('The loss, forward and backward: so many problems of 64 generated, 64 positives, 16 unconditional', rows)
     return rows
 
 def benchmark_features(args):
