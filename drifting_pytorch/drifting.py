@@ -311,7 +311,7 @@ class DriftField(Module):
 
         A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)     # release: guidance weights the normalised affinity
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
-        sum_pos, sum_neg = (reduce(t, '... n y -> ... n 1', 'sum') for t in (A_pos, A_neg))
+        sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
         A_pos *= self.attraction * sum_neg      # cross weights: every positive acts together with every negative, this is the anti-symmetry
         A_neg *= -self.repulsion * sum_pos
@@ -323,8 +323,8 @@ class DriftField(Module):
 
             # both softmaxes from one exponential, unless one of their sums nearly vanishes
 
-            kernel = (logits - reduce(logits, '... n y -> ... 1 1', 'max')).exp_()
-            over_y, over_x = reduce(kernel, '... n y -> ... n 1', 'sum'), reduce(kernel, '... n y -> ... 1 y', 'sum')
+            kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
+            over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
 
             if min(over_y.min(), over_x.min()) > 1e-25:
                 return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
@@ -511,14 +511,18 @@ def drift_loss(
     chunks = [slice(i, i + size) for i in range(0, b, size)]
     keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
 
+    @lru_cache(maxsize = 1)
     def points(i):
-        y = cat([t[chunks[i]].to(gen.dtype) for t in others if exists(t)], dim = 1)                    # b y d
-        center = reduce(y, 'b y d -> b 1 d', 'mean')
-        y -= center
+        sets = [t[chunks[i]] for t in others if exists(t)]
+        center = full_precision(sets[0]).mean(dim = 1, keepdim = True)
+        y = gen.new_empty(len(center), weight.shape[1], d)                                             # b y d
+
+        for t, part in zip(sets, y.split([t.shape[1] for t in sets], dim = 1)):
+            torch.sub(t, center, out = part)
+
         return y[:, p:p + g] if not exists(neg) else x_all[chunks[i]] - center, y
 
     @keep
-    @frozen
     def distances(i):
         return pairwise_distance(*points(i), min_dist_sq)                                              # b g y
 
@@ -535,7 +539,10 @@ def drift_loss(
     scale = (sum_dist / sum_weight) ** (1 / power)
     feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
 
-    # the field of each temperature, how large it is (V^2), and where it comes from
+    # the field of each temperature, how large it is (V^2), and where it comes from.
+    # Of many chunks the coefficients are kept in its place where they are smaller: one more product, of their sum, brings it back
+
+    keep_coefficients = len(chunks) > 1 and not exists(chunk_size) and weight.shape[1] < d
 
     @keep
     @frozen
@@ -560,7 +567,7 @@ def drift_loss(
         if with_potential:
             sums += [field.potential(dist, p, temperature, w).sum(dim = (0, 2))]
 
-        return stack((*sums, torch.full_like(sums[0], x.shape[0] * g))), V
+        return stack((*sums, torch.full_like(sums[0], x.shape[0] * g))), W if keep_coefficients else V
 
     *sums, count = yield sum(fields(i)[0] for i in range(len(chunks)))                                 # each t
     mean_sq, *diagnosed = (total / count for total in sums)
@@ -573,9 +580,10 @@ def drift_loss(
 
     @frozen
     def losses(i):
-        V = reduce(fields(i)[1] / norms, 'b t g d -> b g d', 'sum')
+        total = reduce(fields(i)[1] / norms, 'b t n m -> b 1 n m', 'sum')                              # of W, or of V
+        V = (field.apply_coefficients(total, *points(i)) if keep_coefficients else total).squeeze(1)
         torch.mul(V, -2 / (g * d * feature_scale), out = grad[chunks[i]])
-        return reduce(V ** 2, 'b g d -> b', 'mean')
+        return V.square_().mean(dim = (1, 2))
 
     loss = cat([losses(i) for i in range(len(chunks))])
 

@@ -1,5 +1,6 @@
 """The README's code runs as it stands, and the examples run from end to end in a few steps."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -89,7 +90,26 @@ def test_toy_recovers_both_modes(monkeypatch, start, field):
     result = train_toy.train('bimodal', start, **kwargs)[3]
     assert result['modes_covered'] == 2 and result['ratio'] < 6
 
-@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py'])
+def test_benchmark(tmp_path):
+    text = run('benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', tmp_path / 'benchmark.json')
+
+    results = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert all(results[what] for what in ('loss', 'features', 'step', 'sampling', 'growth')) and text.count('\n| ') > 25
+    assert {row['contender'] for row in results['loss']} == {'transcription', 'drift_loss', 'floor'}
+    assert all(row['/ products'] > 1 for row in results['sampling']) and 0 < results['step']['whole'][0]['utilisation'] < 1
+
+    few, many = (row['peak MiB beyond inputs'] for row in results['growth'])           # one group, two
+    assert many - few < 2.5 * results['growth'][0]['generated features MiB']
+
+def test_benchmark_compares_equals(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import benchmark
+
+    inputs = benchmark.problems(argparse.Namespace(device = torch.device('cpu')), 3, 12, 6, 5, 4)
+    (theirs, loss), (ours, same_loss) = ((torch.autograd.grad(fn(*inputs).sum(), inputs[0])[0], fn(*inputs)) for fn in (benchmark.transcription, benchmark.ours))
+    assert torch.allclose(loss, same_loss, rtol = 1e-4) and torch.allclose(ours, theirs, rtol = 1e-3, atol = 1e-5)
+
+@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py'])
 def test_help_explains_every_option(script):
     text = run(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]
