@@ -448,14 +448,6 @@ def finish(steps, answer):
     except StopIteration as stop:
         return stop.value
 
-def frozen(fn):
-    """No gradients, no autocast."""
-    @wraps(fn)
-    def run(*args):
-        with torch.no_grad(), torch.autocast('cuda', enabled = False), torch.autocast('cpu', enabled = False):
-            return fn(*args)
-    return run
-
 @shared_sums
 def drift_loss(
     gen: Float['b g d'],
@@ -506,6 +498,8 @@ def drift_loss(
         weight[:, p + m:] = uncond_weight
 
     # the problems are taken in chunks. What is needed twice is kept, or computed again where memory is to be bounded
+
+    frozen = lambda fn: torch.no_grad()(torch.autocast(gen.device.type, enabled = False)(fn))
 
     size = default(chunk_size, max(1, CACHED_NUMBERS // (weight.shape[1] * d)) if gen.device.type == 'cpu' else b)
     chunks = [slice(i, i + size) for i in range(0, b, size)]
