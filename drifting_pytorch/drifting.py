@@ -710,7 +710,7 @@ class FeatureDriftLoss(Module):
 
             share = len(x) / c
             grads.append(torch.autograd.grad(loss, x)[0] * share)
-            results.append((loss.detach() * share, {name: t * share for name, t in breakdown.losses.items()}))
+            results.append((loss.detach() * share, {name: t.detach() * share for name, t in breakdown.losses.items()}))
 
         losses = {name: sum(part[name] for _, part in results) for name in breakdown.losses}
         return KnownGradient.apply(gen, sum(loss for loss, _ in results), cat(grads)), Breakdown(losses, breakdown.stats)
@@ -734,7 +734,7 @@ class FeatureDriftLoss(Module):
     def breakdown(results):
         """The sum over features {name: (loss [b], DriftStats)}."""
         losses = {name: loss.mean() for name, (loss, _) in results.items()}
-        return sum(losses.values()), Breakdown({name: loss.detach() for name, loss in losses.items()}, {name: stats for name, (_, stats) in results.items()})
+        return sum(losses.values()), Breakdown(losses, {name: stats for name, (_, stats) in results.items()})
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 4. feature encoders - A.3-A.5
@@ -2095,6 +2095,7 @@ class Trainer(BaseTrainer):
 
             spread = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)] if self.logs_this_step else None
             share = len(labels) * self.accelerator.num_processes / self.num_groups          # processes may have unequal numbers of groups
+            breakdown = breakdown._replace(losses = {name: t.detach() for name, t in breakdown.losses.items()})
             return loss, loss * share / self.gradient_accumulation_steps, StepDetails(breakdown, alpha, spread[0] / spread[1] if exists(spread) else None)
 
         def synced(last):
