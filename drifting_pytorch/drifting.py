@@ -23,10 +23,10 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import lru_cache, wraps
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import einx
 import jaxtyping
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, reduce as reduce_over_processes
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as reduce_over_processes
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -179,7 +179,7 @@ def load_checked(module, state_dict, assign = False):
 
 # states are those of the whole model, also where it is sharded
 
-WHOLE = StateDictOptions(full_state_dict = True, cpu_offload = True)
+FULL_STATE = StateDictOptions(full_state_dict = True, cpu_offload = True)
 
 def to_load(module):
     sharded = any(isinstance(p, DTensor) for p in module.parameters())
@@ -425,28 +425,26 @@ def effective_neighbors(affinity: Float['... n m']) -> Float['... n']:
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
-CACHED_NUMBERS = 2 ** 19        # of the points of the problems that a cpu works on at a time
+CHUNK_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)     # coordinates of points that are worked on at a time: a cpu's cache, half a GiB of a GPU
 
-def shared_sums(steps):
+def shared_sums(stages):
     """Makes a function of a generator that yields sums over its problems, and is sent what they are over those of all processes.
 
-    `.steps` is the generator: whoever sees the problems piece by piece can add up the sums of the pieces, and send the totals.
+    answer: what is sent for sums. `.stages` is the generator, for whoever sees the problems piece by piece and adds up the sums of the pieces.
     """
-    @wraps(steps)
-    def run(*args, **kwargs):
-        return finish(steps(*args, **kwargs), sum_over_processes)
+    @wraps(stages)
+    def run(*args, answer = sum_over_processes, **kwargs):
+        generator = stages(*args, **kwargs)
 
-    run.steps = steps
+        try:
+            sums = next(generator)
+            while True:
+                sums = generator.send(answer(sums))
+        except StopIteration as stop:
+            return stop.value
+
+    run.stages = stages
     return run
-
-def finish(steps, answer):
-    sums = next(steps)
-
-    try:
-        while True:
-            sums = steps.send(answer(sums))
-    except StopIteration as stop:
-        return stop.value
 
 @shared_sums
 def drift_loss(
@@ -501,7 +499,7 @@ def drift_loss(
 
     frozen = lambda fn: torch.no_grad()(torch.autocast(gen.device.type, enabled = False)(fn))
 
-    size = default(chunk_size, max(1, CACHED_NUMBERS // (weight.shape[1] * d)) if gen.device.type == 'cpu' else b)
+    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (weight.shape[1] * d)))
     chunks = [slice(i, i + size) for i in range(0, b, size)]
     keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
 
@@ -547,7 +545,7 @@ def drift_loss(
         if not exists(neg):
             dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
 
-        dist, temperature = rearrange(dist, 'b g y -> b 1 g y'), rearrange(dist.new_tensor(temperatures), 't -> t 1 1')
+        dist, temperature = rearrange(dist, 'b g y -> b 1 g y'), torch.tensor(temperatures, dtype = dist.dtype).to(dist.device, non_blocking = True)[:, None, None]
 
         W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
         V = field.apply_coefficients(W, x, y)                                                          # b t g d
@@ -676,7 +674,7 @@ class FeatureDriftLoss(Module):
         if not exists(self.group_chunk_size):
             return self.breakdown({name: drift_loss(**problems, **kwargs) for name, problems in self.problems(**samples)})
 
-        # chunks of groups: first the two sums that drift_loss asks for, of all chunks, then each chunk's loss and gradient
+        # chunks of groups: in two rounds the sums that drift_loss asks for (S, and the norms of the drift) of all chunks, then each chunk's loss and gradient
 
         chunks = [dict(zip(samples, parts)) for parts in zip(*(t.split(self.group_chunk_size) for t in samples.values()))]
         known = {}                                                                                     # {name: [sums, ...]}
@@ -684,17 +682,14 @@ class FeatureDriftLoss(Module):
         for _ in range(2 if self.chunk_statistics == 'shared' else 0):
             totals = {}
 
-            for chunk in chunks:
-                with torch.no_grad():
-                    for name, problems in self.problems(**chunk):
-                        steps = drift_loss.steps(**problems, **kwargs)
-                        sums = next(steps)
-                        for answer in known.get(name, ()):
-                            sums = steps.send(answer)
-                        totals[name] = totals.get(name, 0) + sums
+            with torch.no_grad():
+                for name, problems in (pair for chunk in chunks for pair in self.problems(**chunk)):
+                    stages = drift_loss.stages(**problems, **kwargs)
+                    sums = [next(stages), *map(stages.send, known.get(name, ()))][-1]
+                    totals[name] = totals.get(name, 0) + sums
 
-            for name, total in totals.items():
-                known.setdefault(name, []).append(sum_over_processes(total))
+            del stages, problems
+            known = {name: [*known.get(name, ()), sum_over_processes(total)] for name, total in totals.items()}
 
         results, grads = [], []
 
@@ -704,7 +699,7 @@ class FeatureDriftLoss(Module):
 
             with torch.enable_grad():
                 loss, breakdown = self.breakdown({
-                    name: finish(drift_loss.steps(**problems, **kwargs), lambda sums, name = name: next(answers[name]) if known else sums)
+                    name: drift_loss(**problems, **kwargs, answer = lambda sums, name = name: next(answers[name]) if known else sums)
                     for name, problems in self.problems(**{**chunk, 'gen': x})
                 })
 
@@ -1358,7 +1353,8 @@ class SampleQueue:
         fits = place >= (counts - self.size)[labels]
 
         slot = (self.pushed[labels] + place) % self.size
-        self.samples[labels[fits].to(self.device), slot[fits].to(self.device)] = samples.detach().to(self.samples, non_blocking = True)[order[fits].to(self.device)]
+        labels, slot, order = (t[fits].to(self.device, non_blocking = True) for t in (labels, slot, order))
+        self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
         self.pushed += counts
 
     def draw(self, labels, num, generator = None):
@@ -1369,8 +1365,8 @@ class SampleQueue:
 
         keys = torch.rand(len(filled), self.size, generator = generator)
         keys.masked_fill_(einx.greater_equal('size, c -> c size', torch.arange(self.size), filled), -1.)
-        index = keys.topk(num, dim = -1).indices.to(self.device)
-        return einx.get_at('[class slot] ..., c, c p -> c p ...', self.samples, labels.to(self.device), index)
+        labels, slot = (t.to(self.device, non_blocking = True) for t in (rearrange(labels, 'c -> c 1'), keys.topk(num, dim = -1).indices))
+        return self.samples[labels, slot]       # c num ...
 
     def state_dict(self):
         return dict(pushed = self.pushed, **(dict(samples = self.samples) if exists(self.samples) else {}))
@@ -1429,8 +1425,10 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
 
 # checkpoints: a folder of safetensors and a manifest, complete or not there at all
 
-def save_tensors(state_dict, path):
-    save_file({name: t.detach().contiguous().clone() for name, t in state_dict.items()}, path)
+def save_tensors(state_dict, path, copy = True):
+    """copy: tensors may share memory. Returns the file's line of the manifest."""
+    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
+    return {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path))}
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -1440,22 +1438,19 @@ def sha256(path):
     return digest.hexdigest()
 
 def flush(path):
-    """Wait until a file or a folder is on the disk."""
+    """Wait until a file, or where that can be done a folder, is on the disk."""
     if os.name != 'nt':
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if path.is_file():
+                raise
+        finally:
+            os.close(descriptor)
 
-def write_manifest(folder, content):
-    """manifest.json, with the size and hash of every other file of the folder. All of it is on the disk afterwards."""
-    files = {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path)) for path in sorted(folder.iterdir())}
-    (folder / 'manifest.json').write_text(json.dumps({**content, 'files': files}, indent = 1, default = str))
-
-    for path in (*folder.iterdir(), folder):
-        flush(path)
-
-def damage(folder):
-    """What is wrong with a checkpoint, or None."""
+def damage(folder, rank = 0):
+    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first also at everything that is not a queue's."""
     try:
         files = json.loads((folder / 'manifest.json').read_text())['files']
         missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
@@ -1464,11 +1459,12 @@ def damage(folder):
             return f'its manifest does not have {", ".join(sorted(missing))}'
 
         for name, expected in files.items():
-            size = (folder / name).stat().st_size
-            if size != expected['bytes']:
-                return f'{name} has {size} bytes instead of {expected["bytes"]}'
-            if sha256(folder / name) != expected['sha256']:
-                return f'{name} does not have the hash that the manifest gives'
+            if name == f'queue-{rank}.safetensors' or rank == 0 and not name.startswith('queue-'):
+                size = (folder / name).stat().st_size
+                if size != expected['bytes']:
+                    return f'{name} has {size} bytes instead of {expected["bytes"]}'
+                if sha256(folder / name) != expected['sha256']:
+                    return f'{name} does not have the hash that the manifest gives'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is not complete ({type(error).__name__}: {error})'
 
@@ -1478,25 +1474,27 @@ def discard(folder):
         waste = folder.rename(folder.with_name(f'unfinished-old-{folder.name}'))
         shutil.rmtree(waste)
 
-class Interruption:
-    """Remembers Ctrl-C and SIGTERM, so that the step can end and a checkpoint be written. A second one acts at once."""
+@contextmanager
+def interruptions():
+    """The signals that came, Ctrl-C or SIGTERM, as a list: so that the step can end and a checkpoint be written. A second one acts at once."""
+    received, handlers = [], {}
 
-    def __enter__(self):
-        self.received = 0
-        here = threading.current_thread() is threading.main_thread()
-        self.handlers = {number: signal.signal(number, self.remember) for number in (signal.SIGINT, signal.SIGTERM)} if here else {}
-        return self
+    def remember(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
 
-    def remember(self, number, frame):
-        self.received = number
-        signal.signal(number, self.handlers[number])
+    if threading.current_thread() is threading.main_thread():
+        handlers |= {number: signal.signal(number, remember) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __exit__(self, *_):
-        for number, handler in self.handlers.items():
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    for number in (signal.SIGINT, signal.SIGTERM):      # workers end with the process that they read for
+        signal.signal(number, signal.SIG_IGN)
 
 # pictures and records
 
@@ -1514,10 +1512,11 @@ def image_grid(images, *, min_size = 48):
 
 def settings(arguments):
     """The arguments of a trainer that are plain values, for its record."""
-    return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', '__class__')}
+    return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', 'config', '__class__')}
 
 def versions():
-    return {'python': platform.python_version(), **{name: version(name) for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers')}}
+    installed = {package.metadata['Name']: package.version for package in distributions()}
+    return {'python': platform.python_version(), **{name: installed.get(name) for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers')}}
 
 def git_revision():
     """Of the working directory, None outside of a repository."""
@@ -1526,8 +1525,8 @@ def git_revision():
     except (OSError, subprocess.SubprocessError):
         return None
 
-def whole(value):
-    """A number as a tensor, gathered where it is spread over processes."""
+def gathered(value):
+    """A number as a tensor, also where it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
 
 def memory_mib(device):
@@ -1561,22 +1560,24 @@ class BaseTrainer:
         learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
         gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
         log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
-        results_folder = './results', resume_from_checkpoint = None, overwrite = False
+        results_folder = './results', resume_from_checkpoint = None, overwrite = False,
+        config = {}                         # of the subclass
     ):
-        self.config = settings(locals())
+        self.config = settings(locals()) | config
         vars(self).update(self.config)      # every setting is an attribute
 
         for name in ('batch_size', 'num_train_steps', 'gradient_accumulation_steps', 'keep_checkpoints'):
             check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
 
         if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
-            mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not cpu else 'no'
+            mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False) and not cpu else 'no'
 
         self.accelerator = accelerator = Accelerator(
             mixed_precision = mixed_precision, cpu = cpu, log_with = log_with, project_dir = results_folder,
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
 
+        accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
         check(accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2, 'FSDP is supported in its second version: set fsdp_version to 2')
         check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
         check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
@@ -1591,10 +1592,10 @@ class BaseTrainer:
 
         fused = accelerator.device.type in ('cuda', 'cpu')
         optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay, fused = fused)
-        whole = deepcopy(model)
+        average = deepcopy(model) if accelerator.is_fsdp2 else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
-        average = fsdp2_prepare_model(accelerator, whole) if accelerator.is_fsdp2 else deepcopy(self.unwrapped)
+        average = fsdp2_prepare_model(accelerator, average) if accelerator.is_fsdp2 else deepcopy(self.unwrapped)
         self.ema = EMA(self.unwrapped, average, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not accelerator.is_fsdp2)
         self.ema.update()
 
@@ -1624,9 +1625,6 @@ class BaseTrainer:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         accelerator.wait_for_everyone()
-
-        if exists(log_with):
-            accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
 
     @property
     def unwrapped(self):
@@ -1660,7 +1658,7 @@ class BaseTrainer:
                 return places
 
         pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_ctrl_c))
+        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
 
     def read(self, batches):
         samples, labels = next(batches)
@@ -1688,7 +1686,7 @@ class BaseTrainer:
         accelerator.unscale_gradients()
         parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
         grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
-        grad_norms['grad_norm'] = accelerator.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
+        grad_norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
 
         # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
 
@@ -1698,6 +1696,8 @@ class BaseTrainer:
         if not self.waits_for_norm or self.check_finite():
             self.optimizer.step()
             self.ema.update()
+        elif exists(accelerator.scaler):
+            accelerator.scaler.update()
 
         self.optimizer.zero_grad()
         return loss, details, grad_norms
@@ -1705,8 +1705,9 @@ class BaseTrainer:
     def check_finite(self):
         """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
         steps, self.unchecked = self.unchecked, []
-        finite = stack([whole(value).isfinite() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]).tolist() if steps else []
-        broken = [i // 2 for i, ok in enumerate(finite) if not ok and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
+        finite = [gathered(value).isfinite().float() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]
+        finite = self.accelerator.reduce(stack(finite).to(self.accelerator.device), 'mean').tolist() if finite else []      # all processes say the same
+        broken = [i // 2 for i, ok in enumerate(finite) if ok < 1 and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
 
         if not broken:
             return True
@@ -1714,11 +1715,11 @@ class BaseTrainer:
         self.skipped += 1
         step, loss, grad_norm, details = steps[broken[0]]
         found = ', '.join(self.explain(details)) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {step}: loss {loss.item():.4g}, gradient norm {float(grad_norm):.4g}; {found}'
+        message = f'step {step}: loss {loss.item():.4g}, gradient norm {gathered(grad_norm).item():.4g}; {found}'
 
         if self.skipped > self.max_skipped_steps:
-            good = [folder for folder in self.checkpoints() if not damage(folder)]
-            raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good[-1] if good else "none"}')
+            good = next((folder for folder in reversed(self.checkpoints()) if not damage(folder)), 'none')
+            raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
 
         warnings.warn(f'{message}. Left out, {self.skipped} of at most {self.max_skipped_steps}')
         return False
@@ -1732,21 +1733,23 @@ class BaseTrainer:
 
         Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
         """
-        batches = self.batches()
+        batches, accelerator = self.batches(), self.accelerator
+        accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
 
-        if self.accelerator.is_main_process:
-            hardware = dict(device = torch.cuda.get_device_name() if self.accelerator.device.type == 'cuda' else str(self.accelerator.device), processes = self.accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
-            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = git_revision(), hardware = hardware, precision = self.accelerator.mixed_precision, config = self.config)
+        if accelerator.is_main_process:
+            device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else str(accelerator.device)
+            hardware = dict(device = device, processes = accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
+            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = git_revision(), hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start, default = str) + '\n')
 
         if self.samples_read == 0:
             self.before_training(batches)
 
-        self.clock = time.perf_counter(), self.step
+        self.clock, stopped = (time.perf_counter(), self.step), False
 
-        with Interruption() as interruption, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps and not self.stops(interruption):
+        with interruptions() as received, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
+            while self.step < self.num_train_steps and not (stopped := self.stops(received)):
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
@@ -1760,28 +1763,28 @@ class BaseTrainer:
                     if every > 0 and (self.step % every == 0 or self.step == self.num_train_steps):
                         action()
 
-            if self.stops(interruption) and self.step < self.num_train_steps:
+            if stopped and self.step > 0:
                 self.save()
-                bar.write(f'stopped by a signal, saved at step {self.step}')
+                accelerator.print(f'stopped by a signal, saved at step {self.step}')
 
-        for tracker in self.accelerator.trackers:
+        for tracker in accelerator.trackers:
             tracker.finish()
 
-        if interruption.received:
-            signal.raise_signal(interruption.received)
+        if received:
+            signal.raise_signal(received[0])
 
-    def stops(self, interruption):
+    def stops(self, received):
         """Whether a signal has come, to any process; several ask each other every tenth step."""
         if self.accelerator.num_processes == 1:
-            return interruption.received > 0
-        return self.step % 10 == 0 and self.accelerator.reduce(torch.tensor(float(interruption.received), device = self.accelerator.device)).item() > 0
+            return len(received) > 0
+        return self.step % 10 == 0 and self.accelerator.reduce(torch.tensor(float(len(received)), device = self.accelerator.device)).item() > 0
 
     def log(self, bar, loss, details, grad_norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
         metrics = dict(loss = loss, **grad_norms, **metrics)
 
-        values = self.accelerator.reduce(stack([whole(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
+        values = self.accelerator.reduce(stack([gathered(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
         metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
 
         # of the machine, not of the run: these differ when it is repeated
@@ -1819,56 +1822,70 @@ class BaseTrainer:
         accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
         folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
 
-        try:
+        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})      # on the main process alone
+        optimizer = {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()}
+        states = dict(model = get_model_state_dict(self.unwrapped, options = FULL_STATE), ema = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), optimizer = optimizer)
+
+        def in_all(work):
+            """Every process does its part; an error of one is an error of all. Returns what the parts returned."""
+            try:
+                result, problem = work(), None
+            except (OSError, SafetensorError) as error:
+                result, problem = None, str(error)
+
+            results, problems = zip(*gather_object([(result, problem)]))
+            problem = next(filter(exists, problems), None)
+
+            if exists(problem):
+                shutil.rmtree(unfinished, ignore_errors = True)
+                *_, last = (None, *self.checkpoints())
+                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {last}')
+
+            return results
+
+        def write():
             unfinished.mkdir(parents = True, exist_ok = True)
+            queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
+            files = save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors', copy = False) if queues else {}
 
-            if self.queues:
-                queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
-                save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors')
+            for name, state in states.items() if accelerator.is_main_process else ():
+                files |= save_tensors(state, unfinished / f'{name}.safetensors')
 
-            states = dict(model = get_model_state_dict(self.unwrapped, options = WHOLE), ema = get_model_state_dict(self.ema.ema_model, options = WHOLE))
-            moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = WHOLE).get('state', {})      # on the main process alone
-            states['optimizer'] = {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()}
+            return files
 
-            if accelerator.is_main_process:
-                for name, state in states.items():
-                    save_tensors(state, unfinished / f'{name}.safetensors')
+        def complete(files):
+            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes)
+            state['scaler'] = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
 
-                (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
+            (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
+            (unfinished / 'manifest.json').write_text(json.dumps(dict(state, versions = versions(), config = self.config, files = files), indent = 1, default = str))
 
-            accelerator.wait_for_everyone()
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
 
-            if accelerator.is_main_process:
-                state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes)
-                write_manifest(unfinished, dict(state, versions = versions(), config = self.config))
+            discard(folder)
+            unfinished.rename(folder)
+            flush(root)
 
-                discard(folder)
-                unfinished.rename(folder)
-                flush(root)
+            for old in self.checkpoints()[:-self.keep_checkpoints]:
+                discard(old)
 
-                for old in self.checkpoints()[:-self.keep_checkpoints]:
-                    discard(old)
-
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors = True)
-            *_, last = (None, *self.checkpoints())
-            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}. The last one is {last}') from error
-
-        accelerator.wait_for_everyone()
+        files = {name: line for part in in_all(write) for name, line in part.items()}
+        in_all(lambda: complete(files) if accelerator.is_main_process else None)
 
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
         latest, found, problems = self.resume_from_checkpoint == 'latest', None, []
 
-        if exists(self.resume_from_checkpoint) and self.accelerator.is_main_process:
-            for folder in reversed(self.checkpoints()) if latest else [Path(self.resume_from_checkpoint)]:
-                problem = damage(folder)
-                if not problem:
-                    found = folder
-                    break
-                problems.append(f'{folder} cannot be used: {problem}')
+        for folder in () if not exists(self.resume_from_checkpoint) else reversed(self.checkpoints()) if latest else [Path(self.resume_from_checkpoint)]:
+            problem = next(filter(exists, gather_object([damage(folder, self.accelerator.process_index)])), None)
 
-        found, problems = broadcast_object_list([found, problems])
+            if not exists(problem):
+                found = folder
+                break
+
+            problems.append(f'{folder} cannot be used: {problem}')
+
         check(latest or not problems, '; '.join(problems))
 
         for problem in problems if self.accelerator.is_main_process else ():
@@ -1885,7 +1902,7 @@ class BaseTrainer:
         def stays(line):
             try:
                 return json.loads(line)['step'] <= self.step
-            except ValueError:
+            except (ValueError, TypeError, KeyError):
                 return False
 
         trimmed = path.with_suffix('.trimmed')
@@ -1913,6 +1930,9 @@ class BaseTrainer:
         set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = to_load(self.unwrapped))
 
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
+
+        if exists(accelerator.scaler) and manifest['scaler']:
+            accelerator.scaler.load_state_dict(manifest['scaler'])
 
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8). The defaults are the paper's ablation setting; keyword arguments of BaseTrainer too.
@@ -1949,9 +1969,7 @@ class Trainer(BaseTrainer):
         for name in ('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'):
             check(default(config[name], 1) > 0, f'{name} must be above 0, got {config[name]}')
 
-        super().__init__(model, dataset, batch_size = push_size, **kwargs)
-        self.config |= config
-        vars(self).update(config)
+        super().__init__(model, dataset, batch_size = push_size, config = config, **kwargs)
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
 
@@ -1966,6 +1984,8 @@ class Trainer(BaseTrainer):
 
         world, device = self.accelerator.num_processes, self.accelerator.device
         check(num_groups >= world, f'num_groups {num_groups} cannot be shared by {world} processes')
+        check(not exists(group_chunk_size) or self.accelerator.mixed_precision != 'fp16', 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+        check(not exists(group_chunk_size) or not self.accelerator.is_fsdp2 or num_groups % world == 0, f'a sharded model in chunks needs the same number of groups in all {world} processes, got num_groups = {num_groups}')
         check(num_pos <= class_queue_size, f'num_pos = {num_pos} does not fit into class_queue_size = {class_queue_size}')
         check(num_uncond <= uncond_queue_size or not guided, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
 
@@ -1985,6 +2005,7 @@ class Trainer(BaseTrainer):
             loss_fn.compile() if self.compile else None
 
         self.samples_per_step = num_groups * num_gen
+        self.host_group = torch.distributed.new_group(backend = 'gloo') if world > 1 else None      # labels are needed on the cpu: no waiting for the GPU
         self.noise_shape, self.to_image, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image, False
         self.resume()
 
@@ -2004,8 +2025,9 @@ class Trainer(BaseTrainer):
         if self.accelerator.num_processes == 1:
             return labels.long()
 
-        labels = self.accelerator.gather(labels.long().to(self.accelerator.device)).cpu()
-        return rearrange(labels, '(world b) -> (b world)', world = self.accelerator.num_processes)
+        parts = [torch.empty_like(labels, dtype = torch.long) for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather(parts, labels.long().contiguous(), group = self.host_group)
+        return rearrange(stack(parts), 'world b -> (b world)')
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most as many samples as the data have."""
@@ -2043,15 +2065,15 @@ class Trainer(BaseTrainer):
         uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, queue_generator) if self.num_uncond > 0 else None
 
         labels, alpha = (t.to(device, non_blocking = True) for t in (labels, alpha))
-        return (labels, alpha, *(t.to(device, torch.float32) if exists(t) else None for t in (pos, uncond)))
+        return (labels, alpha, *(t.to(device, non_blocking = True).float() if exists(t) else None for t in (pos, uncond)))
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """What the generator is called with, for each of this process's groups: noise and styles depend on the step alone."""
-        c, g, device = self.num_groups, self.num_gen, self.accelerator.device
-        generator = seeded(self.seed, self.step, micro_step, which, device = device)
+        """What the generator is called with, for each of this process's groups: noise and styles depend on the step and the group alone."""
+        g, device = self.num_gen, self.accelerator.device
+        generators = [seeded(self.seed, self.step, micro_step, which, group, device = device) for group in self.mine(torch.arange(self.num_groups)).tolist()]
 
-        noise = self.mine(torch.randn(c, g, *self.noise_shape, generator = generator, device = device))
-        styles = self.mine(rearrange(self.unwrapped.draw_styles(c * g, generator), '(c g) s -> c g s', c = c)) if hasattr(self.unwrapped, 'draw_styles') else None
+        noise = stack([torch.randn(g, *self.noise_shape, generator = generator, device = device) for generator in generators])
+        styles = stack([self.unwrapped.draw_styles(g, generator) for generator in generators]) if hasattr(self.unwrapped, 'draw_styles') else None
         return noise, labels if exists(self.num_classes) else None, alpha, styles
 
     def generate(self, model, noise, labels, alpha, styles):
@@ -2190,10 +2212,11 @@ class MAETrainer(BaseTrainer):
         **kwargs
     ):
         config = settings(locals())
-        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, ema_decay = ema_decay, **kwargs)
-        self.config |= config
-        vars(self).update(config)
+        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, ema_decay = ema_decay, config = config, **kwargs)
         check(finetune_steps == 0 or exists(model.num_classes), 'finetune_steps needs a model with a classifier: set num_classes')
+
+        if self.accelerator.is_fsdp2:
+            torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
 
         self.to_image = to_image
         self.resume()
@@ -2205,7 +2228,9 @@ class MAETrainer(BaseTrainer):
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
-        samples, labels = (t.to(self.accelerator.device, non_blocking = True) for t in self.read(batches))
+        samples, labels = self.read(batches)
+        labels = checked_labels(labels, self.unwrapped.num_classes, len(labels)) if exists(self.unwrapped.num_classes) else labels
+        samples, labels = (t.to(self.accelerator.device, non_blocking = True) for t in (samples, labels))
         labels = labels if exists(self.unwrapped.num_classes) else None
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
@@ -2227,6 +2252,7 @@ class MAETrainer(BaseTrainer):
 
         left = samples * (1 - dropped)
         images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
+        model.reshard() if self.accelerator.is_fsdp2 else None
         return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
 
 # ───────────────────────────────────────────────────────────────────────────────
