@@ -281,9 +281,9 @@ def finished(run, mode, seed, folder, data):
 # results
 
 def verdict(values, reference, claim, metric):
-    """Whether the claim is seen, and why. The claim, '>' or '<', is about the row's metric against that of the reference.
+    """Whether the claim is seen. The claim, '>' or '<', is about the row's metric against that of the reference.
 
-    Student's t-test of two groups of seeds, at 5 %. Distances are compared by their logarithm: what is far away varies more.
+    Student's t-test of two groups of seeds, at 5 %, which wants two seeds at least. Distances are compared by their logarithm: what is far away varies more.
     """
     a, b = (np.log(x) if metric == 'frechet_distance' else np.asarray(x) for x in (values, reference))
     difference, freedom = a.mean() - b.mean(), len(a) + len(b) - 2
@@ -360,7 +360,7 @@ def summary(results):
     return '\n'.join(lines)
 
 def plot(results, path):
-    """A panel per table, a line per row, a dot per seed, a bar at their mean: green where a trend is seen, red where the opposite is."""
+    """A panel per table, a line per row, a dot per seed, a bar at their mean: green where a trend is seen, red where the opposite is. Frechet distances, unless the title says otherwise."""
     columns = min(5, len(results))
     height = math.ceil(len(results) / columns)
     figure, axes = plt.subplots(height, columns, figsize = (2.9 * columns, 2 * height), squeeze = False)
@@ -382,7 +382,7 @@ def plot(results, path):
 
         axis.axvline(np.mean(next(iter(rows.values()))[metric]), color = 'lightgray', linewidth = 1, zorder = 0)
         axis.set_yticks(range(len(rows)), list(rows), fontsize = 7)
-        axis.set_title(f'{name}: {COLUMNS[metric][0]}', fontsize = 8)
+        axis.set_title(f'{name}: {metric}' if name in METRICS else name, fontsize = 8)
         axis.set_xscale('log' if metric == 'frechet_distance' else 'linear')
         axis.xaxis.set_major_locator(plt.MaxNLocator(4) if metric != 'frechet_distance' else plt.LogLocator(subs = (1, 2, 5)))
         axis.xaxis.set_major_formatter('{x:g}')
@@ -391,7 +391,7 @@ def plot(results, path):
         axis.set_ylim(len(rows) - 0.5, -0.5)
 
     figure.tight_layout()
-    figure.savefig(path, dpi = 80)
+    figure.savefig(path, dpi = 75)
 
 def write(results, seeds, folder):
     with open(folder / 'results.csv', 'w', newline = '') as file:
