@@ -1398,7 +1398,7 @@ class Replayed(Dataset):
     def __getitem__(self, place):
         position, index = place
         seed = seed_for(self.seed, 'sample', position)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)       # of the cpu alone: of all devices it takes longer than many a sample
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
 
@@ -1669,7 +1669,9 @@ class BaseTrainer:
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
-        torch.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
+        generators = torch.default_generator, *torch.cuda.default_generators
+        for generator in generators if self.accelerator.device.type == 'cuda' else generators[:1]:
+            generator.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
 
     def train_step(self, batches):
         """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norms."""

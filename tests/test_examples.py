@@ -1,10 +1,12 @@
 """The README's code runs as it stands, and the examples run from end to end in a few steps."""
 
 import argparse
+import csv
 import json
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,47 @@ def test_toy(tmp_path):
     text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--threads', 1)
     assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
 
+def test_ablations(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import ablations
+
+    trained, train = [], ablations.train
+    monkeypatch.setattr(ablations, 'train', lambda *args: trained.append(args) or train(*args))
+    monkeypatch.setattr(ablations, 'Data', lru_cache(ablations.Data))
+
+    args = ('--table', 'guidance', '--quick', '--steps', 2, '--seeds', 0, 1, '--results-folder', tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['ablations.py', *map(str, args)])
+
+    ablations.main()
+    tables = (tmp_path / 'ablations.md').read_text()
+    runs = list((tmp_path / 'runs').glob('*.json'))
+
+    assert len(runs) == len(trained) == 2                                                 # of two seeds, a generator for all five scales
+    assert len(list(csv.DictReader(open(tmp_path / 'results.csv')))) == 2 * 5
+    assert tables in capsys.readouterr().out and tables.count('\n| ') == 2 + 5 and tables.count('±') == 5 * 5
+    assert Image.open(tmp_path / 'ablations.png').width > 200
+
+    # what is finished is not repeated; what is missing is, and what was done with other settings
+
+    gone, other = sorted(runs)
+    gone.unlink()
+    other.write_text(other.read_text().replace('"steps": 2', '"steps": 3'))
+
+    for _ in range(2):
+        ablations.main()
+        assert (tmp_path / 'ablations.md').read_text() == tables
+
+    assert gone.exists() and '"steps": 2' in other.read_text() and len(trained) == 4
+
+def test_ablation_verdicts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    from ablations import verdict
+
+    low, high, wide = [10., 11., 12.], [20., 21., 22.], [5., 12., 40.]
+    assert verdict(high, low, '>', 'frechet_distance') == 'seen' and verdict(low, high, '>', 'frechet_distance') == 'not seen'
+    assert verdict(low, high, '<', 'frechet_distance') == 'seen' and verdict(high, low, None, 'frechet_distance') == 'higher'
+    assert verdict(wide, low, '>', 'frechet_distance') == 'not resolvable' and verdict(low[:1], high[:1], '>', 'recall') == 'one seed'
+
 @pytest.mark.parametrize('start, field', [('far', 'paper'), ('collapsed', 'paper'), ('between', 'gaussian'), ('between', 'gradient'), ('between', 'sharp'), ('far', 'sinkhorn')])
 def test_toy_recovers_both_modes(monkeypatch, start, field):
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))
@@ -109,7 +152,7 @@ def test_benchmark_compares_equals(monkeypatch):
     (theirs, loss), (ours, same_loss) = ((torch.autograd.grad(fn(*inputs).sum(), inputs[0])[0], fn(*inputs)) for fn in (benchmark.transcription, benchmark.ours))
     assert torch.allclose(loss, same_loss, rtol = 1e-4) and torch.allclose(ours, theirs, rtol = 1e-3, atol = 1e-5)
 
-@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py'])
+@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py', 'ablations.py'])
 def test_help_explains_every_option(script):
     text = run(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]
