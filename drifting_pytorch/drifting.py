@@ -23,10 +23,10 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import lru_cache, wraps
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -1515,8 +1515,13 @@ def settings(arguments):
     return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', 'config', '__class__')}
 
 def versions():
-    installed = {package.metadata['Name']: package.version for package in distributions()}
-    return {'python': platform.python_version(), **{name: installed.get(name) for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers')}}
+    found = {'python': platform.python_version()}
+
+    for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
+        with suppress(PackageNotFoundError):        # this file alone, copied
+            found[name] = version(name)
+
+    return found
 
 def git_revision():
     """Of the working directory, None outside of a repository."""
