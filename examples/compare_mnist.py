@@ -1,10 +1,11 @@
 """One-step drifting next to what one would pick instead, on 4,000 MNIST images, each with the same cpu time and at most 450,000 parameters.
 
-python examples/compare_mnist.py                               # all four methods, 600 cpu seconds each: three quarters of an hour
+python examples/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
 python examples/compare_mnist.py --method drifting meanflow    # some of them
 python examples/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
 
-drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a classifier (2602.04770)
+drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a classifier (2602.04770);
+           drifting-pixels: of pixels alone, as the judge is a classifier too
 meanflow   one evaluation of a U-Net, the average velocity on the whole way from noise to data (2505.13447)
 wgan       one evaluation of drifting's generator, trained against a critic with gradient penalty (1704.00028)
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take many steps (2210.02747)
@@ -18,6 +19,7 @@ import argparse
 import json
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +37,11 @@ from train_mnist import crop, evaluate, load_images, train_judge
 
 # networks
 
+def scaled_and_shifted(x, cond):
+    """x [b d ...] by cond [b 2d]."""
+    scale, shift = cond.reshape(len(x), 2, -1, *(1 for _ in x.shape[2:])).unbind(dim = 1)
+    return x * (1 + scale) + shift
+
 class ConvGenerator(nn.Module):
     """Noise [b d] and classes to images [b 1 28 28], with the call of every generator of this package: Trainer takes it too."""
 
@@ -43,18 +50,28 @@ class ConvGenerator(nn.Module):
     def __init__(self, dim_noise = 64, dim = 64):
         super().__init__()
         self.noise_shape = (dim_noise,)
-        self.class_embed = nn.Embedding(10, dim_noise)
-        self.to_map = nn.Sequential(nn.Linear(dim_noise * 2, 256), nn.SiLU(), nn.Linear(256, 16 * 7 * 7))
 
-        self.net = nn.Sequential(
-            nn.Conv2d(16, dim, 3, 1, 1), nn.GroupNorm(8, dim), nn.SiLU(),
-            nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2), nn.SiLU(),
-            nn.ConvTranspose2d(dim // 2, 1, 4, 2, 1), nn.Tanh()
-        )
+        self.layers = nn.ModuleList([
+            nn.Linear(dim_noise, 256),
+            nn.Sequential(nn.Linear(256, 16 * 7 * 7), nn.Unflatten(1, (16, 7, 7)), nn.Conv2d(16, dim, 3, 1, 1), nn.GroupNorm(8, dim)),
+            nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2))
+        ])
+        self.to_image = nn.Sequential(nn.ConvTranspose2d(dim // 2, 1, 4, 2, 1), nn.Tanh())
+
+        # the class acts on every layer: where it only joins the noise at the input, more samples look like another class
+
+        self.class_embeds = nn.ModuleList([nn.Embedding(10, size * 2) for size in (256, dim, dim // 2)])
+
+        for embed in self.class_embeds:
+            nn.init.normal_(embed.weight, std = 0.3)
 
     def forward(self, noise, labels, alpha = None, styles = None):
-        x = self.to_map(cat((noise, self.class_embed(labels)), dim = -1))
-        return self.net(rearrange(x, 'b (d h w) -> b d h w', h = 7, w = 7))
+        x = noise
+
+        for layer, embed in zip(self.layers, self.class_embeds):
+            x = F.silu(scaled_and_shifted(layer(x), embed(labels)))
+
+        return self.to_image(x)
 
 class ResidualBlock(nn.Module):
     """Two convolutions, scaled and shifted by the condition in between."""
@@ -69,8 +86,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, cond):
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        scale, shift = rearrange(self.to_scale_shift(cond), 'b (two d) -> two b d 1 1', two = 2)
-        return self.shortcut(x) + self.conv2(F.silu(h * (1 + scale) + shift))
+        return self.shortcut(x) + self.conv2(F.silu(scaled_and_shifted(h, self.to_scale_shift(cond))))
 
 class UNet(nn.Module):
     """Velocities [b 1 28 28] at z [b 1 28 28], averaged between the times r [b] and t [b], on maps of 14x14 and 7x7."""
@@ -90,7 +106,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.head[-1].weight)
 
     def forward(self, z, labels, r, t):
-        times = cat((sinusoidal(t * 100, 64), sinusoidal((t - r) * 100, 64)), dim = -1)
+        times = cat((sinusoidal(t * 10, 64), sinusoidal((t - r) * 10, 64)), dim = -1)
         cond = F.silu(self.time_embed(times) + self.class_embed(labels))
 
         outer = self.first(self.stem(F.pixel_unshuffle(z, 2)), cond)
@@ -183,14 +199,17 @@ class Method:
 class Drifting(Method):
     """Few class groups and a cheap generator, so many steps; positives in plenty, as they cost next to nothing."""
 
-    def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600):
+    def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True):
         super().__init__(images, labels, ConvGenerator(), learning_rate = 2e-3, ema_decay = 0.99)
         self.num_groups, self.num_gen, self.num_pos = num_groups, num_gen, num_pos
         self.classes = [images[labels == i] for i in range(10)]
 
-        encoder = Classifier()
-        encoder.train_on(images, labels, encoder_steps)
-        self.parts.append(encoder)
+        encoder = Classifier() if with_encoder else None
+
+        if with_encoder:
+            encoder.train_on(images, labels, encoder_steps)
+            self.parts.append(encoder)
+
         self.loss_fn = FeatureDriftLoss(encoder, affinity_floor = 0., diagnostics = False)
 
     def step(self):
@@ -231,7 +250,7 @@ class Flow(Method):
     evaluations = 50
 
     def __init__(self, images, labels, batch_size = 64, **kwargs):
-        super().__init__(images, labels, UNet(), ema_decay = 0.995, **{**dict(learning_rate = 1e-3), **kwargs})
+        super().__init__(images, labels, UNet(), ema_decay = 0.995, **{**dict(learning_rate = 2e-3), **kwargs})
         self.batch_size = batch_size
 
     def times(self, num):
@@ -285,7 +304,7 @@ class MeanFlow(Flow):
         noise = torch.randn(len(labels), 1, 28, 28)
         return noise - self.averaged(noise, labels, torch.zeros(len(labels)), torch.ones(len(labels)))
 
-METHODS = dict(drifting = Drifting, meanflow = MeanFlow, wgan = WGAN, flow = Flow)
+METHODS = {'drifting': Drifting, 'drifting-pixels': partial(Drifting, with_encoder = False), 'meanflow': MeanFlow, 'wgan': WGAN, 'flow': Flow}
 
 # the comparison
 
@@ -342,7 +361,7 @@ def run(method, seed, budget, points, num_samples, judge, path):
         parameters = [sum(p.numel() for p in part.parameters()) for part in trained.parts]
         record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, **judge(samples, sample_labels))
         records.append(record)
-        print(f'{method:9s} {used:6.0f} s {steps:6d} steps  {row(record)}', flush = True)
+        print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(record)}', flush = True)
 
         torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
         path.write_text(json.dumps(records, indent = 1))
@@ -394,13 +413,13 @@ def main():
     real = judge(judge.images[some], judge.labels[some])
     plot(results, real, folder / 'compare.png')
 
-    print(f'\nafter {args.budget:g} cpu seconds, mean of {len(args.seeds)} seeds\n\n{"":10s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty')
+    print(f'\nafter {args.budget:g} cpu seconds, mean of {len(args.seeds)} seeds\n\n{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty')
 
     for method, runs in results.items():
         last = [records[-1] for records in runs]
-        print(f'{method:10s} {last[0]["evaluations"]:11d}  {sum(last[0]["parameters"]):10,d}  {row(mean_of(last))}')
+        print(f'{method:15s} {last[0]["evaluations"]:11d}  {sum(last[0]["parameters"]):10,d}  {row(mean_of(last))}')
 
-    print(f'{"real":10s} {"":11s}  {"":10s}  {row(real)}\n\n{folder / "compare.png"}')
+    print(f'{"real":15s} {"":11s}  {"":10s}  {row(real)}\n\n{folder / "compare.png"}')
 
 if __name__ == '__main__':
     main()
