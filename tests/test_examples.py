@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from drifting_pytorch import FeatureDriftLoss, Trainer
+
 ROOT = Path(__file__).parent.parent
 
 def run(script, *args):
@@ -76,6 +78,50 @@ def test_mnist(tmp_path):
     samples, alphas = (Image.open(tmp_path / name) for name in ('samples.png', 'alpha_grid.png'))
     assert samples.height * 2 == samples.width and alphas.height * 5 == alphas.width    # 10 rows of 20, 4 rows of 20
     assert (tmp_path / 'reconstructions.png').exists() and (tmp_path / 'curves.png').exists()
+
+def test_compare(tmp_path):
+    text = run('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 100)
+    table = dict(re.findall(r'^([\w-]+) +\d+ +([\d,]+) ', text, flags = re.MULTILINE))
+    assert list(table) == ['drifting', 'drifting-pixels', 'meanflow', 'wgan', 'flow'] and all(int(size.replace(',', '')) <= 450_000 for size in table.values())
+
+    for method, evaluations in (dict.fromkeys(table, 1) | dict(flow = 50)).items():
+        record, = json.loads((tmp_path / f'{method}-0.json').read_text())
+        assert record['evaluations'] == evaluations and 0 <= record['recall'] <= 1 and record['novelty'] > 0.5
+        assert Image.open(tmp_path / f'{method}-0.png').height > 400
+
+    assert Image.open(tmp_path / 'compare.png').width > 800
+
+@pytest.mark.parametrize('method', ['drifting', 'meanflow', 'wgan', 'flow'])
+def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, method):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import compare_mnist
+
+    torch.manual_seed(0)
+    images, labels = torch.rand(100, 1, 28, 28) * 2 - 1, torch.arange(100) % 10
+    kwargs = dict(num_gen = 4, num_pos = 8, encoder_steps = 2) if method == 'drifting' else dict(batch_size = 8)
+    trained = compare_mnist.METHODS[method](images, labels, **kwargs)
+    start = [p.clone() for p in trained.averaged.parameters()]
+
+    trained.step()
+    torch.save((trained, torch.get_rng_state()), tmp_path / 'state.pt')
+    trained.step()
+
+    resumed, random_state = torch.load(tmp_path / 'state.pt', weights_only = False)
+    torch.set_rng_state(random_state)
+    resumed.step()
+
+    assert all(torch.equal(a, b) for a, b in zip(trained.averaged.parameters(), resumed.averaged.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(trained.averaged.parameters(), start))
+
+def test_compare_in_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import compare_mnist
+
+    dataset = torch.utils.data.TensorDataset(torch.rand(200, 1, 28, 28) * 2 - 1, torch.arange(200) % 10)
+    loss_fn = FeatureDriftLoss(compare_mnist.Classifier(), affinity_floor = 0.)
+    trainer = Trainer(compare_mnist.ConvGenerator(), loss_fn, dataset, num_groups = 2, num_gen = 4, num_pos = 8, alpha_range = (1., 1.), num_train_steps = 2, cpu = True, results_folder = tmp_path)
+    trainer.train()
+    assert trainer.sample([3] * 4, seed = 0).shape == (4, 1, 28, 28)
 
 def test_toy(tmp_path):
     text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
@@ -152,7 +198,7 @@ def test_benchmark_compares_equals(monkeypatch):
     (theirs, loss), (ours, same_loss) = ((torch.autograd.grad(fn(*inputs).sum(), inputs[0])[0], fn(*inputs)) for fn in (benchmark.transcription, benchmark.ours))
     assert torch.allclose(loss, same_loss, rtol = 1e-4) and torch.allclose(ours, theirs, rtol = 1e-3, atol = 1e-5)
 
-@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py', 'ablations.py'])
+@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py', 'ablations.py', 'compare_mnist.py'])
 def test_help_explains_every_option(script):
     text = run(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]

@@ -1,0 +1,425 @@
+"""One-step drifting next to what one would pick instead, on 4,000 MNIST images, each with the same cpu time and at most 450,000 parameters.
+
+python examples/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
+python examples/compare_mnist.py --method drifting meanflow    # some of them
+python examples/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
+
+drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a classifier (2602.04770);
+           drifting-pixels: of pixels alone, as the judge is a classifier too
+meanflow   one evaluation of a U-Net, the average velocity on the whole way from noise to data (2505.13447)
+wgan       one evaluation of drifting's generator, trained against a critic with gradient penalty (1704.00028)
+flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take many steps (2210.02747)
+
+All are class-conditional, without guidance. The time is that of the process, on one thread, with all that is trained (encoder and critic too) and without
+the evaluations. Data, judge and measures are those of train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every evaluation),
+METHOD-SEED.png (samples, a row per class), METHOD-SEED.pt (to go on, with a larger budget), compare.png (the curves).
+"""
+
+import argparse
+import json
+import time
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+matplotlib.use('Agg')
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn, cat
+
+from drifting_pytorch import FeatureDriftLoss
+from drifting_pytorch.drifting import image_grid, sinusoidal
+from train_mnist import crop, evaluate, load_images, train_judge
+
+# networks
+
+def scaled_and_shifted(x, cond):
+    """x [b d ...] by cond [b 2d]."""
+    scale, shift = cond.reshape(len(x), 2, -1, *(1 for _ in x.shape[2:])).unbind(dim = 1)
+    return x * (1 + scale) + shift
+
+class ConvGenerator(nn.Module):
+    """Noise [b d] and classes to images [b 1 28 28], with the call of every generator of this package: Trainer takes it too."""
+
+    num_classes = 10
+
+    def __init__(self, dim_noise = 64, dim = 64):
+        super().__init__()
+        self.noise_shape = (dim_noise,)
+
+        self.layers = nn.ModuleList([
+            nn.Linear(dim_noise, 256),
+            nn.Sequential(nn.Linear(256, 16 * 7 * 7), nn.Unflatten(1, (16, 7, 7)), nn.Conv2d(16, dim, 3, 1, 1), nn.GroupNorm(8, dim)),
+            nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2))
+        ])
+        self.to_image = nn.Sequential(nn.ConvTranspose2d(dim // 2, 1, 4, 2, 1), nn.Tanh())
+
+        # the class acts on every layer: where it only joins the noise at the input, more samples look like another class
+
+        self.class_embeds = nn.ModuleList([nn.Embedding(10, size * 2) for size in (256, dim, dim // 2)])
+
+        for embed in self.class_embeds:
+            nn.init.normal_(embed.weight, std = 0.3)
+
+    def forward(self, noise, labels, alpha = None, styles = None):
+        x = noise
+
+        for layer, embed in zip(self.layers, self.class_embeds):
+            x = F.silu(scaled_and_shifted(layer(x), embed(labels)))
+
+        return self.to_image(x)
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, scaled and shifted by the condition in between."""
+
+    def __init__(self, dim_in, dim, dim_cond):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, dim_in), nn.Conv2d(dim_in, dim, 3, 1, 1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, 1, 1)
+        self.to_scale_shift = nn.Linear(dim_cond, dim * 2)
+        self.shortcut = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, cond):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        return self.shortcut(x) + self.conv2(F.silu(scaled_and_shifted(h, self.to_scale_shift(cond))))
+
+class UNet(nn.Module):
+    """Velocities [b 1 28 28] at z [b 1 28 28], averaged between the times r [b] and t [b], on maps of 14x14 and 7x7."""
+
+    def __init__(self, dim = 32, dim_cond = 128, depth = 2):
+        super().__init__()
+        self.class_embed = nn.Embedding(10, dim_cond)
+        self.time_embed = nn.Sequential(nn.Linear(128, dim_cond), nn.SiLU(), nn.Linear(dim_cond, dim_cond))
+
+        self.stem = nn.Conv2d(4, dim, 3, 1, 1)
+        self.first = ResidualBlock(dim, dim, dim_cond)
+        self.down = nn.Conv2d(dim, dim * 2, 3, 2, 1)
+        self.middle = nn.ModuleList([ResidualBlock(dim * 2, dim * 2, dim_cond) for _ in range(depth)])
+        self.up = nn.ConvTranspose2d(dim * 2, dim, 4, 2, 1)
+        self.last = ResidualBlock(dim * 2, dim, dim_cond)
+        self.head = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, 4, 3, 1, 1))
+        nn.init.zeros_(self.head[-1].weight)
+
+    def forward(self, z, labels, r, t):
+        times = cat((sinusoidal(t * 10, 64), sinusoidal((t - r) * 10, 64)), dim = -1)
+        cond = F.silu(self.time_embed(times) + self.class_embed(labels))
+
+        outer = self.first(self.stem(F.pixel_unshuffle(z, 2)), cond)
+        x = self.down(outer)
+
+        for block in self.middle:
+            x = block(x, cond)
+
+        x = self.last(cat((self.up(x), outer), dim = 1), cond)
+        return F.pixel_shuffle(self.head(x), 2)
+
+class Classifier(nn.Module):
+    """The encoder of drifting, trained in seconds. Without norms, so a picture without contrast does no harm."""
+
+    def __init__(self, dim = 16, feature_weight = 0.5):
+        super().__init__()
+        self.feature_weight = feature_weight
+        convs = [nn.Conv2d(i, o, 3, 2, 1) for i, o in ((1, dim), (dim, dim * 2), (dim * 2, dim * 4))]
+        self.stages = nn.ModuleList([nn.Sequential(conv, nn.ReLU()) for conv in convs] + [nn.Sequential(nn.Flatten(), nn.Linear(dim * 64, 64), nn.ReLU())])
+        self.head = nn.Linear(64, 10)
+
+    def maps(self, x):
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def features(self, x):
+        """The 7x7 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
+        maps = self.maps(x)
+        features = {f'stage{i}': rearrange(maps[i].flatten(1), 'b d -> b 1 d') for i in (1, 3)}
+        return {name: torch.lerp(t.detach(), t, self.feature_weight) for name, t in features.items()}      # the value as it is, the gradient weighted
+
+    def train_on(self, images, labels, num_steps, batch_size = 64):
+        optimizer = torch.optim.AdamW(self.parameters(), lr = 2e-3, weight_decay = 0.05)
+
+        for _ in range(num_steps):
+            index, shift = torch.randint(len(images), (batch_size,)), torch.randint(-2, 3, (2,)).tolist()
+            logits = self.head(self.maps(images[index].roll(shift, dims = (2, 3)))[-1])
+            F.cross_entropy(logits, labels[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+class Critic(nn.Module):
+    """A score [b] of images [b 1 28 28] as pictures of their classes."""
+
+    def __init__(self, dim = 32):
+        super().__init__()
+        convs = nn.Conv2d(1, dim, 4, 2, 1), nn.Conv2d(dim, dim * 2, 4, 2, 1), nn.Conv2d(dim * 2, dim * 2, 3, 2, 1)
+        self.net = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.LeakyReLU(0.2))), nn.Flatten())
+        self.to_score, self.class_embed = nn.Linear(dim * 32, 1), nn.Embedding(10, dim * 32)
+
+    def forward(self, x, labels):
+        x = self.net(x)                                                                     # b d
+        return self.to_score(x).squeeze(-1) + (x * self.class_embed(labels)).sum(dim = -1) / x.shape[-1] ** 0.5
+
+# methods: what is trained, a step, and samples
+
+class Method:
+    evaluations = 1
+
+    def __init__(self, images, labels, model, *, learning_rate, ema_decay, betas = (0.9, 0.95)):
+        self.images, self.labels, self.model, self.parts = images, labels, model, [model]
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = 0.01, fused = True)
+        self.averaged, self.ema_decay, self.updates = deepcopy(model), ema_decay, 0
+
+    def batch(self, size):
+        index = torch.randint(len(self.images), (size,))
+        return self.images[index], self.labels[index]
+
+    def descend(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 2.)
+        self.optimizer.step()
+
+        self.updates += 1
+        decay = min(self.ema_decay, self.updates / (self.updates + 9))                      # the first steps are soon forgotten
+
+        for average, p in zip(self.averaged.parameters(), self.model.parameters()):
+            average.data.lerp_(p.data, 1 - decay)
+
+    def generate(self, model, labels):
+        return model(torch.randn(len(labels), *model.noise_shape), labels)
+
+    def sample(self, labels):
+        return self.generate(self.averaged, labels)
+
+class Drifting(Method):
+    """Few class groups and a cheap generator, so many steps; positives in plenty, as they cost next to nothing."""
+
+    def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True):
+        super().__init__(images, labels, ConvGenerator(), learning_rate = 2e-3, ema_decay = 0.99)
+        self.num_groups, self.num_gen, self.num_pos = num_groups, num_gen, num_pos
+        self.classes = [images[labels == i] for i in range(10)]
+
+        encoder = Classifier() if with_encoder else None
+
+        if with_encoder:
+            encoder.train_on(images, labels, encoder_steps)
+            self.parts.append(encoder)
+
+        self.loss_fn = FeatureDriftLoss(encoder, affinity_floor = 0., diagnostics = False)
+
+    def step(self):
+        labels = torch.randperm(10)[:self.num_groups]
+        pos = torch.stack([self.classes[i][torch.randperm(len(self.classes[i]))[:self.num_pos]] for i in labels])       # c p 1 28 28
+        gen = self.generate(self.model, labels.repeat_interleave(self.num_gen))
+        loss, _ = self.loss_fn(rearrange(gen, '(c g) ... -> c g ...', g = self.num_gen), pos)
+        self.descend(loss)
+
+class WGAN(Method):
+    def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10.):
+        kwargs = dict(learning_rate = 5e-4, betas = (0., 0.9))
+        super().__init__(images, labels, ConvGenerator(), ema_decay = 0.995, **kwargs)
+        self.batch_size, self.critic_steps, self.penalty = batch_size, critic_steps, penalty
+        self.critic = Critic()
+        self.parts.append(self.critic)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr = kwargs['learning_rate'], betas = kwargs['betas'], weight_decay = 0., fused = True)
+
+    def step(self):
+        for _ in range(self.critic_steps):
+            real, labels = self.batch(self.batch_size)
+            with torch.no_grad():
+                fake = self.generate(self.model, labels)
+
+            between = torch.lerp(real, fake, torch.rand(len(real), 1, 1, 1)).requires_grad_()
+            slope, = torch.autograd.grad(self.critic(between, labels).sum(), between, create_graph = True)
+            real_score, fake_score = self.critic(cat((real, fake)), labels.repeat(2)).chunk(2)
+            loss = (fake_score - real_score).mean() + self.penalty * (slope.flatten(1).norm(dim = 1) - 1).square().mean()
+
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            self.critic_optimizer.step()
+
+        _, labels = self.batch(self.batch_size)
+        self.descend(-self.critic(self.generate(self.model, labels), labels).mean())
+
+class Flow(Method):
+    evaluations = 50
+
+    def __init__(self, images, labels, batch_size = 64, **kwargs):
+        super().__init__(images, labels, UNet(), ema_decay = 0.995, **{**dict(learning_rate = 2e-3), **kwargs})
+        self.batch_size = batch_size
+
+    def times(self, num):
+        return (torch.randn(num) - 0.4).sigmoid()                                           # logit-normal, MeanFlow's
+
+    def path(self, t):
+        """z = (1 - t) image + t noise, its velocity v, labels."""
+        images, labels = self.batch(len(t))
+        noise, at = torch.randn_like(images), rearrange(t, 'b -> b 1 1 1')
+        return (1 - at) * images + at * noise, noise - images, labels
+
+    def step(self):
+        t = self.times(self.batch_size)
+        z, v, labels = self.path(t)
+        self.descend((self.model(z, labels, t, t) - v).square().mean())
+
+    def sample(self, labels):
+        z = torch.randn(len(labels), 1, 28, 28)
+
+        for t in torch.linspace(1, 0, self.evaluations + 1)[:-1]:
+            t = t.expand(len(labels))
+            z = z - self.averaged(z, labels, t, t) / self.evaluations
+
+        return z
+
+class MeanFlow(Flow):
+    """u(z, r, t), the average velocity from r to t, is to equal v - (t - r) du/dt, the derivative taken along the path."""
+
+    evaluations = 1
+
+    def __init__(self, *args, share = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_apart = int(self.batch_size * share)                                       # so many with r < t; the others have r = t, flow matching
+
+    def step(self):
+        n = self.num_apart
+        t, other = self.times(self.batch_size), self.times(n)
+        r, t = cat((torch.minimum(t[:n], other), t[n:])), cat((torch.maximum(t[:n], other), t[n:]))
+        z, v, labels = self.path(t)
+        target = v.clone()
+
+        with torch.no_grad():
+            inputs, tangents = (z[:n], r[:n], t[:n]), (v[:n], torch.zeros(n), torch.ones(n))
+            _, slope = torch.func.jvp(lambda z, r, t: self.model(z, labels[:n], r, t), inputs, tangents)
+            target[:n] -= rearrange(t - r, 'b -> b 1 1 1')[:n] * slope
+
+        error = (self.model(z, labels, r, t) - target).square().mean(dim = (1, 2, 3))
+        self.descend((error / (error.detach() + 1e-3)).mean())                              # adaptive weight
+
+    def sample(self, labels):
+        noise = torch.randn(len(labels), 1, 28, 28)
+        return noise - self.averaged(noise, labels, torch.zeros(len(labels)), torch.ones(len(labels)))
+
+METHODS = {'drifting': Drifting, 'drifting-pixels': partial(Drifting, with_encoder = False), 'meanflow': MeanFlow, 'wgan': WGAN, 'flow': Flow}
+
+# the comparison
+
+MEASURES = dict(frechet_distance = 'Frechet distance', accuracy = 'accuracy', precision = 'precision', recall = 'recall', novelty = 'novelty')
+
+class Judge:
+    """The measures of train_mnist.py, and novelty: the distance of samples to the nearest training image, in that of held-out images. Copies have 0."""
+
+    def __init__(self):
+        images, self.labels, held_out, _ = load_images()
+        self.images, self.held_out = crop(images), crop(held_out)
+        self.judge = train_judge(self.images, self.labels)
+        self.real = self.judge(self.held_out)[0]
+        self.held_out_distance = self.nearest(self.held_out)
+
+    def nearest(self, x):
+        return torch.cdist(x.flatten(1), self.images.flatten(1)).amin(dim = 1).mean().item()
+
+    def __call__(self, images, labels):
+        return dict(evaluate(self.judge, images, labels, self.real), novelty = self.nearest(images) / self.held_out_distance)
+
+def row(metrics):
+    return f'{metrics["frechet_distance"]:8.1f}  {metrics["accuracy"]:8.3f}  {metrics["precision"]:9.3f}  {metrics["recall"]:6.3f}  {metrics["novelty"]:7.2f}'
+
+def run(method, seed, budget, points, num_samples, judge, path):
+    """Train for budget cpu seconds, evaluate at times that double, save after each. Goes on from where an earlier run in the same folder stopped."""
+    saved = path.with_suffix('.pt')
+
+    if saved.exists():
+        trained, used, steps, records, random_state = torch.load(saved, weights_only = False)
+        torch.set_rng_state(random_state)
+    else:
+        torch.manual_seed(seed)
+        start, steps, records = time.process_time(), 0, []
+        trained = METHODS[method](judge.images, judge.labels)
+        used = time.process_time() - start
+
+    sample_labels = torch.arange(10).repeat_interleave(num_samples // 10)
+    done = records[-1]['time'] if records else 0.
+
+    for seconds in (budget / 2 ** i for i in reversed(range(points))):
+        if seconds <= done:
+            continue
+
+        while used < seconds:
+            start = time.process_time()
+            trained.step()
+            used, steps = used + time.process_time() - start, steps + 1
+
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            samples = cat([trained.sample(part) for part in sample_labels.split(250)]).clamp(-1, 1)
+
+        parameters = [sum(p.numel() for p in part.parameters()) for part in trained.parts]
+        record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, **judge(samples, sample_labels))
+        records.append(record)
+        print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(record)}', flush = True)
+
+        torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
+        path.write_text(json.dumps(records, indent = 1))
+        image_grid(rearrange((samples + 1) / 2, '(c n) ... -> c n ...', c = 10)[:, :20]).save(path.with_suffix('.png'))
+
+    return [record for record in records if record['time'] <= budget]
+
+def mean_of(records):
+    return {key: sum(record[key] for record in records) / len(records) for key in MEASURES}
+
+def plot(results, real, path):
+    figure, axes = plt.subplots(1, 4, figsize = (14, 3.2))
+
+    for axis, (key, title) in zip(axes, MEASURES.items()):
+        for method, runs in results.items():
+            axis.plot([record['time'] for record in runs[0]], [mean_of(records)[key] for records in zip(*runs)], marker = '.', label = method)
+
+        axis.axhline(real[key], color = 'gray', linestyle = ':', label = 'real images')
+        axis.set(title = title, xlabel = 'cpu seconds', xscale = 'log')
+
+    axes[0].set_yscale('log')
+    axes[0].legend(fontsize = 8)
+    figure.tight_layout()
+    figure.savefig(path, dpi = 80)
+
+def main():
+    parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--results-folder', default = 'results/compare', help = 'where everything is written; runs that are there already go on up to the budget')
+    parser.add_argument('--method', nargs = '+', choices = ('all', *METHODS), default = ['all'], help = 'what is trained and compared')
+    parser.add_argument('--seeds', type = int, nargs = '+', default = [0], help = 'of the trainings; the split, the judge and the samples always use seed 0')
+    parser.add_argument('--budget', type = float, default = 600., help = 'cpu seconds of every training')
+    parser.add_argument('--points', type = int, default = 7, help = 'number of evaluations: at the budget, at half of it, at a quarter of it and so on')
+    parser.add_argument('--num-samples', type = int, default = 1_000, help = 'of every evaluation, a tenth of them per class')
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    folder = Path(args.results_folder)
+    folder.mkdir(parents = True, exist_ok = True)
+
+    judge = Judge()
+    methods = METHODS if 'all' in args.method else args.method
+
+    results = {
+        method: [run(method, seed, args.budget, args.points, args.num_samples, judge, folder / f'{method}-{seed}.json') for seed in args.seeds]
+        for method in methods
+    }
+
+    some = cat([(judge.labels == i).nonzero()[:100, 0] for i in range(10)])
+    real = judge(judge.images[some], judge.labels[some])
+    plot(results, real, folder / 'compare.png')
+
+    print(f'\nafter {args.budget:g} cpu seconds, mean of {len(args.seeds)} seeds\n\n{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty')
+
+    for method, runs in results.items():
+        last = [records[-1] for records in runs]
+        print(f'{method:15s} {last[0]["evaluations"]:11d}  {sum(last[0]["parameters"]):10,d}  {row(mean_of(last))}')
+
+    print(f'{"real":15s} {"":11s}  {"":10s}  {row(real)}\n\n{folder / "compare.png"}')
+
+if __name__ == '__main__':
+    main()
