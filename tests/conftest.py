@@ -27,7 +27,8 @@ def rng():
 
 @pytest.fixture(autouse = True)
 def fresh_accelerate():
-    """accelerate keeps one state per process, for example its precision."""
+    """accelerate keeps one state per process, for example its precision; examples set the number of threads."""
+    torch.set_num_threads(1)
     yield
     AcceleratorState._reset_state(reset_partial_state = True)
 
@@ -41,7 +42,7 @@ def launch(fn, world, *args, timeout = 120):
     pipes, processes = [], []
 
     def child(rank, pipe):
-        os.environ.update(RANK = str(rank), LOCAL_RANK = str(rank), WORLD_SIZE = str(world), LOCAL_WORLD_SIZE = str(world), MASTER_ADDR = '127.0.0.1', MASTER_PORT = str(port))
+        os.environ.update(RANK = str(rank), LOCAL_RANK = str(rank), WORLD_SIZE = str(world), LOCAL_WORLD_SIZE = str(world), MASTER_ADDR = '127.0.0.1', MASTER_PORT = str(port), OMP_NUM_THREADS = '1')      # accelerate would take more
         AcceleratorState._reset_state(reset_partial_state = True)
         pipe.send(fn(*args))
         os._exit(0)             # no exit handlers of the parent
