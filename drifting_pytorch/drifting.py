@@ -1599,6 +1599,7 @@ class BaseTrainer:
         optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay, fused = fused)
         average = deepcopy(model) if accelerator.is_fsdp2 else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.unwrapped = accelerator.unwrap_model(self.model)
 
         average = fsdp2_prepare_model(accelerator, average) if accelerator.is_fsdp2 else deepcopy(self.unwrapped)
         self.ema = EMA(self.unwrapped, average, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not accelerator.is_fsdp2)
@@ -1630,10 +1631,6 @@ class BaseTrainer:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
         accelerator.wait_for_everyone()
-
-    @property
-    def unwrapped(self):
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def waits_for_norm(self):
