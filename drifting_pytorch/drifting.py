@@ -1664,7 +1664,6 @@ class BaseTrainer:
 
     def read(self, batches):
         samples, labels = next(batches)
-        check_range('real samples', samples, -math.inf)
         self.samples_read += self.batch_size
         self.seed_model()
         return samples, torch.as_tensor(labels)
@@ -1718,7 +1717,7 @@ class BaseTrainer:
 
         self.skipped += 1
         step, loss, grad_norm, details = steps[broken[0]]
-        found = ', '.join(self.explain(details)) or 'the loss is finite: the model or the encoder, backwards'
+        found = ', '.join(f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {step}: loss {loss.item():.4g}, gradient norm {gathered(grad_norm).item():.4g}; {found}'
 
         if self.skipped > self.max_skipped_steps:
@@ -1727,10 +1726,6 @@ class BaseTrainer:
 
         warnings.warn(f'{message}. Left out, {self.skipped} of at most {self.max_skipped_steps}')
         return False
-
-    def explain(self, details):
-        """Which parts of the loss are not finite."""
-        return [f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)]
 
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints on the way.
@@ -2232,10 +2227,11 @@ class MAETrainer(BaseTrainer):
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
-        samples, labels = self.read(batches)
-        labels = checked_labels(labels, self.unwrapped.num_classes, len(labels)) if exists(self.unwrapped.num_classes) else labels
-        samples, labels = (t.to(self.accelerator.device, non_blocking = True) for t in (samples, labels))
-        labels = labels if exists(self.unwrapped.num_classes) else None
+        (samples, labels), num_classes, device = self.read(batches), self.unwrapped.num_classes, self.accelerator.device
+        check_range('real samples', samples, -math.inf)
+
+        labels = checked_labels(labels, num_classes, len(labels)).to(device, non_blocking = True) if exists(num_classes) else None
+        samples = samples.to(device, non_blocking = True)
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
         with nullcontext() if sync else self.accelerator.no_sync(self.model):
