@@ -105,8 +105,9 @@ def can_read(t):
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
-    if can_read(t) and not ((t >= low) & (t <= high) & t.isfinite()).all():
-        raise ValueError(f'{name} must be finite and in {low} .. {high}, got {t.min()} .. {t.max()}')
+    if can_read(t):
+        smallest, largest = t.aminmax()     # nan if any is
+        check(low <= smallest and largest <= high and smallest.isfinite() and largest.isfinite(), f'{name} must be finite and in {low} .. {high}, got {smallest} .. {largest}')
 
 def checked_labels(labels, num_classes, batch):
     """Labels of any integer type as the int64 that indexing wants."""
