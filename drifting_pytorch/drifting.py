@@ -36,6 +36,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn, cat, stack, Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -69,7 +70,7 @@ from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
 # g - generated per group (N_neg)    d - feature dimension
 # p - positives per group (N_pos)    s - style tokens
 # u - unconditional per group        ch h w - channels, height and width of an image
-# y - every sample that acts on the generated ones: [positives | generated | unconditional]
+# y - every sample that acts on the generated ones: [positives | unconditional | generated]
 
 def exists(val):
     return val is not None
@@ -142,7 +143,7 @@ def sum_over_processes(t):
     return reduce_over_processes(t, 'sum') if distributed else t
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, whose gradient with respect to x is known already: no graph is kept for it."""
+    """A loss, () or one per row of x, whose gradient is known already: no graph is kept for it. grad is that of the mean over the rows."""
 
     @staticmethod
     def forward(ctx, x, loss, grad):
@@ -150,9 +151,14 @@ class KnownGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad, = ctx.saved_tensors
-        return grad * grad_loss.reshape(-1, *([1] * (grad.ndim - 1))), None, None
+
+        if can_read(grad_loss) and (grad_loss == 1 / grad_loss.numel()).all():      # it was the mean that was asked for
+            return grad, None, None
+
+        return grad * (grad_loss * grad_loss.numel()).reshape(-1, *([1] * (grad.ndim - 1))), None, None
 
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise'): every draw of a run is a function of its place in the run."""
@@ -231,10 +237,10 @@ RELEASE = 'Goodeat/drifting'
 # ───────────────────────────────────────────────────────────────────────────────
 
 @typecheck
-def pairwise_distance(x: Float['b n d'], y: Float['b y d'], min_dist_sq: float = 0.) -> Float['b n y']:
-    """Euclidean distances through one matrix product, |x|^2 + |y|^2 - 2 x.y. Centre the points first: it loses the digits of a common offset."""
+def squared_distances(x: Float['b n d'], y: Float['b y d']) -> Float['b n y']:
+    """|x|^2 + |y|^2 - 2 x.y, one matrix product. Centre the points first: it loses the digits of a common offset."""
     x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
-    return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq).clamp_(min = min_dist_sq).sqrt_()
+    return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
 NORMALIZATIONS = ('both', 'y', 'none', 'gradient', 'sharp', 'sinkhorn')
 
@@ -276,12 +282,12 @@ class DriftField(Module):
         return f'kernel = {self.kernel!r}, normalize = {self.normalize!r}, attraction = {self.attraction}, repulsion = {self.repulsion}'
 
     def logits(self, dist, temperature):
-        return -dist / temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
+        return dist / -temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
 
     @typecheck
     def coefficients(
         self,
-        dist: Float['... n y'],                 # distances to [positives | negatives | unconditional]
+        dist: Float['... n y'],                 # distances to [positives | unconditional | negatives]
         num_pos: int,
         num_neg: int,
         temperature: float | Tensor,            # a tensor is broadcast against dist
@@ -322,12 +328,14 @@ class DriftField(Module):
         """The kernel, normalised: sqrt(softmax over y * softmax over x), the softmax over y, or the kernel itself."""
         if self.normalize == 'both' and can_read(logits):
 
-            # both softmaxes from one exponential, unless one of their sums nearly vanishes
+            # both softmaxes from one exponential, in place, unless one of their sums would nearly vanish
 
-            kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
-            over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
+            row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
+            top = row.amax(dim = -2, keepdim = True)
 
-            if min(over_y.min(), over_x.min()) > 1e-25:
+            if min((row - top).min(), (column - top).min()) > -50:
+                kernel = logits.sub_(top).exp_()
+                over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
                 return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
 
         if self.normalize == 'none':
@@ -359,18 +367,22 @@ class DriftField(Module):
 
     def transport(self, dist, num_pos, num_neg, temperature, weight):
         """V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond), T the barycenters of entropic plans, alpha - 1 from the weights (alpha - 1) (g - 1) / u."""
-        blocks = dist.tensor_split((num_pos, num_pos + num_neg), dim = -1)
-        plans = [sinkhorn(-0.5 * block ** 2 / temperature, self.sinkhorn_iters) for block in blocks]
-        T_pos, T_neg, T_uncond = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
+        split = num_pos, dist.shape[-1] - num_neg
+        plans = [sinkhorn(-0.5 * block ** 2 / temperature, self.sinkhorn_iters) for block in dist.tensor_split(split, dim = -1)]
+        T_pos, T_uncond, T_neg = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
 
-        guidance = reduce(weight[..., num_pos + num_neg:], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
-        return (1 + guidance) * T_pos, cat((T_neg, guidance * T_uncond), dim = -1)
+        guidance = reduce(weight.tensor_split(split, dim = -1)[1], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
+        return (1 + guidance) * T_pos, cat((guidance * T_uncond, T_neg), dim = -1)
+
+    @property
+    def zero_sum(self):
+        """Whether the coefficients of every point sum to zero."""
+        return self.attraction == self.repulsion and self.normalize not in ('gradient', 'sharp')
 
     def apply_coefficients(self, W, x, y):
         # open: with a != b the factors act on the mean-shift vectors V+ and V- (Eq. 10), so translation invariance stays
         V = rearrange(rearrange(W, '... t n y -> ... (t n) y') @ y, '... (t n) d -> ... t n d', n = W.shape[-2])
-        zero_sum = self.attraction == self.repulsion and self.normalize not in ('gradient', 'sharp')
-        return V if zero_sum else V.addcmul_(reduce(W, '... t n y -> ... t n 1', 'sum'), rearrange(x, '... n d -> ... 1 n d'), value = -1)
+        return V if self.zero_sum else V.addcmul_(reduce(W, '... t n y -> ... t n 1', 'sum'), rearrange(x, '... n d -> ... 1 n d'), value = -1)
 
     @torch.no_grad()
     def forward(
@@ -483,41 +495,50 @@ def drift_loss(
     check(default(chunk_size, 1) > 0, f'chunk_size must be above 0, got {chunk_size}')
 
     gen, field = full_precision(gen), default(field, DriftField())
-    x_all, others = gen.detach(), (pos, default(neg, gen.detach()), uncond)
-    (b, g, d), p, m = gen.shape, pos.shape[1], others[1].shape[1]
+    x_all = gen.detach()
+    others = [t for t in (pos, uncond, default(neg, x_all)) if exists(t)]
+    (b, g, d), p, m = gen.shape, pos.shape[1], others[-1].shape[1]
 
     transport, with_potential = field.normalize == 'sinkhorn', diagnostics and field.normalize == 'sharp'
     check(not transport or exists(neg), "normalize = 'sinkhorn' needs neg, an independent batch of generated samples")
 
-    weight = gen.new_ones(b, sum(t.shape[1] for t in others if exists(t)))                             # b y
+    weight = gen.new_ones(b, 1, sum(t.shape[1] for t in others))                                       # b 1 y
 
     if exists(uncond_weight):
         check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
         check_range('uncond_weight', uncond_weight, 0)
-        weight[:, p + m:] = uncond_weight
+        weight[:, 0, p:-m] = uncond_weight
 
-    # the problems are taken in chunks. What is needed twice is kept, or computed again where memory is to be bounded
+    # the problems are taken in chunks: distances are kept, or computed again where memory is to be bounded
 
     frozen = lambda fn: torch.no_grad()(torch.autocast(gen.device.type, enabled = False)(fn))
 
-    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (weight.shape[1] * d)))
+    num_y = weight.shape[-1]
+    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (num_y * d)))
     chunks = [slice(i, i + size) for i in range(0, b, size)]
-    keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
+    buffer = gen.new_empty(min(b, size), num_y, d)
 
     @lru_cache(maxsize = 1)
     def points(i):
-        sets = [t[chunks[i]] for t in others if exists(t)]
-        center = full_precision(sets[0]).mean(dim = 1, keepdim = True)
-        y = gen.new_empty(len(center), weight.shape[1], d)                                             # b y d
+        center = full_precision(pos[chunks[i]]).mean(dim = 1, keepdim = True)
+        y = buffer[:len(center)]                                                                       # b y d
 
-        for t, part in zip(sets, y.split([t.shape[1] for t in sets], dim = 1)):
-            torch.sub(t, center, out = part)
+        for t, part in zip(others, y.split([t.shape[1] for t in others], dim = 1)):
+            torch.sub(t[chunks[i]], center, out = part)
 
-        return y[:, p:p + g] if not exists(neg) else x_all[chunks[i]] - center, y
+        return y[:, -g:] if not exists(neg) else x_all[chunks[i]] - center, y
 
-    @keep
+    # the length of V = sum_y W y without V, if the coefficients sum to zero: |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2. Cheaper in high dimensions
+
+    by_distances = field.zero_sum and not exists(neg) and num_y < d
+
+    @lru_cache(maxsize = 1 if exists(chunk_size) else None)
+    def squares(i):
+        x, y = points(i)
+        return squared_distances(x, y), squared_distances(y[:, :-m], y[:, :-m]) if by_distances else None     # b g y, b (p u) (p u)
+
     def distances(i):
-        return pairwise_distance(*points(i), min_dist_sq)                                              # b g y
+        return squares(i)[0].clamp(min = min_dist_sq).sqrt_()
 
     # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
 
@@ -525,57 +546,68 @@ def drift_loss(
 
     @frozen
     def sum_distances(i):
-        return (reduce(distances(i) ** power, 'b g y -> b y', 'sum') * weight[chunks[i]]).sum()
+        return (reduce(distances(i) ** power, 'b g y -> b 1 y', 'sum') * weight[chunks[i]]).sum()
 
     sum_dist, sum_weight = yield stack((sum(map(sum_distances, range(len(chunks)))), weight.sum() * g))
 
     scale = (sum_dist / sum_weight) ** (1 / power)
     feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
 
-    # the field of each temperature, how large it is (V^2), and where it comes from.
-    # Of many chunks the coefficients are kept in its place where they are smaller: one more product, of their sum, brings it back
+    # the field of each temperature as coefficients, how large it is (V^2), and where it comes from
 
-    keep_coefficients = len(chunks) > 1 and not exists(chunk_size) and weight.shape[1] < d
+    temperature = torch.tensor(temperatures, dtype = gen.dtype).to(gen.device, non_blocking = True)[:, None, None]
 
-    @keep
+    @lru_cache(maxsize = 1)
     @frozen
-    def fields(i):
-        x, y = points(i)
-        dist, w = distances(i) / scale.clamp(min = min_scale), weight[chunks[i], None]                 # b 1 y
+    def coefficients(i):
+        dist, w = distances(i).div_(scale.clamp(min = min_scale)), weight[chunks[i]]
 
         if not exists(neg):
-            dist[:, :, p:p + g].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                     # mask self
+            dist[:, :, -g:].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                         # mask self
 
-        dist, temperature = rearrange(dist, 'b g y -> b 1 g y'), torch.tensor(temperatures, dtype = dist.dtype).to(dist.device, non_blocking = True)[:, None, None]
-
+        dist = rearrange(dist, 'b g y -> b 1 g y')
         W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
-        V = field.apply_coefficients(W, x, y)                                                          # b t g d
+        return W, field.potential(dist, p, temperature, w).sum(dim = (0, 2)) if with_potential else None     # b t g y, t
 
-        pull, push = W[..., :p], W[..., p:]
-        sums = [V.norm(dim = (2, 3)).square().sum(dim = 0) / (d * feature_scale ** 2)]
+    @frozen
+    def sum_fields(i):
+        W, potential = coefficients(i)
+
+        if by_distances:
+            W_all, (dist_sq, others_sq) = rearrange(W, 'b t g y -> b (t g) y'), squares(i)
+            W_others, W_gen = W_all.tensor_split((num_y - m,), dim = -1)
+            products = W_gen @ dist_sq
+            products[..., :num_y - m].baddbmm_(W_others, others_sq, beta = 2)
+            V_sq = -0.5 * torch.linalg.vecdot(*(rearrange(t, 'b (t g) y -> b t (g y)', g = g) for t in (products, W_all))).sum(dim = 0)
+        else:
+            V_sq = field.apply_coefficients(W, *points(i)).norm(dim = (2, 3)).square().sum(dim = 0)
+
+        sums = [V_sq / (d * feature_scale ** 2)]
 
         if diagnostics:
-            sums += [effective_neighbors(pull).sum(dim = (0, 2)), (push[..., m:].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum(dim = (0, 2))]
+            pull, push = W[..., :p], W[..., p:]
+            sums += [effective_neighbors(pull).sum(dim = (0, 2)), (push[..., :-m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum(dim = (0, 2))]
 
         if with_potential:
-            sums += [field.potential(dist, p, temperature, w).sum(dim = (0, 2))]
+            sums += [potential]
 
-        return stack((*sums, torch.full_like(sums[0], x.shape[0] * g))), W if keep_coefficients else V
+        return stack((*sums, torch.full_like(V_sq, len(W) * g)))
 
-    *sums, count = yield sum(fields(i)[0] for i in range(len(chunks)))                                 # each t
+    *sums, count = yield sum(map(sum_fields, range(len(chunks))))                                      # each t
     mean_sq, *diagnosed = (total / count for total in sums)
 
     # each normalised to unit root mean square, they add up. Eq. 6, the mean of |x - stopgrad(x + V)|^2, has the value V^2 and the gradient -2 V
 
-    norms = rearrange(mean_sq.clamp(min = min_drift_sq).sqrt() * feature_scale, 't -> t 1 1')
+    mean_sq = mean_sq.clamp(min = 0)
+    norms = mean_sq.clamp(min = min_drift_sq).sqrt() * feature_scale
 
     grad = torch.empty_like(x_all)
 
     @frozen
     def losses(i):
-        total = reduce(fields(i)[1] / norms, 'b t n m -> b 1 n m', 'sum')                              # of W, or of V
-        V = (field.apply_coefficients(total, *points(i)) if keep_coefficients else total).squeeze(1)
-        torch.mul(V, -2 / (g * d * feature_scale), out = grad[chunks[i]])
+        W = norms.reciprocal() @ rearrange(coefficients(i)[0], 'b t g y -> b t (g y)')
+        V = field.apply_coefficients(rearrange(W, 'b (g y) -> b 1 g y', g = g), *points(i)).squeeze(1)
+        torch.mul(V, -2 / (b * g * d * feature_scale), out = grad[chunks[i]])
         return V.square_().mean(dim = (1, 2))
 
     loss = cat([losses(i) for i in range(len(chunks))])
@@ -613,9 +645,12 @@ class FeatureDriftLoss(Module):
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
 
     def compile(self):
-        """torch.compile of the encoders and of the field."""
-        field = self.drift_loss_kwargs.setdefault('field', DriftField())
-        self.features, field.coefficients = torch.compile(self.features), torch.compile(field.coefficients)
+        """torch.compile of the encoders, and of the field where there is an accelerator: on a cpu its arithmetic in place is faster."""
+        self.features = torch.compile(self.features)
+
+        if torch.accelerator.is_available():
+            field = self.drift_loss_kwargs.setdefault('field', DriftField())
+            field.coefficients = torch.compile(field.coefficients)
 
     def train(self, mode = True):
         return super().train(False)    # frozen encoders stay in eval mode

@@ -191,7 +191,7 @@ def ours(gen, pos, uncond, uncond_weight, **kwargs):
     return drift_loss(gen, pos, uncond, uncond_weight = uncond_weight, diagnostics = False, **kwargs)[0]
 
 def compiled_field():
-    """What FeatureDriftLoss.compile compiles of the loss."""
+    """What FeatureDriftLoss.compile compiles of the loss on a GPU."""
     field = DriftField()
     field.coefficients = torch.compile(field.coefficients)
     return field

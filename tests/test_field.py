@@ -210,7 +210,7 @@ def test_shape_checks_are_off_by_default():
     import subprocess
     import sys
 
-    code = 'from drifting_pytorch.drifting import pairwise_distance, DriftField; print(pairwise_distance.__module__, hasattr(DriftField.coefficients, "__wrapped__"))'
+    code = 'from drifting_pytorch.drifting import squared_distances, DriftField; print(squared_distances.__module__, hasattr(DriftField.coefficients, "__wrapped__"))'
     env = {name: value for name, value in os.environ.items() if name != 'DRIFTING_TYPECHECK'}
     run = lambda env: subprocess.run([sys.executable, '-c', code], env = env, capture_output = True, text = True, check = True).stdout.split()
     assert run(env) == ['drifting_pytorch.drifting', 'False'] and run({**env, 'DRIFTING_TYPECHECK': '1'})[1] == 'True'

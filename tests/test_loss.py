@@ -67,6 +67,38 @@ def test_float32_against_float64(rng):
     assert relative(loss, exact) < 1e-5
     assert relative(stats.scale, exact_stats.scale) < 1e-5
 
+def ill_conditioned(rng):
+    """Problems of more dimensions than points, where the length of V comes from distances instead of V."""
+    def points(n, scale = 1.):
+        return torch.randn(4, n, 160, generator = rng, dtype = torch.float64) * scale
+
+    gen, pos, uncond, far = points(24), points(32), points(8), points(1, 10.)
+    line = points(1)
+
+    yield 'far from the origin', gen + 1e3, pos + 1e3, uncond + 1e3
+    yield 'near equilibrium', pos[:, :24] + points(24, 1e-3), pos, uncond
+    yield 'two far clusters', gen + far * (torch.arange(24) % 2)[:, None], pos + far * (torch.arange(32) % 2)[:, None], uncond
+    yield 'an outlier', gen + 10 * far * (torch.arange(24) == 0)[:, None], pos, uncond
+    yield 'on a line', line * points(24)[..., :1], line * points(32)[..., :1], line * points(8)[..., :1]
+    yield 'tiny', gen * 1e-4, pos * 1e-4, uncond * 1e-4
+    yield 'collapsed', pos[:, :1] + points(24, 1e-3), pos, uncond
+
+def test_length_of_the_drift_from_distances_is_as_good(rng):
+    class ByVectors(DriftField):
+        zero_sum = False        # so that V is computed, for every temperature
+
+    def numbers(samples, field):
+        loss, stats = drift_loss(*samples, field = field)
+        return torch.cat((loss, torch.stack(list(stats.drift_rms.values()))))
+
+    for name, *samples in ill_conditioned(rng):
+        exact, by_vectors = (numbers(samples, field) for field in (DriftField(), ByVectors()))
+        assert relative(exact, by_vectors) < 1e-9, name
+
+        by_distances, by_vectors = (relative(numbers([t.float() for t in samples], field), exact) for field in (DriftField(), ByVectors()))
+        print(f'{name}: {by_distances:.1e} {by_vectors:.1e}')
+        assert by_distances < 1e-5 or by_distances < 1.5 * by_vectors, (name, by_distances, by_vectors)
+
 def test_gradient_is_that_of_a_frozen_target_by_finite_differences(rng):
     gen, pos, uncond, weight = random_problem(rng)
     V, _, unit, _ = oracle.drift(gen.numpy(), pos.numpy(), uncond.numpy(), weight.numpy(), TEMPERATURES)
@@ -83,6 +115,29 @@ def test_gradient_is_that_of_a_frozen_target_by_finite_differences(rng):
         bump[index] = 1e-5
         numeric = (frozen(gen.detach().numpy() + bump) - frozen(gen.detach().numpy() - bump)) / 2e-5
         assert abs(numeric - gen.grad[index].item()) < 1e-6 * max(1., gen.grad.abs().max().item())
+
+def test_gradient_of_any_sum_of_the_problems(rng):
+    gen, pos, _, _ = random_problem(rng, torch.float64)
+    gen.requires_grad_()
+    loss, _ = drift_loss(gen, pos)
+    factors = torch.rand(len(loss), generator = rng, dtype = torch.float64)
+
+    mean, total, weighted = (torch.autograd.grad(value, gen, retain_graph = True)[0] for value in (loss.mean(), loss.sum(), loss @ factors))
+    assert relative(mean * len(loss), total) < 1e-12 and relative(total * factors[:, None, None], weighted) < 1e-12
+
+    (loss.mean() + 2 * loss.mean()).backward(retain_graph = True)
+    loss.mean().backward()
+    loss, _ = drift_loss(gen, pos)
+    loss.mean().backward()
+    assert relative(gen.grad, 5 * mean) < 1e-12
+
+def test_second_derivatives_are_refused(rng):
+    gen, pos, _, _ = random_problem(rng, torch.float64)
+    gen.requires_grad_()
+    grad, = torch.autograd.grad(drift_loss(gen, pos)[0].sum(), gen, create_graph = True)
+
+    with pytest.raises(RuntimeError, match = 'does not require grad'):
+        grad.sum().backward()
 
 def test_unweighted_unconditional_samples_are_plain_negatives(rng):
     gen, pos, uncond, _ = random_problem(rng)
