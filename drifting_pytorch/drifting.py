@@ -511,12 +511,14 @@ def drift_loss(
 
     # the problems are taken in chunks: distances are kept, or computed again where memory is to be bounded
 
-    frozen = lambda fn: torch.no_grad()(torch.autocast(gen.device.type, enabled = False)(fn))
-
     num_y = weight.shape[-1]
     size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (num_y * d)))
     chunks = [slice(i, i + size) for i in range(0, b, size)]
     buffer = gen.new_empty(min(b, size), num_y, d)
+
+    def each_chunk(fn):
+        with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
+            return [fn(i) for i in range(len(chunks))]
 
     @lru_cache(maxsize = 1)
     def points(i):
@@ -544,11 +546,10 @@ def drift_loss(
 
     power = 2 if transport else 1
 
-    @frozen
     def sum_distances(i):
         return (reduce(distances(i) ** power, 'b g y -> b 1 y', 'sum') * weight[chunks[i]]).sum()
 
-    sum_dist, sum_weight = yield stack((sum(map(sum_distances, range(len(chunks)))), weight.sum() * g))
+    sum_dist, sum_weight = yield stack((sum(each_chunk(sum_distances)), weight.sum() * g))
 
     scale = (sum_dist / sum_weight) ** (1 / power)
     feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
@@ -558,7 +559,6 @@ def drift_loss(
     temperature = torch.tensor(temperatures, dtype = gen.dtype).to(gen.device, non_blocking = True)[:, None, None]
 
     @lru_cache(maxsize = 1)
-    @frozen
     def coefficients(i):
         dist, w = distances(i).div_(scale.clamp(min = min_scale)), weight[chunks[i]]
 
@@ -569,7 +569,6 @@ def drift_loss(
         W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
         return W, field.potential(dist, p, temperature, w).sum(dim = (0, 2)) if with_potential else None     # b t g y, t
 
-    @frozen
     def sum_fields(i):
         W, potential = coefficients(i)
 
@@ -593,7 +592,7 @@ def drift_loss(
 
         return stack((*sums, torch.full_like(V_sq, len(W) * g)))
 
-    *sums, count = yield sum(map(sum_fields, range(len(chunks))))                                      # each t
+    *sums, count = yield sum(each_chunk(sum_fields))                                                   # each t
     mean_sq, *diagnosed = (total / count for total in sums)
 
     # each normalised to unit root mean square, they add up. Eq. 6, the mean of |x - stopgrad(x + V)|^2, has the value V^2 and the gradient -2 V
@@ -603,14 +602,13 @@ def drift_loss(
 
     grad = torch.empty_like(x_all)
 
-    @frozen
     def losses(i):
         W = norms.reciprocal() @ rearrange(coefficients(i)[0], 'b t g y -> b t (g y)')
         V = field.apply_coefficients(rearrange(W, 'b (g y) -> b 1 g y', g = g), *points(i)).squeeze(1)
         torch.mul(V, -2 / (b * g * d * feature_scale), out = grad[chunks[i]])
         return V.square_().mean(dim = (1, 2))
 
-    loss = cat([losses(i) for i in range(len(chunks))])
+    loss = cat(each_chunk(losses))
 
     per_temperature = [dict(zip(temperatures, values)) for values in (mean_sq.sqrt(), *diagnosed)]
     return KnownGradient.apply(gen, loss, grad), DriftStats(scale, *per_temperature, *({} for _ in range(4 - len(per_temperature))))
