@@ -819,6 +819,7 @@ class LatentMAE(Pretrained):
 
         self.channels, self.patch_size, self.num_classes, self.feature_sets = channels, patch_size, num_classes, feature_sets
         self.mask_patch_size, self.mask_ratio, self.checkpointing = mask_patch_size, mask_ratio, checkpointing
+        self.mask_pixels = mask_patch_size * patch_size      # side of a mask patch
 
         dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
 
@@ -845,6 +846,10 @@ class LatentMAE(Pretrained):
         multiple = 8 * self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
         check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
+
+    def mask_shape(self, x):
+        self.check_samples(x)
+        return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
         """Samples [b ch h w] to the input of the stem, patches as channels."""
@@ -879,21 +884,16 @@ class LatentMAE(Pretrained):
 
     def draw_mask(self, x, generator = None):
         """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
-        self.check_samples(x)
-        b, p = x.shape[0], self.patch_size * self.mask_patch_size
-        keys = torch.rand(b, x.shape[2] // p, x.shape[3] // p, generator = generator, device = generator.device if exists(generator) else x.device)
+        keys = torch.rand(self.mask_shape(x), generator = generator, device = generator.device if exists(generator) else x.device)
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
         """A mask [b h w] over mask patches as one over the pixels of samples, [b 1 h w]."""
-        p = self.patch_size * self.mask_patch_size
-        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
+        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = self.mask_pixels, p2 = self.mask_pixels)
 
     def reconstruct(self, x, mask):
         """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last feature map [b d h w]."""
-        self.check_samples(x)
-        p = self.patch_size * self.mask_patch_size
-        expected = (x.shape[0], x.shape[2] // p, x.shape[3] // p)
+        expected = self.mask_shape(x)
         check(mask.shape == expected, f'mask has shape {tuple(mask.shape)}, expected {expected}, one number per mask patch')
 
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
@@ -942,13 +942,13 @@ class PixelInput(Module):
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         self.image_size = image_size
-        self.register_buffer('mean', torch.tensor(mean), persistent = False)
-        self.register_buffer('std', torch.tensor(std), persistent = False)
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent = False)     # ch 1 1
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent = False)
 
     def forward(self, x):
         check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected images (batch, {len(self.mean)}, height, width) in [-1, 1]')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
-        return ((x + 1) / 2 - rearrange(self.mean, 'ch -> ch 1 1')) / rearrange(self.std, 'ch -> ch 1 1')
+        return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
     """Drifting features of any vision backbone, for example of timm or torchvision with SimCLR's, MoCo's or DINO's weights.
@@ -1007,14 +1007,12 @@ class ConvNeXtV2(Module):
     def __init__(self, *, dims = (128, 256, 512, 1024), depths = (3, 3, 27, 3), **pixel_input_kwargs):
         super().__init__()
         self.pixel_input = PixelInput(**pixel_input_kwargs)
-        self.downs, self.stages = ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))]), ModuleList([])
 
-        for before, after in zip(dims, dims[1:]):
-            self.downs.append(nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)))
+        stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))
+        halvings = [nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)) for before, after in zip(dims, dims[1:])]
 
-        for dim, depth in zip(dims, depths):
-            self.stages.append(nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))))
-
+        self.downs = ModuleList([stem, *halvings])
+        self.stages = ModuleList([nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))) for dim, depth in zip(dims, depths)])
         self.norm = nn.LayerNorm(dims[-1], eps = 1e-6)
 
     @classmethod
@@ -1112,9 +1110,7 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the fixed sine-cosine embedding of a grid, half of the dimensions for each axis, that initialises the learned one."""
-    grid = torch.arange(size).float()
-    axis = sinusoidal(grid, dim // 2)
-    sin_first = cat(axis.chunk(2, dim = -1)[::-1], dim = -1)
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
     rows, cols = repeat(sin_first, 'h d -> (h w) d', w = size), repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
@@ -1200,11 +1196,8 @@ class DriftingGenerator(Pretrained):
                 if exists(module.bias):
                     nn.init.zeros_(module.bias)
 
-        for embedding in (self.class_embed, self.style_embed):
-            if exists(embedding):
-                nn.init.normal_(embedding.weight, std = 0.02)
-
-        nn.init.normal_(self.register_embed, std = 0.02)
+        for weight in (*(m.weight for m in self.modules() if isinstance(m, nn.Embedding)), self.register_embed):
+            nn.init.normal_(weight, std = 0.02)
 
         # every block starts as the identity, and the output as 0
 
