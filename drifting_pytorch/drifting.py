@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -40,7 +39,7 @@ from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import einx
 import jaxtyping
@@ -1425,21 +1424,14 @@ def save_tensors(state_dict, path, copy = True):
     return {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path))}
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()      # mapped: the file need not fit into memory
 
 def flush(path):
     """Wait until a file, or where that can be done a folder, is on the disk."""
-    if os.name != 'nt':
+    with suppress(OSError) if path.is_dir() or os.name == 'nt' else nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:
-            if path.is_file():
-                raise
         finally:
             os.close(descriptor)
 
@@ -1447,9 +1439,8 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first also at everything that is not a queue's."""
     try:
         files = json.loads((folder / 'manifest.json').read_text())['files']
-        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
 
-        if missing:
+        if missing := {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys():
             return f'its manifest does not have {", ".join(sorted(missing))}'
 
         for name, expected in files.items():
@@ -1465,8 +1456,7 @@ def damage(folder, rank = 0):
 def discard(folder):
     """Remove a folder so that it is never seen half removed."""
     if folder.exists():
-        waste = folder.rename(folder.with_name(f'unfinished-old-{folder.name}'))
-        shutil.rmtree(waste)
+        shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
 @contextmanager
 def interruptions():
@@ -1477,7 +1467,7 @@ def interruptions():
         received.append(number)
         signal.signal(number, handlers[number])
 
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):      # another thread than the main one gets none
         handlers |= {number: signal.signal(number, remember) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
     try:
@@ -1516,21 +1506,6 @@ def versions():
             found[name] = version(name)
 
     return found
-
-def git_revision():
-    """Of the working directory, None outside of a repository."""
-    try:
-        return subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output = True, text = True, timeout = 10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-def gathered(value):
-    """A number as a tensor, also where it is sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
-
-def memory_mib(device):
-    """The most that this process has had on its GPU, or what it has in all."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2 ** 20
 
 class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
@@ -1649,12 +1624,8 @@ class BaseTrainer:
         indices = endless_shuffle(len(self.dataset), seed = self.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), rank, None, world)
 
-        class Places(Sampler):
-            def __iter__(self):
-                return places
-
         pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
+        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = places, num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
 
     def read(self, batches):
         samples, labels = next(batches)
@@ -1664,8 +1635,7 @@ class BaseTrainer:
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
-        generators = torch.default_generator, *torch.cuda.default_generators
-        for generator in generators if self.accelerator.device.type == 'cuda' else generators[:1]:
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
 
     def train_step(self, batches):
@@ -1684,6 +1654,7 @@ class BaseTrainer:
         parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
         grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
         grad_norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
+        grad_norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in grad_norms.items()}
 
         # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
 
@@ -1702,17 +1673,21 @@ class BaseTrainer:
     def check_finite(self):
         """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
         steps, self.unchecked = self.unchecked, []
-        finite = [gathered(value).isfinite().float() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]
-        finite = self.accelerator.reduce(stack(finite).to(self.accelerator.device), 'mean').tolist() if finite else []      # all processes say the same
-        broken = [i // 2 for i, ok in enumerate(finite) if ok < 1 and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
 
-        if not broken:
+        if not steps:
+            return True
+
+        scaled = exists(self.accelerator.scaler)        # fp16: it skips steps of which the gradient alone is broken
+        finite = stack([loss.isfinite() & (grad_norm.isfinite() | scaled) for _, loss, grad_norm, _ in steps])
+        broken = self.accelerator.reduce(finite.float(), 'mean') < 1        # all processes say the same
+
+        if not broken.any():
             return True
 
         self.skipped += 1
-        step, loss, grad_norm, details = steps[broken[0]]
+        step, loss, grad_norm, details = steps[broken.tolist().index(True)]
         found = ', '.join(f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {step}: loss {loss.item():.4g}, gradient norm {gathered(grad_norm).item():.4g}; {found}'
+        message = f'step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}; {found}'
 
         if self.skipped > self.max_skipped_steps:
             good = next((folder for folder in reversed(self.checkpoints()) if not damage(folder)), 'none')
@@ -1732,7 +1707,9 @@ class BaseTrainer:
         if accelerator.is_main_process:
             device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else str(accelerator.device)
             hardware = dict(device = device, processes = accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
-            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = git_revision(), hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
+            failed, git = subprocess.getstatusoutput('git rev-parse HEAD')      # of the working directory, if that is a repository
+            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else git, hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
+
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start, default = str) + '\n')
 
@@ -1777,14 +1754,16 @@ class BaseTrainer:
         metrics, on_bar = self.metrics(details)
         metrics = dict(loss = loss, **grad_norms, **metrics)
 
-        values = self.accelerator.reduce(stack([gathered(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
+        device = self.accelerator.device
+        values = self.accelerator.reduce(stack([torch.as_tensor(value, dtype = torch.float32, device = device).detach() for value in metrics.values()]), 'mean')
         metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
 
         # of the machine, not of the run: these differ when it is repeated
 
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
         samples = (self.step - first_step) * self.samples_per_step * self.gradient_accumulation_steps
-        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory_mib(self.accelerator.device)}
+        memory = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss
+        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory / 2 ** 20}
 
         self.accelerator.log(metrics, step = self.step)
 
