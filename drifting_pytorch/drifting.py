@@ -175,15 +175,11 @@ def load_checked(module, state_dict, assign = False):
     wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
 
     check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
-    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = to_load(module))
+    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = TO_LOAD)
 
 # states are those of the whole model, also where it is sharded
 
-FULL_STATE = StateDictOptions(full_state_dict = True, cpu_offload = True)
-
-def to_load(module):
-    sharded = any(isinstance(p, DTensor) for p in module.parameters())
-    return StateDictOptions(full_state_dict = True, broadcast_from_rank0 = sharded)
+FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = True), StateDictOptions(full_state_dict = True)
 
 class Pretrained(Module, PyTorchModelHubMixin):
     """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
@@ -1421,7 +1417,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
 def save_tensors(state_dict, path, copy = True):
     """copy: tensors may share memory. Returns the file's line of the manifest."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
-    return {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path))}
+    return path.name, dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def sha256(path):
     return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()      # mapped: the file need not fit into memory
@@ -1702,6 +1698,7 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
         """
         batches, accelerator = self.batches(), self.accelerator
+        asks_every = 1 if accelerator.num_processes == 1 else 10        # steps: processes ask each other for signals
         accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
 
         if accelerator.is_main_process:
@@ -1719,7 +1716,7 @@ class BaseTrainer:
         self.clock, stopped = (time.perf_counter(), self.step), False
 
         with interruptions() as received, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps and not (stopped := self.stops(received)):
+            while self.step < self.num_train_steps and not (stopped := self.step % asks_every == 0 and any(gather_object(received))):
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
@@ -1742,12 +1739,6 @@ class BaseTrainer:
 
         if received:
             signal.raise_signal(received[0])
-
-    def stops(self, received):
-        """Whether a signal has come, to any process; several ask each other every tenth step."""
-        if self.accelerator.num_processes == 1:
-            return len(received) > 0
-        return self.step % 10 == 0 and self.accelerator.reduce(torch.tensor(float(len(received)), device = self.accelerator.device)).item() > 0
 
     def log(self, bar, loss, details, grad_norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
@@ -1794,9 +1785,16 @@ class BaseTrainer:
         accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
         folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
 
-        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})      # on the main process alone
-        optimizer = {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()}
-        states = dict(model = get_model_state_dict(self.unwrapped, options = FULL_STATE), ema = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), optimizer = optimizer)
+        # the main process alone is given states of models and optimizer, each has a queue
+
+        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})
+        own_queue = f'queue-{accelerator.process_index}'
+        states = {
+            'model': get_model_state_dict(self.unwrapped, options = FULL_STATE),
+            'ema': get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
+            'optimizer': {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()},
+            own_queue: {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
+        }
 
         def in_all(work):
             """Every process does its part; an error of one is an error of all. Returns what the parts returned."""
@@ -1810,24 +1808,17 @@ class BaseTrainer:
 
             if exists(problem):
                 shutil.rmtree(unfinished, ignore_errors = True)
-                *_, last = (None, *self.checkpoints())
-                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {last}')
+                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {[None, *self.checkpoints()][-1]}')
 
             return results
 
         def write():
             unfinished.mkdir(parents = True, exist_ok = True)
-            queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
-            files = save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors', copy = False) if queues else {}
-
-            for name, state in states.items() if accelerator.is_main_process else ():
-                files |= save_tensors(state, unfinished / f'{name}.safetensors')
-
-            return files
+            return [save_tensors(state, unfinished / f'{name}.safetensors', copy = name != own_queue) for name, state in states.items() if state]
 
         def complete(files):
-            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes)
-            state['scaler'] = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
+            scaler = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
+            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes, scaler = scaler)
 
             (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
             (unfinished / 'manifest.json').write_text(json.dumps(dict(state, versions = versions(), config = self.config, files = files), indent = 1, default = str))
@@ -1842,44 +1833,30 @@ class BaseTrainer:
             for old in self.checkpoints()[:-self.keep_checkpoints]:
                 discard(old)
 
-        files = {name: line for part in in_all(write) for name, line in part.items()}
+        files = dict(line for lines in in_all(write) for line in lines)
         in_all(lambda: complete(files) if accelerator.is_main_process else None)
 
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
-        latest, found, problems = self.resume_from_checkpoint == 'latest', None, []
+        given, main, metrics = self.resume_from_checkpoint, self.accelerator.is_main_process, self.results_folder / 'metrics.jsonl'
+        latest = given == 'latest'
 
-        for folder in () if not exists(self.resume_from_checkpoint) else reversed(self.checkpoints()) if latest else [Path(self.resume_from_checkpoint)]:
+        for folder in reversed(self.checkpoints()) if latest else [Path(given)] if exists(given) else []:
             problem = next(filter(exists, gather_object([damage(folder, self.accelerator.process_index)])), None)
 
             if not exists(problem):
-                found = folder
+                self.load(folder)
                 break
 
-            problems.append(f'{folder} cannot be used: {problem}')
+            check(latest, f'{folder} cannot be used: {problem}')
+            warnings.warn(f'{folder} cannot be used: {problem}. Going on from an earlier one, if there is any') if main else None
 
-        check(latest or not problems, '; '.join(problems))
+        # what was logged after the checkpoint will be logged again; a line cut short by a crash goes too
 
-        for problem in problems if self.accelerator.is_main_process else ():
-            warnings.warn(f'{problem}. Going on from an earlier one, if there is any')
-
-        if exists(found):
-            self.load(found)
-
-        if self.accelerator.is_main_process and (self.results_folder / 'metrics.jsonl').is_file():
-            self.trim_metrics(self.results_folder / 'metrics.jsonl')
-
-    def trim_metrics(self, path):
-        """What was logged after the checkpoint will be logged again; a line cut short by a crash goes too."""
-        def stays(line):
-            try:
-                return json.loads(line)['step'] <= self.step
-            except (ValueError, TypeError, KeyError):
-                return False
-
-        trimmed = path.with_suffix('.trimmed')
-        trimmed.write_text(''.join(line for line in path.read_text().splitlines(keepends = True) if stays(line)))
-        trimmed.replace(path)
+        if main and metrics.is_file():
+            lines, trimmed = metrics.read_text().splitlines(keepends = True), metrics.with_suffix('.trimmed')
+            trimmed.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= self.step))
+            trimmed.replace(metrics)
 
     def load(self, folder):
         accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
@@ -1899,7 +1876,7 @@ class BaseTrainer:
             name, kind = name.rsplit('.', 1)
             optimizer['state'].setdefault(name, {})[kind] = t
 
-        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = to_load(self.unwrapped))
+        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = TO_LOAD)
 
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
