@@ -1507,13 +1507,14 @@ class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
-    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() images
-    [rows cols ch h w] in [0, 1]; to_image is an attribute.
+    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() samples
+    for the grid [b ch h w], and its number of rows.
 
     num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
     gradient_accumulation_steps, log_with: as in accelerate. mixed_precision: too; None is what accelerate was launched with, or else bf16 on a GPU that has it.
     compile: torch.compile of the model, and of encoders and loss. cpu: train on the cpu even where there is a GPU. num_workers: processes that read data.
     max_skipped_steps: so many steps with non-finite gradients are left out, the next one stops the run. Above 0 every step waits for its gradient norm.
+    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
     log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, starts.jsonl (configuration, versions and
         hardware of every start), samples/, checkpoints/ (the newest keep_checkpoints). Ctrl-C and SIGTERM save a checkpoint before they act.
     resume_from_checkpoint: a checkpoint folder, or 'latest', the newest that is complete and undamaged (from the beginning if there is none). A resumed
@@ -1529,7 +1530,7 @@ class BaseTrainer:
         batch_size, num_train_steps = 30_000, seed = 0,
         learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
         gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
-        log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
+        to_image = None, log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
         results_folder = './results', resume_from_checkpoint = None, overwrite = False,
         config = {}                         # of the subclass
     ):
@@ -1576,7 +1577,7 @@ class BaseTrainer:
         self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
-        self.samples_per_step = batch_size
+        self.samples_per_step, self.to_image = batch_size, to_image
 
         # a new run does not mix with an earlier one
 
@@ -1607,10 +1608,6 @@ class BaseTrainer:
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
-
-    def images(self, samples):
-        """Samples as images [b 1|3 h w] in [0, 1]."""
-        return self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
 
     # the loop. Every random number is drawn from a seed made of its place in the run
 
@@ -1770,10 +1767,11 @@ class BaseTrainer:
         main = self.accelerator.is_main_process
 
         if has_images and (main or self.accelerator.is_fsdp2):         # a sharded model needs every process
-            images = self.pictures()
+            samples, rows = self.pictures()
+            images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
             path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
             path.parent.mkdir(exist_ok = True)
-            image_grid(images).save(path) if main else None
+            image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows)).save(path) if main else None
 
     def checkpoints(self):
         """The folders of this run's checkpoints, oldest first."""
@@ -1895,7 +1893,6 @@ class Trainer(BaseTrainer):
     alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
     push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
         (by default on the accelerator, in float32; 'cpu' and torch.float16 for a thousand classes of large pictures).
-    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
 
     Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of its share of the real samples.
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
@@ -1910,7 +1907,6 @@ class Trainer(BaseTrainer):
         num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, group_chunk_size = None,
         alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
         push_size = 64, class_queue_size = 128, uncond_queue_size = 1000, queue_device = None, queue_dtype = None,
-        to_image = None,
         **kwargs
     ):
         config = settings(locals())
@@ -1955,7 +1951,7 @@ class Trainer(BaseTrainer):
 
         self.samples_per_step = num_groups * num_gen
         self.host_group = torch.distributed.new_group(backend = 'gloo') if world > 1 else None      # labels are needed on the cpu: no waiting for the GPU
-        self.noise_shape, self.to_image, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image, False
+        self.noise_shape, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), False
         self.resume()
 
     @classmethod
@@ -1971,12 +1967,14 @@ class Trainer(BaseTrainer):
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
 
-        if self.accelerator.num_processes == 1:
-            return labels.long()
+        labels = labels.long().contiguous()
 
-        parts = [torch.empty_like(labels, dtype = torch.long) for _ in range(self.accelerator.num_processes)]
-        torch.distributed.all_gather(parts, labels.long().contiguous(), group = self.host_group)
-        return rearrange(stack(parts), 'world b -> (b world)')
+        if self.accelerator.num_processes == 1:
+            return labels
+
+        parts = [torch.empty_like(labels) for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather(parts, labels, group = self.host_group)
+        return rearrange(parts, 'world b -> (b world)')
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most as many samples as the data have."""
@@ -2121,8 +2119,7 @@ class Trainer(BaseTrainer):
         """Ten samples each of the first ten classes, always from the same noise."""
         rows = min(10, default(self.num_classes, 10))
         which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
-        images = self.images(self.sample(**which, seed = self.seed))
-        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
+        return self.sample(**which, seed = self.seed), rows
 
 class StepDetails(NamedTuple):
     breakdown: Breakdown
@@ -2147,7 +2144,7 @@ class MAETrainer(BaseTrainer):
 
     batch_size: the paper's is 8192, with its learning rate of 4e-3; smaller batches want a smaller one.
     finetune_steps, cls_weight, cls_warmup_steps: in the last finetune_steps the weight lambda of the classification rises linearly to cls_weight.
-    to_image: as in Trainer, for pictures of samples, what is left of them, and reconstructions.
+    The pictures are of samples, of what is left of them, and of reconstructions.
     """
 
     def __init__(
@@ -2157,7 +2154,6 @@ class MAETrainer(BaseTrainer):
         *,
         batch_size = 8192, learning_rate = 4e-3, ema_decay = 0.9995,
         finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
-        to_image = None,
         **kwargs
     ):
         config = settings(locals())
@@ -2167,7 +2163,6 @@ class MAETrainer(BaseTrainer):
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
 
-        self.to_image = to_image
         self.resume()
 
     @property
@@ -2201,9 +2196,9 @@ class MAETrainer(BaseTrainer):
         dropped = model.dropped(mask)
 
         left = samples * (1 - dropped)
-        images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
+        restored = left + model.reconstruct(samples, mask)[0] * dropped
         model.reshard() if self.accelerator.is_fsdp2 else None
-        return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
+        return cat((samples, left, restored)), 3
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 8. published weights - reading the release's artifacts
