@@ -168,6 +168,12 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
+def renamed(name, rules):
+    """A parameter's name after all rules (pattern, ours), one after the other."""
+    for pattern, ours in rules:
+        name = re.sub(pattern, ours, name)
+    return name
+
 def load_checked(module, state_dict, assign = False):
     """load_state_dict, strict, with an error that fits on one line."""
     own = module.state_dict()
@@ -801,8 +807,7 @@ class LatentMAE(Pretrained):
     published, published_in = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'models/mae/jax'
 
     def __init__(
-        self,
-        *,
+        self, *,
         dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
         mask_patch_size = 2, mask_ratio = 0.5,
         feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
@@ -1016,8 +1021,7 @@ class ConvNeXtV2(Module):
         state = {}
 
         for name, t in state_dict.items():
-            for pattern, ours in CONVNEXT_NAMES:
-                name = re.sub(pattern, ours, name)
+            name = renamed(name, CONVNEXT_NAMES)
             if not name.startswith(('head.', 'classifier.')):
                 state[name] = t.flatten() if name.endswith(('gamma', 'beta')) else t
 
@@ -1123,8 +1127,7 @@ class DriftingGenerator(Pretrained):
     published, published_in = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'models/gen/jax'
 
     def __init__(
-        self,
-        *,
+        self, *,
         image_size, channels, patch_size,
         dim, depth, heads, ff_mult = 4.,
         num_classes = None, num_register_tokens = 16,
@@ -1282,13 +1285,11 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
 
     noise = torch.randn(num, *noise_shape, generator = generator)
     styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-    alpha = alpha.expand(num)
-
     model.eval()
 
     try:
         starts = range(0, num, default(batch_size, num))
-        batches = [[t[i:i + starts.step].to(device) if exists(t) else None for t in (noise, labels, alpha, styles)] for i in starts]
+        batches = [[t[i:i + starts.step].to(device) if exists(t) else None for t in (noise, labels, alpha.expand(num), styles)] for i in starts]
         return cat([model(*batch) for batch in batches])
     finally:
         model.train(training)
@@ -1523,10 +1524,7 @@ class BaseTrainer:
     """
 
     def __init__(
-        self,
-        model,
-        dataset,
-        *,
+        self, model, dataset, *,
         batch_size, num_train_steps = 30_000, seed = 0,
         learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
         gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
@@ -1583,8 +1581,7 @@ class BaseTrainer:
 
         try:
             self.results_folder.mkdir(parents = True, exist_ok = True)
-            with tempfile.TemporaryFile(dir = self.results_folder):
-                pass
+            tempfile.TemporaryFile(dir = self.results_folder).close()
         except OSError as error:
             raise OSError(f'results_folder = {str(results_folder)!r} cannot be written to: {error}') from error
 
@@ -1899,11 +1896,7 @@ class Trainer(BaseTrainer):
     """
 
     def __init__(
-        self,
-        model,
-        loss_fn,
-        dataset,
-        *,
+        self, model, loss_fn, dataset, *,
         num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, group_chunk_size = None,
         alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
         push_size = 64, class_queue_size = 128, uncond_queue_size = 1000, queue_device = None, queue_dtype = None,
@@ -2126,15 +2119,15 @@ class StepDetails(NamedTuple):
     alpha: Tensor               # guidance scales of the step [c]
     spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives: towards 0 they collapse
 
-# Table 8, by the names of the generator's presets. Where the paper and the release differ the release's value stands
+# Table 8, by the names of the generator's presets: what differs from the ablation. Where the paper and the release differ the release's value stands
 
-LARGE = dict(learning_rate = 4e-4, weight_decay = 0.01, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_gen = 64, num_pos = 64, num_uncond = 32, push_size = 128, ema_decay = 0.999)
+LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16)
 
 TRAINER_PRESETS = {
-    'ablation': dict(learning_rate = 2e-4, weight_decay = 0.01, lr_warmup_steps = 5_000, num_train_steps = 30_000, num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, alpha_power = 3., push_size = 64, ema_decay = 0.999),
+    'ablation': {},                                                                 # the defaults of Trainer
     'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),                        # paper: num_pos = 128, and one of four ema_decay
-    'L/2': dict(LARGE, alpha_power = 3., no_cfg_frac = 0.5, push_size = 64),
+    'L/2': dict(LARGE, no_cfg_frac = 0.5, push_size = 64),
     'B/16': {**LARGE, **PIXEL, 'learning_rate': 2e-4},
     'L/16': {**LARGE, **PIXEL},
 }
@@ -2148,10 +2141,7 @@ class MAETrainer(BaseTrainer):
     """
 
     def __init__(
-        self,
-        model,
-        dataset,
-        *,
+        self, model, dataset, *,
         batch_size = 8192, learning_rate = 4e-3, ema_decay = 0.9995,
         finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
         **kwargs
@@ -2242,56 +2232,42 @@ def read_release_artifact(metadata, weights):
 
     return json.loads(metadata.read_text())['model_config'], params
 
-def renamed(params, rules):
-    """The parameters under our names, by the first rule (pattern of the whole module path, ours) that fits, in PyTorch's layout. params is emptied on the way."""
+def translated(params, rules):
+    """The parameters under our names and in PyTorch's layout. params is emptied on the way, so that none is held twice."""
     state = {}
 
     for path in list(params):
-        t, (module, leaf) = params.pop(path), path.rsplit('/', 1)
-        ours = next((re.sub(pattern, name, module) for pattern, name in rules if re.fullmatch(pattern, module)), module)
-
-        if leaf == 'kernel':    # (in, out), or (h, w, in, out)
-            t = rearrange(t, '... i o -> o i ...')
-
-        state[f'{ours}.{dict(kernel = "weight", scale = "weight", embedding = "weight").get(leaf, leaf)}'] = t.float().contiguous()
+        t = params.pop(path)
+        t = rearrange(t, '... i o -> o i ...') if path.endswith('/kernel') else t       # (in, out), or (h, w, in, out)
+        state[renamed(path, (*rules, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')))] = t.float().contiguous()
 
     return state
 
 def mae_from_release(config, params):
     """The arguments and the state dict of a LatentMAE from the release's config and parameters."""
-    block = r'encoder/stages_(\d+)/layers_(\d+)'
-
-    rules = [
-        (r'encoder/conv1', 'stem.0'), (r'encoder/gn1', 'stem.1'), (r'encoder/(layer\d)_norm', r'norms.\1'),
-        (rf'{block}/conv(\d)', r'stages.\1.\2.conv\3.0'), (rf'{block}/gn(\d)', r'stages.\1.\2.conv\3.1'),
-        (rf'{block}/proj_conv', r'stages.\1.\2.shortcut.0'), (rf'{block}/proj_gn', r'stages.\1.\2.shortcut.1'),
-        (r'decoder/bridge/conv', 'bridge.0'), (r'decoder/bridge/gn', 'bridge.1'), (r'decoder/head', 'to_pixels'), (r'fc', 'to_logits'),
-        (r'decoder/(up\d+)/concat_norm_fn', r'ups.\1.norm'), (r'decoder/(up\d+)/(\w+)/conv', r'ups.\1.\2.0'), (r'decoder/(up\d+)/(\w+)/gn', r'ups.\1.\2.1')
-    ]
+    state = translated(params, [
+        (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'), (r'^encoder/stages_(\d+)/layers_(\d+)', r'stages/\1/\2'),
+        (r'^decoder/(up\d+)', r'ups/\1'), (r'^decoder/head', 'to_pixels'), (r'^decoder/bridge', 'bridge'), (r'^fc', 'to_logits'),
+        (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'), (r'concat_norm_fn', 'norm')
+    ])
 
     names = dict(dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes', mask_patch_size = 'patch_size', layers = 'layers')
-    return {ours: config[theirs] for ours, theirs in names.items()}, renamed(params, rules)
+    return {ours: config[theirs] for ours, theirs in names.items()}, state
 
 def generator_from_release(config, params):
     """The arguments and the state dict of a DriftingGenerator from the release's config and parameters."""
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
         check(config.get(option, True), f'the published generator has {option} = False, which this generator does not offer')
 
-    dit, block = 'LightningDiT_0', r'LightningDiT_0/blocks_(\d+)'
-
-    state = renamed(params, [
-        (r'Embed_0', 'class_embed'), (r'noise_embeds_(\d+)', r'style.\1'),
-        (r'TimestepEmbedder_0/TorchLinear_0/Dense_0', 'alpha_embed.0'), (r'TimestepEmbedder_0/TorchLinear_1/Dense_0', 'alpha_embed.2'), (r'RMSNorm_0', 'alpha_embed.3'),
-        (rf'{dit}/TorchLinear_0/Dense_0', 'patch_embed'), (rf'{dit}/TorchLinear_1/Dense_0', 'register_proj'), (dit, 'embed'),
-        (rf'{block}/TorchLinear_0/Dense_0', r'blocks.\1.modulation.linear'), (rf'{block}/RMSNorm_0', r'blocks.\1.attn_norm'), (rf'{block}/RMSNorm_1', r'blocks.\1.ff_norm'),
-        (rf'{block}/Attention_0/TorchLinear_0/Dense_0', r'blocks.\1.qkv'), (rf'{block}/Attention_0/TorchLinear_1/Dense_0', r'blocks.\1.attn.to_out'),
-        (rf'{block}/Attention_0/(\w)_norm', r'blocks.\1.attn.\2_rmsnorm'),
-        (rf'{block}/SwiGLUFFN_0/TorchLinear_0/Dense_0', r'blocks.\1.gate'), (rf'{block}/SwiGLUFFN_0/TorchLinear_1/Dense_0', r'blocks.\1.up'),
-        (rf'{block}/SwiGLUFFN_0/TorchLinear_2/Dense_0', r'blocks.\1.ff.ff.2'),
-        (rf'{dit}/FinalLayer_0/TorchLinear_0/Dense_0', 'final_modulation.linear'), (rf'{dit}/FinalLayer_0/TorchLinear_1/Dense_0', 'to_patch'), (rf'{dit}/FinalLayer_0/RMSNorm_0', 'final_norm')
+    state = translated(params, [
+        (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'), (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'),
+        (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'), (r'^RMSNorm_0/weight', 'alpha_embed/3/g'),
+        (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
+        (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'), (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0/weight', 'final_norm/g'),
+        (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
+        (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
+        (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0/weight', 'attn_norm/g'), (r'RMSNorm_1/weight', 'ff_norm/g')
     ])
-
-    heads, styles = config['num_heads'], config['noise_coords']
 
     def take(name):
         check(name in state, f'the published weights lack the parameter that becomes {name}')
@@ -2300,11 +2276,9 @@ def generator_from_release(config, params):
     def interleave(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(styles)])
-    state['pos_embed'], state['register_embed'] = (rearrange(take(f'embed.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
-
-    for name in ('alpha_embed.3', 'final_norm', *(f'blocks.{i}.{norm}' for i in range(config['depth']) for norm in ('attn_norm', 'ff_norm'))):
-        state[f'{name}.g'] = take(f'{name}.weight')
+    heads = config['num_heads']
+    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(config['noise_coords'])])
+    state['pos_embed'], state['register_embed'] = (rearrange(take(f'dit.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
         for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
@@ -2316,8 +2290,6 @@ def generator_from_release(config, params):
 
         for kind in ('weight', 'bias'):
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
-
-        state[f'{block}.out_bias'] = take(f'{block}.attn.to_out.bias')
 
     names = dict(
         image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads', num_classes = 'num_classes',
