@@ -190,7 +190,7 @@ FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = Tru
 class Pretrained(Module, PyTorchModelHubMixin):
     """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
 
-    published, published_in = (), None      # names in the authors' repository, and their folder there
+    published, published_as = (), None      # names in the authors' repository, and their kind there
 
     @classmethod
     def from_pretrained(cls, name, *, revision = None):
@@ -206,11 +206,11 @@ class Pretrained(Module, PyTorchModelHubMixin):
         def fetch(file):
             if folder.is_dir():
                 return folder / file
-            repository, file = (RELEASE, f'{cls.published_in}/{name}/{file}') if published else (str(name), file)
+            repository, file = (RELEASE, f'models/{cls.published_as}/jax/{name}/{file}') if published else (str(name), file)
             return Path(hf_hub_download(repository, file, revision = revision))
 
         if published or (folder / 'metadata.json').is_file():
-            config, state_dict = cls.from_release(*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))
+            config, state_dict = FROM_RELEASE[cls.published_as](*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))      # section 8
         else:
             check(not folder.is_dir() or (folder / 'config.json').is_file(), f'{folder} has neither config.json nor metadata.json: expected a folder of save_pretrained or a published model')
             config, state_dict = json.loads(fetch('config.json').read_text()), read_tensors(fetch('model.safetensors'))
@@ -804,7 +804,7 @@ class LatentMAE(Pretrained):
     checkpointing: recompute each residual block in the backward pass instead of keeping what is inside.
     """
 
-    published, published_in = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'models/mae/jax'
+    published, published_as = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'mae'
 
     def __init__(
         self, *,
@@ -837,10 +837,6 @@ class LatentMAE(Pretrained):
         self.ups = ModuleDict({name: UpBlock(below, skip) for name, below, skip in zip(('up43', 'up32', 'up21', 'up10'), (dims[3], *skips), skips)})
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
-
-    @staticmethod
-    def from_release(config, params):
-        return mae_from_release(config, params)         # section 8
 
     def check_samples(self, x):
         multiple = 8 * self.patch_size
@@ -1124,7 +1120,7 @@ class DriftingGenerator(Pretrained):
     checkpointing: recompute each block in the backward pass instead of keeping what is inside.
     """
 
-    published, published_in = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'models/gen/jax'
+    published, published_as = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'gen'
 
     def __init__(
         self, *,
@@ -1178,10 +1174,6 @@ class DriftingGenerator(Pretrained):
         """One of Table 8's sizes by name, see PRESETS; keyword arguments override it."""
         check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
         return cls(**{**PRESETS[name], **kwargs})
-
-    @staticmethod
-    def from_release(config, params):
-        return generator_from_release(config, params)   # section 8
 
     def set_buffers(self):
         rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False)(torch.arange(self.num_tokens)).detach()
@@ -1272,11 +1264,10 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(exists(labels) == exists(num_classes), f'num_classes is {num_classes}, so pass {"labels" if exists(num_classes) else "num_samples, no labels"}')
     check(exists(labels) != exists(num_samples), 'pass labels to a class-conditional generator, or num_samples to an unconditional one')
 
-    labels = torch.as_tensor(labels) if exists(labels) else None
-    num = labels.numel() if exists(labels) else num_samples
+    num = torch.as_tensor(labels).numel() if exists(labels) else num_samples
     check(num > 0 and default(batch_size, 1) > 0, f'the number of samples and batch_size must be above 0, got {num} and {batch_size}')
 
-    labels = checked_labels(labels, num_classes, num) if exists(labels) else None
+    labels = checked_labels(torch.as_tensor(labels), num_classes, num) if exists(labels) else None
     alpha = torch.as_tensor(alpha, dtype = torch.float32)
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
@@ -1572,7 +1563,8 @@ class BaseTrainer:
         if compile:
             self.unwrapped.compile()
 
-        self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
+        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), tuple(sample.shape)
+        self.dataset = Replayed(dataset, seed, with_labels = exists(self.num_classes))
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
         self.samples_per_step, self.to_image = batch_size, to_image
@@ -1587,7 +1579,6 @@ class BaseTrainer:
 
         earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')) if path.exists()]
         check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
-        accelerator.wait_for_everyone()
 
         if accelerator.is_main_process:
             for path in earlier if overwrite and not exists(resume_from_checkpoint) else (self.results_folder / 'checkpoints').glob('unfinished-*'):
@@ -1644,7 +1635,7 @@ class BaseTrainer:
         parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
         grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
         grad_norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
-        grad_norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in grad_norms.items()}
+        grad_norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in grad_norms.items()}      # of a sharded model
 
         # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
 
@@ -1692,14 +1683,14 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
         """
         batches, accelerator = self.batches(), self.accelerator
-        asks_every = 1 if accelerator.num_processes == 1 else 10        # steps: processes ask each other for signals
+        ask_every = 1 if accelerator.num_processes == 1 else 10         # several processes tell each other of signals every tenth step
         accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
 
         if accelerator.is_main_process:
             device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else str(accelerator.device)
             hardware = dict(device = device, processes = accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
-            failed, git = subprocess.getstatusoutput('git rev-parse HEAD')      # of the working directory, if that is a repository
-            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else git, hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
+            failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory, if that is a repository
+            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else revision, hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
 
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start, default = str) + '\n')
@@ -1710,7 +1701,7 @@ class BaseTrainer:
         self.clock, stopped = (time.perf_counter(), self.step), False
 
         with interruptions() as received, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps and not (stopped := self.step % asks_every == 0 and any(gather_object(received))):
+            while self.step < self.num_train_steps and not (stopped := self.step % ask_every == 0 and any(gather_object(received))):
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
@@ -1766,6 +1757,7 @@ class BaseTrainer:
         if has_images and (main or self.accelerator.is_fsdp2):         # a sharded model needs every process
             samples, rows = self.pictures()
             images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+
             path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
             path.parent.mkdir(exist_ok = True)
             image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows)).save(path) if main else None
@@ -1911,7 +1903,6 @@ class Trainer(BaseTrainer):
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
 
-        self.num_classes = getattr(model, 'num_classes', None)
         check(1 <= alpha_range[0] <= alpha_range[1] < math.inf, f'alpha_range must be 1 <= low <= high, got {alpha_range}')
         check(0 <= no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {no_cfg_frac}')
         guided = exists(self.num_classes) and alpha_range[1] > 1
@@ -2162,10 +2153,10 @@ class MAETrainer(BaseTrainer):
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
-        (samples, labels), num_classes, device = self.read(batches), self.unwrapped.num_classes, self.accelerator.device
+        (samples, labels), device = self.read(batches), self.accelerator.device
         check_range('real samples', samples, -math.inf)
 
-        labels = checked_labels(labels, num_classes, len(labels)).to(device, non_blocking = True) if exists(num_classes) else None
+        labels = checked_labels(labels, self.num_classes, len(labels)).to(device, non_blocking = True) if exists(self.num_classes) else None
         samples = samples.to(device, non_blocking = True)
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
@@ -2296,3 +2287,5 @@ def generator_from_release(config, params):
         num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
     )
     return {ours: config[theirs] for ours, theirs in names.items()}, state
+
+FROM_RELEASE = dict(mae = mae_from_release, gen = generator_from_release)
