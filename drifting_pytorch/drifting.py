@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -41,7 +40,7 @@ from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import einx
 import jaxtyping
@@ -175,6 +174,12 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
+def renamed(name, rules):
+    """A parameter's name after all rules (pattern, ours), one after the other."""
+    for pattern, ours in rules:
+        name = re.sub(pattern, ours, name)
+    return name
+
 def load_checked(module, state_dict, assign = False):
     """load_state_dict, strict, with an error that fits on one line."""
     own = module.state_dict()
@@ -182,20 +187,16 @@ def load_checked(module, state_dict, assign = False):
     wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
 
     check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
-    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = to_load(module))
+    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = TO_LOAD)
 
 # states are those of the whole model, also where it is sharded
 
-FULL_STATE = StateDictOptions(full_state_dict = True, cpu_offload = True)
-
-def to_load(module):
-    sharded = any(isinstance(p, DTensor) for p in module.parameters())
-    return StateDictOptions(full_state_dict = True, broadcast_from_rank0 = sharded)
+FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = True), StateDictOptions(full_state_dict = True)
 
 class Pretrained(Module, PyTorchModelHubMixin):
     """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
 
-    published, published_in = (), None      # names in the authors' repository, and their folder there
+    published, published_as = (), None      # names in the authors' repository, and their kind there
 
     @classmethod
     def from_pretrained(cls, name, *, revision = None):
@@ -211,11 +212,11 @@ class Pretrained(Module, PyTorchModelHubMixin):
         def fetch(file):
             if folder.is_dir():
                 return folder / file
-            repository, file = (RELEASE, f'{cls.published_in}/{name}/{file}') if published else (str(name), file)
+            repository, file = (RELEASE, f'models/{cls.published_as}/jax/{name}/{file}') if published else (str(name), file)
             return Path(hf_hub_download(repository, file, revision = revision))
 
         if published or (folder / 'metadata.json').is_file():
-            config, state_dict = cls.from_release(*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))
+            config, state_dict = FROM_RELEASE[cls.published_as](*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))      # section 8
         else:
             check(not folder.is_dir() or (folder / 'config.json').is_file(), f'{folder} has neither config.json nor metadata.json: expected a folder of save_pretrained or a published model')
             config, state_dict = json.loads(fetch('config.json').read_text()), read_tensors(fetch('model.safetensors'))
@@ -836,11 +837,10 @@ class LatentMAE(Pretrained):
     checkpointing: recompute each residual block in the backward pass instead of keeping what is inside.
     """
 
-    published, published_in = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'models/mae/jax'
+    published, published_as = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'mae'
 
     def __init__(
-        self,
-        *,
+        self, *,
         dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
         mask_patch_size = 2, mask_ratio = 0.5,
         feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
@@ -852,6 +852,7 @@ class LatentMAE(Pretrained):
 
         self.channels, self.patch_size, self.num_classes, self.feature_sets = channels, patch_size, num_classes, feature_sets
         self.mask_patch_size, self.mask_ratio, self.checkpointing = mask_patch_size, mask_ratio, checkpointing
+        self.mask_pixels = mask_patch_size * patch_size      # side of a mask patch
 
         dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
 
@@ -870,14 +871,14 @@ class LatentMAE(Pretrained):
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
 
-    @staticmethod
-    def from_release(config, params):
-        return mae_from_release(config, params)         # section 8
-
     def check_samples(self, x):
         multiple = 8 * self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
         check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
+
+    def mask_shape(self, x):
+        self.check_samples(x)
+        return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
         """Samples [b ch h w] to the input of the stem, patches as channels."""
@@ -912,21 +913,16 @@ class LatentMAE(Pretrained):
 
     def draw_mask(self, x, generator = None):
         """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
-        self.check_samples(x)
-        b, p = x.shape[0], self.patch_size * self.mask_patch_size
-        keys = torch.rand(b, x.shape[2] // p, x.shape[3] // p, generator = generator, device = generator.device if exists(generator) else x.device)
+        keys = torch.rand(self.mask_shape(x), generator = generator, device = generator.device if exists(generator) else x.device)
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
         """A mask [b h w] over mask patches as one over the pixels of samples, [b 1 h w]."""
-        p = self.patch_size * self.mask_patch_size
-        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
+        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = self.mask_pixels, p2 = self.mask_pixels)
 
     def reconstruct(self, x, mask):
         """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last feature map [b d h w]."""
-        self.check_samples(x)
-        p = self.patch_size * self.mask_patch_size
-        expected = (x.shape[0], x.shape[2] // p, x.shape[3] // p)
+        expected = self.mask_shape(x)
         check(mask.shape == expected, f'mask has shape {tuple(mask.shape)}, expected {expected}, one number per mask patch')
 
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
@@ -975,13 +971,13 @@ class PixelInput(Module):
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         self.image_size = image_size
-        self.register_buffer('mean', torch.tensor(mean), persistent = False)
-        self.register_buffer('std', torch.tensor(std), persistent = False)
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent = False)     # ch 1 1
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent = False)
 
     def forward(self, x):
         check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected images (batch, {len(self.mean)}, height, width) in [-1, 1]')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
-        return ((x + 1) / 2 - rearrange(self.mean, 'ch -> ch 1 1')) / rearrange(self.std, 'ch -> ch 1 1')
+        return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
     """Drifting features of any vision backbone, for example of timm or torchvision with SimCLR's, MoCo's or DINO's weights.
@@ -1040,14 +1036,12 @@ class ConvNeXtV2(Module):
     def __init__(self, *, dims = (128, 256, 512, 1024), depths = (3, 3, 27, 3), **pixel_input_kwargs):
         super().__init__()
         self.pixel_input = PixelInput(**pixel_input_kwargs)
-        self.downs, self.stages = ModuleList([nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))]), ModuleList([])
 
-        for before, after in zip(dims, dims[1:]):
-            self.downs.append(nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)))
+        stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))
+        halvings = [nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)) for before, after in zip(dims, dims[1:])]
 
-        for dim, depth in zip(dims, depths):
-            self.stages.append(nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))))
-
+        self.downs = ModuleList([stem, *halvings])
+        self.stages = ModuleList([nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))) for dim, depth in zip(dims, depths)])
         self.norm = nn.LayerNorm(dims[-1], eps = 1e-6)
 
     @classmethod
@@ -1056,8 +1050,7 @@ class ConvNeXtV2(Module):
         state = {}
 
         for name, t in state_dict.items():
-            for pattern, ours in CONVNEXT_NAMES:
-                name = re.sub(pattern, ours, name)
+            name = renamed(name, CONVNEXT_NAMES)
             if not name.startswith(('head.', 'classifier.')):
                 state[name] = t.flatten() if name.endswith(('gamma', 'beta')) else t
 
@@ -1145,9 +1138,7 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the fixed sine-cosine embedding of a grid, half of the dimensions for each axis, that initialises the learned one."""
-    grid = torch.arange(size).float()
-    axis = sinusoidal(grid, dim // 2)
-    sin_first = cat(axis.chunk(2, dim = -1)[::-1], dim = -1)
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
     rows, cols = repeat(sin_first, 'h d -> (h w) d', w = size), repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
@@ -1162,11 +1153,10 @@ class DriftingGenerator(Pretrained):
     checkpointing: recompute each block in the backward pass instead of keeping what is inside.
     """
 
-    published, published_in = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'models/gen/jax'
+    published, published_as = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'gen'
 
     def __init__(
-        self,
-        *,
+        self, *,
         image_size, channels, patch_size,
         dim, depth, heads, ff_mult = 4.,
         num_classes = None, num_register_tokens = 16,
@@ -1218,10 +1208,6 @@ class DriftingGenerator(Pretrained):
         check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
         return cls(**{**PRESETS[name], **kwargs})
 
-    @staticmethod
-    def from_release(config, params):
-        return generator_from_release(config, params)   # section 8
-
     def set_buffers(self):
         rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False)(torch.arange(self.num_tokens)).detach()
         self.register_buffer('rotary', rearrange(rotary, 'n d -> 1 n d'), persistent = False)
@@ -1233,11 +1219,8 @@ class DriftingGenerator(Pretrained):
                 if exists(module.bias):
                     nn.init.zeros_(module.bias)
 
-        for embedding in (self.class_embed, self.style_embed):
-            if exists(embedding):
-                nn.init.normal_(embedding.weight, std = 0.02)
-
-        nn.init.normal_(self.register_embed, std = 0.02)
+        for weight in (*(m.weight for m in self.modules() if isinstance(m, nn.Embedding)), self.register_embed):
+            nn.init.normal_(weight, std = 0.02)
 
         # every block starts as the identity, and the output as 0
 
@@ -1314,11 +1297,10 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(exists(labels) == exists(num_classes), f'num_classes is {num_classes}, so pass {"labels" if exists(num_classes) else "num_samples, no labels"}')
     check(exists(labels) != exists(num_samples), 'pass labels to a class-conditional generator, or num_samples to an unconditional one')
 
-    labels = torch.as_tensor(labels) if exists(labels) else None
-    num = labels.numel() if exists(labels) else num_samples
+    num = torch.as_tensor(labels).numel() if exists(labels) else num_samples
     check(num > 0 and default(batch_size, 1) > 0, f'the number of samples and batch_size must be above 0, got {num} and {batch_size}')
 
-    labels = checked_labels(labels, num_classes, num) if exists(labels) else None
+    labels = checked_labels(torch.as_tensor(labels), num_classes, num) if exists(labels) else None
     alpha = torch.as_tensor(alpha, dtype = torch.float32)
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
@@ -1327,13 +1309,11 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
 
     noise = torch.randn(num, *noise_shape, generator = generator)
     styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-    alpha = alpha.expand(num)
-
     model.eval()
 
     try:
         starts = range(0, num, default(batch_size, num))
-        batches = [[t[i:i + starts.step].to(device) if exists(t) else None for t in (noise, labels, alpha, styles)] for i in starts]
+        batches = [[t[i:i + starts.step].to(device) if exists(t) else None for t in (noise, labels, alpha.expand(num), styles)] for i in starts]
         return cat([model(*batch) for batch in batches])
     finally:
         model.train(training)
@@ -1462,24 +1442,17 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
 def save_tensors(state_dict, path, copy = True):
     """copy: tensors may share memory. Returns the file's line of the manifest."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
-    return {path.name: dict(bytes = path.stat().st_size, sha256 = sha256(path))}
+    return path.name, dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()      # mapped: the file need not fit into memory
 
 def flush(path):
     """Wait until a file, or where that can be done a folder, is on the disk."""
-    if os.name != 'nt':
+    with suppress(OSError) if path.is_dir() or os.name == 'nt' else nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:
-            if path.is_file():
-                raise
         finally:
             os.close(descriptor)
 
@@ -1487,9 +1460,8 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first also at everything that is not a queue's."""
     try:
         files = json.loads((folder / 'manifest.json').read_text())['files']
-        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
 
-        if missing:
+        if missing := {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys():
             return f'its manifest does not have {", ".join(sorted(missing))}'
 
         for name, expected in files.items():
@@ -1505,8 +1477,7 @@ def damage(folder, rank = 0):
 def discard(folder):
     """Remove a folder so that it is never seen half removed."""
     if folder.exists():
-        waste = folder.rename(folder.with_name(f'unfinished-old-{folder.name}'))
-        shutil.rmtree(waste)
+        shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
 @contextmanager
 def interruptions():
@@ -1517,7 +1488,7 @@ def interruptions():
         received.append(number)
         signal.signal(number, handlers[number])
 
-    if threading.current_thread() is threading.main_thread():
+    with suppress(ValueError):      # another thread than the main one gets none
         handlers |= {number: signal.signal(number, remember) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
     try:
@@ -1557,32 +1528,18 @@ def versions():
 
     return found
 
-def git_revision():
-    """Of the working directory, None outside of a repository."""
-    try:
-        return subprocess.run(['git', 'rev-parse', 'HEAD'], capture_output = True, text = True, timeout = 10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-def gathered(value):
-    """A number as a tensor, also where it is sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
-
-def memory_mib(device):
-    """The most that this process has had on its GPU, or what it has in all."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss) / 2 ** 20
-
 class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
-    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() images
-    [rows cols ch h w] in [0, 1]; to_image is an attribute.
+    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() samples
+    for the grid [b ch h w], and its number of rows.
 
     num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
     gradient_accumulation_steps, log_with: as in accelerate. mixed_precision: too; None is what accelerate was launched with, or else bf16 on a GPU that has it.
     compile: torch.compile of the model, and of encoders and loss. cpu: train on the cpu even where there is a GPU. num_workers: processes that read data.
     max_skipped_steps: so many steps with non-finite gradients are left out, the next one stops the run. Above 0 every step waits for its gradient norm.
+    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
     log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, starts.jsonl (configuration, versions and
         hardware of every start), samples/, checkpoints/ (the newest keep_checkpoints). Ctrl-C and SIGTERM save a checkpoint before they act.
     resume_from_checkpoint: a checkpoint folder, or 'latest', the newest that is complete and undamaged (from the beginning if there is none). A resumed
@@ -1591,14 +1548,11 @@ class BaseTrainer:
     """
 
     def __init__(
-        self,
-        model,
-        dataset,
-        *,
+        self, model, dataset, *,
         batch_size, num_train_steps = 30_000, seed = 0,
         learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
         gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
-        log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
+        to_image = None, log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
         results_folder = './results', resume_from_checkpoint = None, overwrite = False,
         config = {}                         # of the subclass
     ):
@@ -1642,23 +1596,22 @@ class BaseTrainer:
         if compile:
             self.unwrapped.compile()
 
-        self.dataset, self.sample_shape = Replayed(dataset, seed, exists(getattr(model, 'num_classes', None))), tuple(sample.shape)
+        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), tuple(sample.shape)
+        self.dataset = Replayed(dataset, seed, with_labels = exists(self.num_classes))
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
-        self.samples_per_step = batch_size
+        self.samples_per_step, self.to_image = batch_size, to_image
 
         # a new run does not mix with an earlier one
 
         try:
             self.results_folder.mkdir(parents = True, exist_ok = True)
-            with tempfile.TemporaryFile(dir = self.results_folder):
-                pass
+            tempfile.TemporaryFile(dir = self.results_folder).close()
         except OSError as error:
             raise OSError(f'results_folder = {str(results_folder)!r} cannot be written to: {error}') from error
 
         earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')) if path.exists()]
         check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
-        accelerator.wait_for_everyone()
 
         if accelerator.is_main_process:
             for path in earlier if overwrite and not exists(resume_from_checkpoint) else (self.results_folder / 'checkpoints').glob('unfinished-*'):
@@ -1677,10 +1630,6 @@ class BaseTrainer:
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
 
-    def images(self, samples):
-        """Samples as images [b 1|3 h w] in [0, 1]."""
-        return self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
-
     # the loop. Every random number is drawn from a seed made of its place in the run
 
     def batches(self):
@@ -1689,12 +1638,8 @@ class BaseTrainer:
         indices = endless_shuffle(len(self.dataset), seed = self.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), rank, None, world)
 
-        class Places(Sampler):
-            def __iter__(self):
-                return places
-
         pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = Places(), num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
+        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = places, num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
 
     def read(self, batches):
         samples, labels = next(batches)
@@ -1704,8 +1649,7 @@ class BaseTrainer:
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
-        generators = torch.default_generator, *torch.cuda.default_generators
-        for generator in generators if self.accelerator.device.type == 'cuda' else generators[:1]:
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
 
     def train_step(self, batches):
@@ -1724,6 +1668,7 @@ class BaseTrainer:
         parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
         grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
         grad_norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
+        grad_norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in grad_norms.items()}      # of a sharded model
 
         # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
 
@@ -1742,17 +1687,21 @@ class BaseTrainer:
     def check_finite(self):
         """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
         steps, self.unchecked = self.unchecked, []
-        finite = [gathered(value).isfinite().float() for _, loss, grad_norm, _ in steps for value in (loss, grad_norm)]
-        finite = self.accelerator.reduce(stack(finite).to(self.accelerator.device), 'mean').tolist() if finite else []      # all processes say the same
-        broken = [i // 2 for i, ok in enumerate(finite) if ok < 1 and not (exists(self.accelerator.scaler) and i % 2 == 1)]      # fp16: the scaler skips these
 
-        if not broken:
+        if not steps:
+            return True
+
+        scaled = exists(self.accelerator.scaler)        # fp16: it skips steps of which the gradient alone is broken
+        finite = stack([loss.isfinite() & (grad_norm.isfinite() | scaled) for _, loss, grad_norm, _ in steps])
+        broken = self.accelerator.reduce(finite.float(), 'mean') < 1        # all processes say the same
+
+        if not broken.any():
             return True
 
         self.skipped += 1
-        step, loss, grad_norm, details = steps[broken[0]]
+        step, loss, grad_norm, details = steps[broken.tolist().index(True)]
         found = ', '.join(f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {step}: loss {loss.item():.4g}, gradient norm {gathered(grad_norm).item():.4g}; {found}'
+        message = f'step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}; {found}'
 
         if self.skipped > self.max_skipped_steps:
             good = next((folder for folder in reversed(self.checkpoints()) if not damage(folder)), 'none')
@@ -1767,12 +1716,15 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
         """
         batches, accelerator = self.batches(), self.accelerator
+        ask_every = 1 if accelerator.num_processes == 1 else 10         # several processes tell each other of signals every tenth step
         accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
 
         if accelerator.is_main_process:
             device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else str(accelerator.device)
             hardware = dict(device = device, processes = accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
-            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = git_revision(), hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
+            failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory, if that is a repository
+            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else revision, hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
+
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start, default = str) + '\n')
 
@@ -1782,7 +1734,7 @@ class BaseTrainer:
         self.clock, stopped = (time.perf_counter(), self.step), False
 
         with interruptions() as received, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps and not (stopped := self.stops(received)):
+            while self.step < self.num_train_steps and not (stopped := self.step % ask_every == 0 and any(gather_object(received))):
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
@@ -1806,25 +1758,21 @@ class BaseTrainer:
         if received:
             signal.raise_signal(received[0])
 
-    def stops(self, received):
-        """Whether a signal has come, to any process; several ask each other every tenth step."""
-        if self.accelerator.num_processes == 1:
-            return len(received) > 0
-        return self.step % 10 == 0 and self.accelerator.reduce(torch.tensor(float(len(received)), device = self.accelerator.device)).item() > 0
-
     def log(self, bar, loss, details, grad_norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
         metrics = dict(loss = loss, **grad_norms, **metrics)
 
-        values = self.accelerator.reduce(stack([gathered(value).detach().float().to(self.accelerator.device) for value in metrics.values()]), 'mean')
+        device = self.accelerator.device
+        values = self.accelerator.reduce(stack([torch.as_tensor(value, dtype = torch.float32, device = device).detach() for value in metrics.values()]), 'mean')
         metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
 
         # of the machine, not of the run: these differ when it is repeated
 
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
         samples = (self.step - first_step) * self.samples_per_step * self.gradient_accumulation_steps
-        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory_mib(self.accelerator.device)}
+        memory = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss
+        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory / 2 ** 20}
 
         self.accelerator.log(metrics, step = self.step)
 
@@ -1840,10 +1788,12 @@ class BaseTrainer:
         main = self.accelerator.is_main_process
 
         if has_images and (main or self.accelerator.is_fsdp2):         # a sharded model needs every process
-            images = self.pictures()
+            samples, rows = self.pictures()
+            images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+
             path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
             path.parent.mkdir(exist_ok = True)
-            image_grid(images).save(path) if main else None
+            image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows)).save(path) if main else None
 
     def checkpoints(self):
         """The folders of this run's checkpoints, oldest first."""
@@ -1855,9 +1805,16 @@ class BaseTrainer:
         accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
         folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
 
-        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})      # on the main process alone
-        optimizer = {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()}
-        states = dict(model = get_model_state_dict(self.unwrapped, options = FULL_STATE), ema = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), optimizer = optimizer)
+        # the main process alone is given states of models and optimizer, each has a queue
+
+        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})
+        own_queue = f'queue-{accelerator.process_index}'
+        states = {
+            'model': get_model_state_dict(self.unwrapped, options = FULL_STATE),
+            'ema': get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
+            'optimizer': {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()},
+            own_queue: {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
+        }
 
         def in_all(work):
             """Every process does its part; an error of one is an error of all. Returns what the parts returned."""
@@ -1871,24 +1828,17 @@ class BaseTrainer:
 
             if exists(problem):
                 shutil.rmtree(unfinished, ignore_errors = True)
-                *_, last = (None, *self.checkpoints())
-                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {last}')
+                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {[None, *self.checkpoints()][-1]}')
 
             return results
 
         def write():
             unfinished.mkdir(parents = True, exist_ok = True)
-            queues = {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
-            files = save_tensors(queues, unfinished / f'queue-{accelerator.process_index}.safetensors', copy = False) if queues else {}
-
-            for name, state in states.items() if accelerator.is_main_process else ():
-                files |= save_tensors(state, unfinished / f'{name}.safetensors')
-
-            return files
+            return [save_tensors(state, unfinished / f'{name}.safetensors', copy = name != own_queue) for name, state in states.items() if state]
 
         def complete(files):
-            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes)
-            state['scaler'] = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
+            scaler = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
+            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes, scaler = scaler)
 
             (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
             (unfinished / 'manifest.json').write_text(json.dumps(dict(state, versions = versions(), config = self.config, files = files), indent = 1, default = str))
@@ -1903,44 +1853,30 @@ class BaseTrainer:
             for old in self.checkpoints()[:-self.keep_checkpoints]:
                 discard(old)
 
-        files = {name: line for part in in_all(write) for name, line in part.items()}
+        files = dict(line for lines in in_all(write) for line in lines)
         in_all(lambda: complete(files) if accelerator.is_main_process else None)
 
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
-        latest, found, problems = self.resume_from_checkpoint == 'latest', None, []
+        given, main, metrics = self.resume_from_checkpoint, self.accelerator.is_main_process, self.results_folder / 'metrics.jsonl'
+        latest = given == 'latest'
 
-        for folder in () if not exists(self.resume_from_checkpoint) else reversed(self.checkpoints()) if latest else [Path(self.resume_from_checkpoint)]:
+        for folder in reversed(self.checkpoints()) if latest else [Path(given)] if exists(given) else []:
             problem = next(filter(exists, gather_object([damage(folder, self.accelerator.process_index)])), None)
 
             if not exists(problem):
-                found = folder
+                self.load(folder)
                 break
 
-            problems.append(f'{folder} cannot be used: {problem}')
+            check(latest, f'{folder} cannot be used: {problem}')
+            warnings.warn(f'{folder} cannot be used: {problem}. Going on from an earlier one, if there is any') if main else None
 
-        check(latest or not problems, '; '.join(problems))
+        # what was logged after the checkpoint will be logged again; a line cut short by a crash goes too
 
-        for problem in problems if self.accelerator.is_main_process else ():
-            warnings.warn(f'{problem}. Going on from an earlier one, if there is any')
-
-        if exists(found):
-            self.load(found)
-
-        if self.accelerator.is_main_process and (self.results_folder / 'metrics.jsonl').is_file():
-            self.trim_metrics(self.results_folder / 'metrics.jsonl')
-
-    def trim_metrics(self, path):
-        """What was logged after the checkpoint will be logged again; a line cut short by a crash goes too."""
-        def stays(line):
-            try:
-                return json.loads(line)['step'] <= self.step
-            except (ValueError, TypeError, KeyError):
-                return False
-
-        trimmed = path.with_suffix('.trimmed')
-        trimmed.write_text(''.join(line for line in path.read_text().splitlines(keepends = True) if stays(line)))
-        trimmed.replace(path)
+        if main and metrics.is_file():
+            lines, trimmed = metrics.read_text().splitlines(keepends = True), metrics.with_suffix('.trimmed')
+            trimmed.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= self.step))
+            trimmed.replace(metrics)
 
     def load(self, folder):
         accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
@@ -1960,7 +1896,7 @@ class BaseTrainer:
             name, kind = name.rsplit('.', 1)
             optimizer['state'].setdefault(name, {})[kind] = t
 
-        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = to_load(self.unwrapped))
+        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = TO_LOAD)
 
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
@@ -1979,22 +1915,16 @@ class Trainer(BaseTrainer):
     alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
     push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
         (by default on the accelerator, in float32; 'cpu' and torch.float16 for a thousand classes of large pictures).
-    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
 
     Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of its share of the real samples.
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
     """
 
     def __init__(
-        self,
-        model,
-        loss_fn,
-        dataset,
-        *,
+        self, model, loss_fn, dataset, *,
         num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, group_chunk_size = None,
         alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
         push_size = 64, class_queue_size = 128, uncond_queue_size = 1000, queue_device = None, queue_dtype = None,
-        to_image = None,
         **kwargs
     ):
         config = settings(locals())
@@ -2006,7 +1936,6 @@ class Trainer(BaseTrainer):
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
 
-        self.num_classes = getattr(model, 'num_classes', None)
         check(1 <= alpha_range[0] <= alpha_range[1] < math.inf, f'alpha_range must be 1 <= low <= high, got {alpha_range}')
         check(0 <= no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {no_cfg_frac}')
         guided = exists(self.num_classes) and alpha_range[1] > 1
@@ -2039,7 +1968,7 @@ class Trainer(BaseTrainer):
 
         self.samples_per_step = num_groups * num_gen
         self.host_group = torch.distributed.new_group(backend = 'gloo') if world > 1 else None      # labels are needed on the cpu: no waiting for the GPU
-        self.noise_shape, self.to_image, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), to_image, False
+        self.noise_shape, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), False
         self.resume()
 
     @classmethod
@@ -2055,12 +1984,14 @@ class Trainer(BaseTrainer):
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
 
-        if self.accelerator.num_processes == 1:
-            return labels.long()
+        labels = labels.long().contiguous()
 
-        parts = [torch.empty_like(labels, dtype = torch.long) for _ in range(self.accelerator.num_processes)]
-        torch.distributed.all_gather(parts, labels.long().contiguous(), group = self.host_group)
-        return rearrange(stack(parts), 'world b -> (b world)')
+        if self.accelerator.num_processes == 1:
+            return labels
+
+        parts = [torch.empty_like(labels) for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather(parts, labels, group = self.host_group)
+        return rearrange(parts, 'world b -> (b world)')
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most as many samples as the data have."""
@@ -2205,23 +2136,22 @@ class Trainer(BaseTrainer):
         """Ten samples each of the first ten classes, always from the same noise."""
         rows = min(10, default(self.num_classes, 10))
         which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
-        images = self.images(self.sample(**which, seed = self.seed))
-        return rearrange(images, '(rows cols) ... -> rows cols ...', cols = 10)
+        return self.sample(**which, seed = self.seed), rows
 
 class StepDetails(NamedTuple):
     breakdown: Breakdown
     alpha: Tensor               # guidance scales of the step [c]
     spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives: towards 0 they collapse
 
-# Table 8, by the names of the generator's presets. Where the paper and the release differ the release's value stands
+# Table 8, by the names of the generator's presets: what differs from the ablation. Where the paper and the release differ the release's value stands
 
-LARGE = dict(learning_rate = 4e-4, weight_decay = 0.01, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_gen = 64, num_pos = 64, num_uncond = 32, push_size = 128, ema_decay = 0.999)
+LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16)
 
 TRAINER_PRESETS = {
-    'ablation': dict(learning_rate = 2e-4, weight_decay = 0.01, lr_warmup_steps = 5_000, num_train_steps = 30_000, num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, alpha_power = 3., push_size = 64, ema_decay = 0.999),
+    'ablation': {},                                                                 # the defaults of Trainer
     'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),                        # paper: num_pos = 128, and one of four ema_decay
-    'L/2': dict(LARGE, alpha_power = 3., no_cfg_frac = 0.5, push_size = 64),
+    'L/2': dict(LARGE, no_cfg_frac = 0.5, push_size = 64),
     'B/16': {**LARGE, **PIXEL, 'learning_rate': 2e-4},
     'L/16': {**LARGE, **PIXEL},
 }
@@ -2231,17 +2161,13 @@ class MAETrainer(BaseTrainer):
 
     batch_size: the paper's is 8192, with its learning rate of 4e-3; smaller batches want a smaller one.
     finetune_steps, cls_weight, cls_warmup_steps: in the last finetune_steps the weight lambda of the classification rises linearly to cls_weight.
-    to_image: as in Trainer, for pictures of samples, what is left of them, and reconstructions.
+    The pictures are of samples, of what is left of them, and of reconstructions.
     """
 
     def __init__(
-        self,
-        model,
-        dataset,
-        *,
+        self, model, dataset, *,
         batch_size = 8192, learning_rate = 4e-3, ema_decay = 0.9995,
         finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
-        to_image = None,
         **kwargs
     ):
         config = settings(locals())
@@ -2251,7 +2177,6 @@ class MAETrainer(BaseTrainer):
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
 
-        self.to_image = to_image
         self.resume()
 
     @property
@@ -2261,10 +2186,10 @@ class MAETrainer(BaseTrainer):
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
-        (samples, labels), num_classes, device = self.read(batches), self.unwrapped.num_classes, self.accelerator.device
+        (samples, labels), device = self.read(batches), self.accelerator.device
         check_range('real samples', samples, -math.inf)
 
-        labels = checked_labels(labels, num_classes, len(labels)).to(device, non_blocking = True) if exists(num_classes) else None
+        labels = checked_labels(labels, self.num_classes, len(labels)).to(device, non_blocking = True) if exists(self.num_classes) else None
         samples = samples.to(device, non_blocking = True)
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
@@ -2285,9 +2210,9 @@ class MAETrainer(BaseTrainer):
         dropped = model.dropped(mask)
 
         left = samples * (1 - dropped)
-        images = self.images(cat((samples, left, left + model.reconstruct(samples, mask)[0] * dropped)))
+        restored = left + model.reconstruct(samples, mask)[0] * dropped
         model.reshard() if self.accelerator.is_fsdp2 else None
-        return rearrange(images, '(rows cols) ... -> rows cols ...', rows = 3)
+        return cat((samples, left, restored)), 3
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 8. published weights - reading the release's artifacts
@@ -2331,56 +2256,42 @@ def read_release_artifact(metadata, weights):
 
     return json.loads(metadata.read_text())['model_config'], params
 
-def renamed(params, rules):
-    """The parameters under our names, by the first rule (pattern of the whole module path, ours) that fits, in PyTorch's layout. params is emptied on the way."""
+def translated(params, rules):
+    """The parameters under our names and in PyTorch's layout. params is emptied on the way, so that none is held twice."""
     state = {}
 
     for path in list(params):
-        t, (module, leaf) = params.pop(path), path.rsplit('/', 1)
-        ours = next((re.sub(pattern, name, module) for pattern, name in rules if re.fullmatch(pattern, module)), module)
-
-        if leaf == 'kernel':    # (in, out), or (h, w, in, out)
-            t = rearrange(t, '... i o -> o i ...')
-
-        state[f'{ours}.{dict(kernel = "weight", scale = "weight", embedding = "weight").get(leaf, leaf)}'] = t.float().contiguous()
+        t = params.pop(path)
+        t = rearrange(t, '... i o -> o i ...') if path.endswith('/kernel') else t       # (in, out), or (h, w, in, out)
+        state[renamed(path, (*rules, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')))] = t.float().contiguous()
 
     return state
 
 def mae_from_release(config, params):
     """The arguments and the state dict of a LatentMAE from the release's config and parameters."""
-    block = r'encoder/stages_(\d+)/layers_(\d+)'
-
-    rules = [
-        (r'encoder/conv1', 'stem.0'), (r'encoder/gn1', 'stem.1'), (r'encoder/(layer\d)_norm', r'norms.\1'),
-        (rf'{block}/conv(\d)', r'stages.\1.\2.conv\3.0'), (rf'{block}/gn(\d)', r'stages.\1.\2.conv\3.1'),
-        (rf'{block}/proj_conv', r'stages.\1.\2.shortcut.0'), (rf'{block}/proj_gn', r'stages.\1.\2.shortcut.1'),
-        (r'decoder/bridge/conv', 'bridge.0'), (r'decoder/bridge/gn', 'bridge.1'), (r'decoder/head', 'to_pixels'), (r'fc', 'to_logits'),
-        (r'decoder/(up\d+)/concat_norm_fn', r'ups.\1.norm'), (r'decoder/(up\d+)/(\w+)/conv', r'ups.\1.\2.0'), (r'decoder/(up\d+)/(\w+)/gn', r'ups.\1.\2.1')
-    ]
+    state = translated(params, [
+        (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'), (r'^encoder/stages_(\d+)/layers_(\d+)', r'stages/\1/\2'),
+        (r'^decoder/(up\d+)', r'ups/\1'), (r'^decoder/head', 'to_pixels'), (r'^decoder/bridge', 'bridge'), (r'^fc', 'to_logits'),
+        (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'), (r'concat_norm_fn', 'norm')
+    ])
 
     names = dict(dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes', mask_patch_size = 'patch_size', layers = 'layers')
-    return {ours: config[theirs] for ours, theirs in names.items()}, renamed(params, rules)
+    return {ours: config[theirs] for ours, theirs in names.items()}, state
 
 def generator_from_release(config, params):
     """The arguments and the state dict of a DriftingGenerator from the release's config and parameters."""
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
         check(config.get(option, True), f'the published generator has {option} = False, which this generator does not offer')
 
-    dit, block = 'LightningDiT_0', r'LightningDiT_0/blocks_(\d+)'
-
-    state = renamed(params, [
-        (r'Embed_0', 'class_embed'), (r'noise_embeds_(\d+)', r'style.\1'),
-        (r'TimestepEmbedder_0/TorchLinear_0/Dense_0', 'alpha_embed.0'), (r'TimestepEmbedder_0/TorchLinear_1/Dense_0', 'alpha_embed.2'), (r'RMSNorm_0', 'alpha_embed.3'),
-        (rf'{dit}/TorchLinear_0/Dense_0', 'patch_embed'), (rf'{dit}/TorchLinear_1/Dense_0', 'register_proj'), (dit, 'embed'),
-        (rf'{block}/TorchLinear_0/Dense_0', r'blocks.\1.modulation.linear'), (rf'{block}/RMSNorm_0', r'blocks.\1.attn_norm'), (rf'{block}/RMSNorm_1', r'blocks.\1.ff_norm'),
-        (rf'{block}/Attention_0/TorchLinear_0/Dense_0', r'blocks.\1.qkv'), (rf'{block}/Attention_0/TorchLinear_1/Dense_0', r'blocks.\1.attn.to_out'),
-        (rf'{block}/Attention_0/(\w)_norm', r'blocks.\1.attn.\2_rmsnorm'),
-        (rf'{block}/SwiGLUFFN_0/TorchLinear_0/Dense_0', r'blocks.\1.gate'), (rf'{block}/SwiGLUFFN_0/TorchLinear_1/Dense_0', r'blocks.\1.up'),
-        (rf'{block}/SwiGLUFFN_0/TorchLinear_2/Dense_0', r'blocks.\1.ff.ff.2'),
-        (rf'{dit}/FinalLayer_0/TorchLinear_0/Dense_0', 'final_modulation.linear'), (rf'{dit}/FinalLayer_0/TorchLinear_1/Dense_0', 'to_patch'), (rf'{dit}/FinalLayer_0/RMSNorm_0', 'final_norm')
+    state = translated(params, [
+        (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'), (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'),
+        (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'), (r'^RMSNorm_0/weight', 'alpha_embed/3/g'),
+        (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
+        (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'), (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0/weight', 'final_norm/g'),
+        (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
+        (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
+        (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0/weight', 'attn_norm/g'), (r'RMSNorm_1/weight', 'ff_norm/g')
     ])
-
-    heads, styles = config['num_heads'], config['noise_coords']
 
     def take(name):
         check(name in state, f'the published weights lack the parameter that becomes {name}')
@@ -2389,11 +2300,9 @@ def generator_from_release(config, params):
     def interleave(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(styles)])
-    state['pos_embed'], state['register_embed'] = (rearrange(take(f'embed.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
-
-    for name in ('alpha_embed.3', 'final_norm', *(f'blocks.{i}.{norm}' for i in range(config['depth']) for norm in ('attn_norm', 'ff_norm'))):
-        state[f'{name}.g'] = take(f'{name}.weight')
+    heads = config['num_heads']
+    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(config['noise_coords'])])
+    state['pos_embed'], state['register_embed'] = (rearrange(take(f'dit.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
         for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
@@ -2406,10 +2315,10 @@ def generator_from_release(config, params):
         for kind in ('weight', 'bias'):
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
 
-        state[f'{block}.out_bias'] = take(f'{block}.attn.to_out.bias')
-
     names = dict(
         image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads', num_classes = 'num_classes',
         num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
     )
     return {ours: config[theirs] for ours, theirs in names.items()}, state
+
+FROM_RELEASE = dict(mae = mae_from_release, gen = generator_from_release)
