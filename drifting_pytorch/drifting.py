@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -1482,14 +1483,18 @@ def discard(folder):
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list: so that the step can end and a checkpoint be written. A second one acts at once."""
-    received, handlers = [], {}
+    received = []
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    with suppress(ValueError):      # another thread than the main one gets none
-        handlers |= {number: signal.signal(number, remember) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()           # others get no signals
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}      # nohup
+
+    for number in handlers:
+        signal.signal(number, remember)
 
     try:
         yield received

@@ -252,6 +252,18 @@ def test_signals_save_before_they_act(tmp_path, straight, number, result):
     start, final, complaints = resumed(tmp_path)
     assert start == 3 and not complaints and (final == straight[0]).all() and rows(tmp_path) == straight[1]
 
+def deaf(folder):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    t = short(folder, num_train_steps = 6)
+    step = t.train_step
+    t.train_step = lambda batches: (os.kill(os.getpid(), signal.SIGINT), step(batches))[1]
+    t.train()
+    return t.step
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As under nohup, or in the background of a script."""
+    assert launch(deaf, 1, tmp_path) == [6]
+
 def interrupted_together(folder):
     """The signal reaches the second process alone; both stop at the same step."""
     t = short(folder, num_train_steps = 40, num_groups = 4)
