@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn, cat
 
-from drifting_pytorch import FeatureDriftLoss
+from drifting_pytorch import FeatureDriftLoss, drift_loss
 from drifting_pytorch.drifting import image_grid, sinusoidal
 from train_mnist import crop, evaluate, load_images, train_judge
 
@@ -119,37 +119,32 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.head(x), 2)
 
 class Classifier(nn.Module):
-    """The encoder of drifting, trained in seconds. Without norms, so a picture without contrast does no harm."""
+    """The encoder of drifting, trained in seconds, with a convolution less than the judge. Without norms, so a picture without contrast does no harm."""
 
-    def __init__(self, dim = 16, feature_weight = 0.5):
+    def __init__(self, dim = 32, feature_weight = 0.5):
         super().__init__()
         self.feature_weight = feature_weight
-        convs = [nn.Conv2d(i, o, 3, 2, 1) for i, o in ((1, dim), (dim, dim * 2), (dim * 2, dim * 4))]
-        self.stages = nn.ModuleList([nn.Sequential(conv, nn.ReLU()) for conv in convs] + [nn.Sequential(nn.Flatten(), nn.Linear(dim * 64, 64), nn.ReLU())])
+        self.to_map = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, dim, 3, 2, 1), nn.ReLU(), nn.Conv2d(dim, dim * 2, 3, 2, 1), nn.ReLU(), nn.Flatten())
+        self.to_vector = nn.Sequential(nn.Linear(dim * 32, 64), nn.ReLU())
         self.head = nn.Linear(64, 10)
 
-    def maps(self, x):
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
-
     def features(self, x):
-        """The 7x7 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
-        maps = self.maps(x)
-        features = {f'stage{i}': rearrange(maps[i].flatten(1), 'b d -> b 1 d') for i in (1, 3)}
-        return {name: torch.lerp(t.detach(), t, self.feature_weight) for name, t in features.items()}      # the value as it is, the gradient weighted
+        """The 4x4 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
+        maps = self.to_map(x)
+        features = dict(map = maps, vector = self.to_vector(maps))
+        return {name: rearrange(torch.lerp(t.detach(), t, self.feature_weight), 'b d -> b 1 d') for name, t in features.items()}      # the value as it is, the gradient weighted
 
     def train_on(self, images, labels, num_steps, batch_size = 64):
         optimizer = torch.optim.AdamW(self.parameters(), lr = 2e-3, weight_decay = 0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 - 2 * step / num_steps))        # falls in the second half
 
         for _ in range(num_steps):
             index, shift = torch.randint(len(images), (batch_size,)), torch.randint(-2, 3, (2,)).tolist()
-            logits = self.head(self.maps(images[index].roll(shift, dims = (2, 3)))[-1])
+            logits = self.head(self.to_vector(self.to_map(images[index].roll(shift, dims = (2, 3)))))
             F.cross_entropy(logits, labels[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
 
 class Critic(nn.Module):
     """A score [b] of images [b 1 28 28] as pictures of their classes."""
@@ -172,7 +167,7 @@ class Method:
     def __init__(self, images, labels, model, *, learning_rate, ema_decay, betas = (0.9, 0.95)):
         self.images, self.labels, self.model, self.parts = images, labels, model, [model]
         self.optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = 0.01, fused = True)
-        self.averaged, self.ema_decay, self.updates = deepcopy(model), ema_decay, 0
+        self.averaged, self.ema_decay, self.learning_rate, self.updates = deepcopy(model), ema_decay, learning_rate, 0
 
     def batch(self, size):
         index = torch.randint(len(self.images), (size,))
@@ -197,12 +192,12 @@ class Method:
         return self.generate(self.averaged, labels)
 
 class Drifting(Method):
-    """Few class groups and a cheap generator, so many steps; positives in plenty, as they cost next to nothing."""
+    """Few class groups and a cheap generator, so many steps; positives in plenty, as they cost next to nothing: the frozen encoder sees every image once."""
 
     def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True):
-        super().__init__(images, labels, ConvGenerator(), learning_rate = 2e-3, ema_decay = 0.99)
+        super().__init__(images, labels, ConvGenerator(), learning_rate = 4e-3, ema_decay = 1.)       # an average over about the last tenth of all steps
         self.num_groups, self.num_gen, self.num_pos = num_groups, num_gen, num_pos
-        self.classes = [images[labels == i] for i in range(10)]
+        self.classes = [(labels == i).nonzero()[:, 0] for i in range(10)]
 
         encoder = Classifier() if with_encoder else None
 
@@ -210,14 +205,24 @@ class Drifting(Method):
             encoder.train_on(images, labels, encoder_steps)
             self.parts.append(encoder)
 
-        self.loss_fn = FeatureDriftLoss(encoder, affinity_floor = 0., diagnostics = False)
+        self.features = FeatureDriftLoss(encoder).features                                  # of pixels ('global') and encoder
+
+        with torch.no_grad():
+            self.real = self.features(images)
 
     def step(self):
+        # the field has unit size however near the samples are, so the steps have to become small by themselves, at a rate that knows of no end
+
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate * min(1, 200 / (self.updates + 1)) ** 0.5
+
         labels = torch.randperm(10)[:self.num_groups]
-        pos = torch.stack([self.classes[i][torch.randperm(len(self.classes[i]))[:self.num_pos]] for i in labels])       # c p 1 28 28
-        gen = self.generate(self.model, labels.repeat_interleave(self.num_gen))
-        loss, _ = self.loss_fn(rearrange(gen, '(c g) ... -> c g ...', g = self.num_gen), pos)
-        self.descend(loss)
+        index = cat([self.classes[i][torch.randperm(len(self.classes[i]))[:self.num_pos]] for i in labels])
+        gen = self.features(self.generate(self.model, labels.repeat_interleave(self.num_gen)))
+
+        grouped = partial(rearrange, pattern = '(c n) 1 d -> c n d', c = self.num_groups)
+        losses = [drift_loss(grouped(gen[name]), grouped(real[index]), affinity_floor = 0., diagnostics = False)[0] for name, real in self.real.items()]
+        self.descend(sum(losses).mean())
 
 class WGAN(Method):
     def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10.):
