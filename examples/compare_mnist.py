@@ -334,8 +334,19 @@ class Judge:
 def row(metrics):
     return f'{metrics["frechet_distance"]:8.1f}  {metrics["accuracy"]:8.3f}  {metrics["precision"]:9.3f}  {metrics["recall"]:6.3f}  {metrics["novelty"]:7.2f}'
 
+def draw(trained, num):
+    """num samples [num 1 28 28], as many of every class and always from the same noise, and their labels."""
+    labels = torch.arange(10).repeat_interleave(num // 10)
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return cat([trained.sample(part) for part in labels.split(250)]).clamp(-1, 1), labels
+
 def run(method, seed, budget, points, num_samples, judge, path):
-    """Train for budget cpu seconds, evaluate at times that double, save after each. Goes on from where an earlier run in the same folder stopped."""
+    """Train for budget cpu seconds, evaluate at times that double, at the end with five times as many samples too; save after each.
+
+    Goes on from where an earlier run in the same folder stopped. Returns the evaluations; the last has the one of more samples as 'final'.
+    """
     saved = path.with_suffix('.pt')
 
     if saved.exists():
@@ -347,8 +358,14 @@ def run(method, seed, budget, points, num_samples, judge, path):
         trained = METHODS[method](judge.images, judge.labels)
         used = time.process_time() - start
 
-    sample_labels = torch.arange(10).repeat_interleave(num_samples // 10)
     done = records[-1]['time'] if records else 0.
+
+    if done > budget:
+        raise SystemExit(f'{saved} has been trained for {done:g} s already: pass --budget {done:g}, or another --results-folder')
+
+    def save(records):
+        torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
+        path.write_text(json.dumps(records, indent = 1))
 
     for seconds in (budget / 2 ** i for i in reversed(range(points))):
         if seconds <= done:
@@ -359,23 +376,23 @@ def run(method, seed, budget, points, num_samples, judge, path):
             trained.step()
             used, steps = used + time.process_time() - start, steps + 1
 
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            samples = cat([trained.sample(part) for part in sample_labels.split(250)]).clamp(-1, 1)
-
+        samples, labels = draw(trained, num_samples)
         parameters = [sum(p.numel() for p in part.parameters()) for part in trained.parts]
-        record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, **judge(samples, sample_labels))
+        record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, **judge(samples, labels))
         records.append(record)
         print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(record)}', flush = True)
 
-        torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
-        path.write_text(json.dumps(records, indent = 1))
+        save(records)
         image_grid(rearrange((samples + 1) / 2, '(c n) ... -> c n ...', c = 10)[:, :20]).save(path.with_suffix('.png'))
 
-    return [record for record in records if record['time'] <= budget]
+    if 'final' not in records[-1]:
+        records[-1]['final'] = judge(*draw(trained, 5 * num_samples))
+        save(records)
 
-def mean_of(records):
-    return {key: sum(record[key] for record in records) / len(records) for key in MEASURES}
+    return records
+
+def mean_of(records, statistic = torch.mean):
+    return {key: statistic(torch.tensor([record[key] for record in records])).item() for key in MEASURES}
 
 def plot(results, real, path):
     figure, axes = plt.subplots(1, 4, figsize = (14, 3.2))
@@ -399,7 +416,7 @@ def main():
     parser.add_argument('--seeds', type = int, nargs = '+', default = [0], help = 'of the trainings; the split, the judge and the samples always use seed 0')
     parser.add_argument('--budget', type = float, default = 600., help = 'cpu seconds of every training')
     parser.add_argument('--points', type = int, default = 7, help = 'number of evaluations: at the budget, at half of it, at a quarter of it and so on')
-    parser.add_argument('--num-samples', type = int, default = 1_000, help = 'of every evaluation, a tenth of them per class')
+    parser.add_argument('--num-samples', type = int, default = 1_000, help = 'of every evaluation, a tenth of them per class; five times as many at the end')
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -414,17 +431,21 @@ def main():
         for method in methods
     }
 
-    some = cat([(judge.labels == i).nonzero()[:100, 0] for i in range(10)])
-    real = judge(judge.images[some], judge.labels[some])
-    plot(results, real, folder / 'compare.png')
+    some = cat([(judge.labels == i).nonzero()[:args.num_samples // 10, 0] for i in range(10)])
+    plot(results, judge(judge.images[some], judge.labels[some]), folder / 'compare.png')
 
-    print(f'\nafter {args.budget:g} cpu seconds, mean of {len(args.seeds)} seeds\n\n{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty')
+    print(f'\nafter {args.budget:g} cpu seconds, {5 * args.num_samples:,} samples, mean and deviation over {len(args.seeds)} seeds\n')
+    print(f'{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty')
 
     for method, runs in results.items():
-        last = [records[-1] for records in runs]
-        print(f'{method:15s} {last[0]["evaluations"]:11d}  {sum(last[0]["parameters"]):10,d}  {row(mean_of(last))}')
+        last = runs[0][-1]
+        finals = [records[-1]['final'] for records in runs]
+        print(f'{method:15s} {last["evaluations"]:11d}  {sum(last["parameters"]):10,d}  {row(mean_of(finals))}')
 
-    print(f'{"real":15s} {"":11s}  {"":10s}  {row(real)}\n\n{folder / "compare.png"}')
+        if len(runs) > 1:
+            print(f'{"":15s} {"":11s}  {"":10s}  {row(mean_of(finals, torch.std))}')
+
+    print(f'{"all real images":15s} {"":11s}  {"":10s}  {row(judge(judge.images, judge.labels))}\n\n{folder / "compare.png"}')
 
 if __name__ == '__main__':
     main()

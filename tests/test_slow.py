@@ -37,7 +37,7 @@ import sys, torch
 from torch.utils.data import TensorDataset
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
 
-data = TensorDataset(torch.rand(60, 1, 16, 16) * 2 - 1, torch.arange(60) % 3)
+data = TensorDataset(torch.rand(120, 1, 16, 16) * 2 - 1, torch.arange(120) % 3)
 model = DriftingGenerator(image_size = 16, channels = 1, patch_size = 4, dim = 32, depth = 1, heads = 4, num_classes = 3, num_register_tokens = 2)
 encoder = LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = None)
 
