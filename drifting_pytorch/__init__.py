@@ -6,6 +6,7 @@ from drifting_pytorch.drifting import (
     ConvNeXtV2,
     BackboneFeatures,
     DriftingGenerator,
+    ImageFolder,
     SampleQueue,
     Trainer,
     MAETrainer,

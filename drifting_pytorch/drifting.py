@@ -1332,6 +1332,65 @@ PRESETS = {
 # 6. data - A.7, A.8
 # ───────────────────────────────────────────────────────────────────────────────
 
+IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
+
+def images_in(folder):
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_EXTENSIONS))
+
+def center_crop(picture, size):
+    """The centre [size, size] of a picture as ADM and DiT cut it: halved by box filter while twice too large, then bicubic to the shorter side."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
+
+    scale = size / min(picture.size)
+    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+
+    left, top = ((side - size) // 2 for side in picture.size)
+    return picture.crop((left, top, left + size, top + size))
+
+class ImageFolder(Dataset):
+    """Images [ch size size] in [-1, 1] of a folder, and their labels: places among its class folders, or 0 where the folder itself holds the images.
+
+    channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random. num_classes: of class folders, None if there are none.
+    Raises ValueError for a folder without images or with images next to class folders, and with its name for an image that cannot be read.
+    """
+
+    def __init__(self, root, image_size, *, channels = 3, flip = False):
+        check(os.path.isdir(root), f'{root} is not a folder: expected one of images, or of class folders of images')
+        check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
+        self.root, self.image_size, self.channels, self.flip = Path(root), image_size, channels, flip
+
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+        self.num_classes = len(self.classes) or None
+        check(not self.classes or not images_in(root), f'{root} has both class folders and images: move the images into the folder of their class')
+
+        folders = self.classes or ['']
+        found = [images_in(self.root / name) for name in folders]
+        empty = [str(self.root / name) for name, files in zip(folders, found) if not files]
+        check(not empty, f'{", ".join(empty)} has no images ({", ".join(IMAGE_EXTENSIONS)}): remove it or fill it')
+
+        self.files = [(os.path.join(name, file), label) for label, (name, files) in enumerate(zip(folders, found)) for file in files]
+
+    def __len__(self):
+        return len(self.files)
+
+    def cut(self, picture):
+        """A Pillow image as one of [image_size, image_size]."""
+        return center_crop(picture, self.image_size)
+
+    def __getitem__(self, index):
+        name, label = self.files[index]
+
+        try:
+            with Image.open(self.root / name) as file:
+                picture = file.convert('RGB' if self.channels == 3 else 'L')
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:      # all that Pillow raises for broken files
+            raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
+
+        pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
+        image = rearrange(torch.from_numpy(pixels), 'h w ch -> ch h w').float() / 127.5 - 1
+        return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
+
 class SampleQueue:
     """The newest real samples of every class: positives are drawn from it, and unconditional samples from a second one with a single class.
 

@@ -30,6 +30,11 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'tests').symlink_to(ROOT / 'tests')
 
+    for i in range(16):
+        path = tmp_path / 'path' / 'to' / 'images' / 'ab'[i % 2] / f'{i}.png'
+        path.parent.mkdir(parents = True, exist_ok = True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype = np.uint8)).save(path)
+
     namespace = {}
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), namespace)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from drifting_pytorch import ConvNeXtV2, DriftingGenerator, LatentMAE
+from drifting_pytorch import ConvNeXtV2, DriftingGenerator, ImageFolder, LatentMAE
+from drifting_pytorch.drifting import center_crop
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
 import encode_latents
 import train_generator
 import train_mae
-from data import ImageFolder, LatentDataset, center_crop, load_vae, random_crop_box
+from data import ClassFolders, LatentDataset, load_vae, random_crop_box
 
 CLASSES = ('n01', 'n02', 'n03')
 
@@ -83,8 +84,8 @@ def test_random_crop_box_is_inside_and_of_the_asked_area():
     assert 0.72 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.38
     assert random_crop_box(1000, 10) == (495, 0, 505, 10)                   # nothing fits
 
-def test_image_folder(images, tmp_path):
-    dataset = ImageFolder(images, 64)
+def test_class_folders(images, tmp_path):
+    dataset = ClassFolders(images, 64)
     assert dataset.classes == list(CLASSES) and len(dataset) == 36
     assert [dataset[i][1] for i in (0, 11, 12, 35)] == [0, 0, 1, 2]
 
@@ -93,19 +94,42 @@ def test_image_folder(images, tmp_path):
     assert torch.equal(*dataset[3][0][:2])                                  # the grey one
 
     torch.manual_seed(0)
-    flips = [ImageFolder(images, 64, 'flip')[0][0] for _ in range(20)]
+    flips = [ClassFolders(images, 64, 'flip')[0][0] for _ in range(20)]
     assert {torch.equal(flip, image) for flip in flips} == {True, False} and all(torch.equal(flip, image) or torch.equal(flip.flip(-1), image) for flip in flips)
-    assert ImageFolder(images, 64, 'crop')[0][0].shape == (3, 64, 64)
+    assert ClassFolders(images, 64, 'crop')[0][0].shape == (3, 64, 64)
 
-    for root, message in ((tmp_path / 'none', 'not a folder'), (tmp_path, 'no class folders')):
+    for root, message in ((tmp_path / 'none', 'not a folder'), (tmp_path, 'has no images'), (images / CLASSES[0], 'no class folders')):
         with pytest.raises(ValueError, match = message):
-            ImageFolder(root)
+            ClassFolders(root)
 
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match = 'empty has no images'):
-        ImageFolder(tmp_path)
+        ClassFolders(tmp_path)
     with pytest.raises(ValueError, match = "got 'mirror'"):
-        ImageFolder(images, 64, 'mirror')
+        ClassFolders(images, 64, 'mirror')
+
+def test_image_folder_with_and_without_classes(images, tmp_path):
+    with_classes, without = ImageFolder(images, 32), ImageFolder(images / CLASSES[1], 32, channels = 1, flip = True)
+    assert with_classes.num_classes == 3 and without.num_classes is None and len(without) == 12
+    assert with_classes[12][0].shape == (3, 32, 32) and {without[i][1] for i in range(12)} == {0}
+
+    picture = np.array(center_crop(Image.open(images / CLASSES[1] / without.files[0][0]).convert('L'), 32))
+    grey = torch.from_numpy(picture).float()[None] / 127.5 - 1
+    drawn = [without[0][0] for _ in range(20)]
+    assert {torch.equal(image, grey) for image in drawn} == {True, False} and all(torch.equal(image, grey) or torch.equal(image.flip(-1), grey) for image in drawn)
+
+    (tmp_path / 'class').mkdir()
+    for path in (tmp_path / 'class' / 'a.png', tmp_path / 'b.png'):
+        Image.new('RGB', (8, 8)).save(path)
+    with pytest.raises(ValueError, match = 'both class folders and images'):
+        ImageFolder(tmp_path, 8)
+
+    (tmp_path / 'b.png').unlink()
+    (tmp_path / 'class' / 'c.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match = r'c\.png cannot be read as an image'):
+        ImageFolder(tmp_path, 8)[1]
+    with pytest.raises(ValueError, match = 'channels must be 1 or 3, got 4'):
+        ImageFolder(tmp_path, 8, channels = 4)
 
 # latents
 
@@ -116,7 +140,7 @@ def test_encoding_is_the_vae_s(images, vae, latents):
     assert [shard['images'] for shard in manifest['shards']] == [10, 10, 10, 6]
     assert sorted(path.name for path in latents.iterdir()) == ['manifest.json', *(f'shard-{i:05d}.npy' for i in range(4))]
 
-    image, shard = ImageFolder(images, 64)[13][0], np.load(latents / 'shard-00001.npy')
+    image, shard = ClassFolders(images, 64)[13][0], np.load(latents / 'shard-00001.npy')
     assert shard.dtype == np.float16 and shard.shape == (10, 2, 2, 4, 8, 8)
 
     for flip, pixels in enumerate((image, image.flip(-1))):

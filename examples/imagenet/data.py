@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 from bisect import bisect_right
 from functools import lru_cache
@@ -16,37 +15,12 @@ from einops import rearrange
 from PIL import Image
 from torch.utils.data import Dataset
 
+from drifting_pytorch import ImageFolder
 from drifting_pytorch.drifting import check
 
-EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 AUGMENTS = ('center', 'flip', 'crop')
 
 # images
-
-def find_images(root):
-    """The class folders of root, and the images in them as (path below root, label); both sorted, labels are places among the classes."""
-    check(os.path.isdir(root), f'{root} is not a folder: expected class folders of images in it, for example n01440764/*.JPEG')
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    check(classes, f'{root} has no class folders: expected images as {root}/<class>/<name>.JPEG')
-    files = []
-
-    for label, name in enumerate(classes):
-        found = sorted(entry.name for entry in os.scandir(os.path.join(root, name)) if entry.name.lower().endswith(EXTENSIONS))
-        check(found, f'the class folder {os.path.join(root, name)} has no images ({", ".join(EXTENSIONS)}): remove it or fill it')
-        files += [(f'{name}/{file}', label) for file in found]
-
-    return classes, files
-
-def center_crop(picture, size):
-    """The centre [size, size] of a picture as ADM and DiT cut it: halved by box filter while twice too large, then bicubic to the shorter side."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
-
-    scale = size / min(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-
-    left, top = ((side - size) // 2 for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
 
 def random_crop_box(width, height, scale = (0.2, 1.), ratio = (3 / 4, 4 / 3)):
     """(left, top, right, bottom) of a random share of the area at a random aspect ratio, the usual 'random resized crop'."""
@@ -65,38 +39,21 @@ def random_crop_box(width, height, scale = (0.2, 1.), ratio = (3 / 4, 4 / 3)):
 def check_augment(augment):
     check(augment in AUGMENTS, f'augment must be one of {", ".join(AUGMENTS)}, got {augment!r}')
 
-class ImageFolder(Dataset):
+class ClassFolders(ImageFolder):
     """Images [3 size size] in [-1, 1] of a folder of class folders, and their labels.
 
     augment: 'center', the centre crop; 'flip', the same or its mirror image; 'crop', a random resized crop (0.2 .. 1 of the area) and flip.
-    Raises ValueError for a folder without classes, a class without images, and with its name for an image that cannot be read.
     """
 
     def __init__(self, root, image_size = 256, augment = 'center'):
         check_augment(augment)
-        self.root, self.image_size, self.augment = Path(root), image_size, augment
-        self.classes, self.files = find_images(root)
+        super().__init__(root, image_size, flip = augment != 'center')
+        check(self.classes, f'{root} has no class folders: expected images as {root}/<class>/<name>.JPEG')
+        self.augment = augment
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        (name, label), size = self.files[index], self.image_size
-
-        try:
-            with Image.open(self.root / name) as file:
-                picture = file.convert('RGB')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:      # all that Pillow raises for broken files
-            raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
-
-        if self.augment == 'crop':
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box = random_crop_box(*picture.size))
-        else:
-            picture = center_crop(picture, size)
-
-        image = rearrange(torch.from_numpy(np.array(picture)), 'h w ch -> ch h w').float() / 127.5 - 1
-        flip = self.augment != 'center' and random.random() < 0.5
-        return image.flip(-1) if flip else image, label
+    def cut(self, picture):
+        size = (self.image_size, self.image_size)
+        return picture.resize(size, Image.Resampling.BICUBIC, box = random_crop_box(*picture.size)) if self.augment == 'crop' else super().cut(picture)
 
 # latents, as encode_latents.py writes them: shards [n flip moment ch h w], flip: as it is, mirrored; moment: mean, standard deviation
 
@@ -186,7 +143,7 @@ def latent_decoder(name, scaling_factor, batch_size = 8):
 def load_dataset(args, space, augment):
     """The dataset, and what turns its samples into images in [0, 1] (None: they are images, or no pictures are wanted)."""
     if space == 'pixel':
-        return ImageFolder(args.data, args.image_size, augment), None
+        return ClassFolders(args.data, args.image_size, augment), None
 
     dataset = LatentDataset(args.data, augment)
     vae = args.vae if args.vae is not None else dataset.manifest['vae']

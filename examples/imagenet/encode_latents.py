@@ -20,7 +20,7 @@ from einops import rearrange
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from data import ImageFolder, load_vae
+from data import ClassFolders, load_vae
 from drifting_pytorch.drifting import check
 
 class Readable(Dataset):
@@ -95,7 +95,7 @@ def main(argv = None):
     args = parser.parse_args(argv)
 
     state, folder = PartialState(cpu = args.cpu), Path(args.latents)
-    images = ImageFolder(args.images, args.image_size)
+    images = ClassFolders(args.images, args.image_size)
 
     # one folder holds one encoding: the manifest says of what, and lists the shards when all are there
 
