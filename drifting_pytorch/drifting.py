@@ -440,7 +440,7 @@ def effective_neighbors(affinity: Float['... n m']) -> Float['... n']:
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
-CHUNK_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)     # coordinates of points that are worked on at a time: a cpu's cache, half a GiB of a GPU
+CHUNK_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)     # coordinates or coefficients that are worked on at a time: a cpu's cache, half a GiB of a GPU
 
 def shared_sums(stages):
     """Makes a function of a generator that yields sums over its problems, and is sent what they are over those of all processes.
@@ -511,11 +511,12 @@ def drift_loss(
         check_range('uncond_weight', uncond_weight, 0)
         weight[:, 0, p:-m] = uncond_weight
 
-    # the problems are taken in chunks: distances are kept, or computed again where memory is to be bounded
+    # the problems are taken in chunks. What is needed twice is kept, or computed again where memory is to be bounded
 
     num_y = weight.shape[-1]
-    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (num_y * d)))
+    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (num_y * max(d, g * len(temperatures)))))
     chunks = [slice(i, i + size) for i in range(0, b, size)]
+    keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
     buffer = gen.new_empty(min(b, size), num_y, d)
 
     def each_chunk(fn):
@@ -534,9 +535,9 @@ def drift_loss(
 
     # the length of V = sum_y W y without V, if the coefficients sum to zero: |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2. Cheaper in high dimensions
 
-    by_distances = field.zero_sum and not exists(neg) and num_y < d
+    by_distances = field.zero_sum and not exists(neg) and num_y < 0.7 * d
 
-    @lru_cache(maxsize = 1 if exists(chunk_size) else None)
+    @keep
     def squares(i):
         x, y = points(i)
         return squared_distances(x, y), squared_distances(y[:, :-m], y[:, :-m]) if by_distances else None     # b g y, b (p u) (p u)
@@ -571,6 +572,10 @@ def drift_loss(
         W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
         return W, field.potential(dist, p, temperature, w).sum(dim = (0, 2)) if with_potential else None     # b t g y, t
 
+    @keep
+    def vectors(i):
+        return field.apply_coefficients(coefficients(i)[0], *points(i))                                # b t g d
+
     def sum_fields(i):
         W, potential = coefficients(i)
 
@@ -581,7 +586,7 @@ def drift_loss(
             products[..., :num_y - m].baddbmm_(W_others, others_sq, beta = 2)
             V_sq = -0.5 * torch.linalg.vecdot(*(rearrange(t, 'b (t g) y -> b t (g y)', g = g) for t in (products, W_all))).sum(dim = 0)
         else:
-            V_sq = field.apply_coefficients(W, *points(i)).norm(dim = (2, 3)).square().sum(dim = 0)
+            V_sq = vectors(i).norm(dim = (2, 3)).square().sum(dim = 0)
 
         sums = [V_sq / (d * feature_scale ** 2)]
 
@@ -605,8 +610,10 @@ def drift_loss(
     grad = torch.empty_like(x_all)
 
     def losses(i):
-        W = norms.reciprocal() @ rearrange(coefficients(i)[0], 'b t g y -> b t (g y)')
-        V = field.apply_coefficients(rearrange(W, 'b (g y) -> b 1 g y', g = g), *points(i)).squeeze(1)
+        fields = coefficients(i)[0] if by_distances else vectors(i)
+        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')                         # of coefficients, or of vectors
+        total = rearrange(total, 'b (g n) -> b 1 g n', g = g)
+        V = (field.apply_coefficients(total, *points(i)) if by_distances else total).squeeze(1)
         torch.mul(V, -2 / (b * g * d * feature_scale), out = grad[chunks[i]])
         return V.square_().mean(dim = (1, 2))
 
