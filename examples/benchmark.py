@@ -232,10 +232,38 @@ def compare(args, features):
         for name, (wall, cpu) in times.items()
     ]
 
+KINDS = {'products': ('bmm', 'baddbmm', 'addmm', 'mm'), 'exponentials': ('exp',), 'sums and extremes': ('sum', 'amax', 'vector_norm', 'vecdot', 'mean', 'aminmax', 'dot', 'min')}
+
+def shares(fn, device):
+    """{kind of operation: share of the time that operations take} of a call."""
+    fn()
+    cuda = device.type == 'cuda'
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+
+    with torch.profiler.profile(activities = activities) as profiler:
+        fn()
+        synchronize(device)
+
+    times = dict.fromkeys((*KINDS, 'the rest'), 0.)
+
+    for event in profiler.key_averages():
+        name = event.key.removeprefix('aten::').rstrip('_').removeprefix('linalg_')
+        kind = next((kind for kind, names in KINDS.items() if name in names), 'the rest')
+        times[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    return {kind: value / sum(times.values()) for kind, value in times.items()}
+
 def benchmark_loss(args):
     sizes = dict(W1 = (8, 256), W2 = (32, 64)) if args.quick else dict(W1 = (8, 256), W2 = (512, 256), W3 = (512, 640))
-    rows = [{'problem': f'{name}, {b} of {d} dimensions', **row} for name, (b, d) in sizes.items() for row in compare(args, [problems(args, b, d)])]
+    rows, where = [], []
+
+    for name, (b, d) in sizes.items():
+        problem, features = f'{name}, {b} of {d} dimensions', [problems(args, b, d)]
+        rows += [{'problem': problem, **row} for row in compare(args, features)]
+        where.append({'problem': problem, **shares(gradient(ours, features), args.device)})
+
     show('The loss, forward and backward: so many problems of 64 generated, 64 positives, 16 unconditional', rows)
+    show('Where drift_loss spends its time, by kind of operation', where)
     return rows
 
 def benchmark_features(args):
