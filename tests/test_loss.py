@@ -34,7 +34,7 @@ def random_problem(rng, dtype = torch.float64, b = 2, g = 4, p = 3, u = 2, d = 5
     draw = lambda n: size * torch.randn(b, n, d, generator = rng, dtype = dtype)
     return draw(g), draw(p) + size, draw(u), 2 * torch.rand(b, u, generator = rng, dtype = dtype)
 
-@pytest.mark.parametrize('shape', [dict(), dict(b = 1, g = 2, p = 1, u = 1, d = 1), dict(b = 3, g = 3, p = 6, u = 4, d = 2), dict(size = 100.), dict(size = 1e-5)])
+@pytest.mark.parametrize('shape', [dict(), dict(b = 1, g = 2, p = 1, u = 1, d = 1), dict(b = 3, g = 3, p = 6, u = 4, d = 2), dict(size = 100.), dict(size = 1e-5), dict(d = 20)])
 @pytest.mark.parametrize('options', [dict(), dict(kind = 'gaussian'), dict(normalize = 'y'), dict(floor = 0.), dict(a = 1.5), dict(guided = False)])
 def test_loss_equals_the_formula(rng, shape, options):
     gen, pos, uncond, weight = random_problem(rng, **shape)
