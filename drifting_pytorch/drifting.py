@@ -142,6 +142,8 @@ def sum_over_processes(t):
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return reduce_over_processes(t, 'sum') if distributed else t
 
+KEEPS_GRAPH = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)      # during a backward pass: was it told to retain the graph
+
 class KnownGradient(torch.autograd.Function):
     """A loss, () or one per row of x, whose gradient is known already: no graph is kept for it. grad is that of the mean over the rows."""
 
@@ -155,7 +157,9 @@ class KnownGradient(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad, = ctx.saved_tensors
 
-        if can_read(grad_loss) and (grad_loss == 1 / grad_loss.numel()).all():      # it was the mean that was asked for
+        # where it is the mean that is differentiated, and only once, the gradient is handed over as it is
+
+        if can_read(grad_loss) and not KEEPS_GRAPH() and (grad_loss == 1 / grad_loss.numel()).all():
             return grad, None, None
 
         return grad * (grad_loss * grad_loss.numel()).reshape(-1, *([1] * (grad.ndim - 1))), None, None
@@ -327,7 +331,7 @@ class DriftField(Module):
         return A
 
     def affinity(self, logits):
-        """The kernel, normalised: sqrt(softmax over y * softmax over x), the softmax over y, or the kernel itself."""
+        """The kernel, normalised: sqrt(softmax over y * softmax over x), the softmax over y, or the kernel itself. May work in place."""
         if self.normalize == 'both' and can_read(logits):
 
             # both softmaxes from one exponential, in place, unless one of their sums would nearly vanish
@@ -378,7 +382,7 @@ class DriftField(Module):
 
     @property
     def zero_sum(self):
-        """Whether the coefficients of every point sum to zero."""
+        """Whether the coefficients of every point sum to zero: a subclass whose do not must say so."""
         return self.attraction == self.repulsion and self.normalize not in ('gradient', 'sharp')
 
     def apply_coefficients(self, W, x, y):
@@ -533,23 +537,32 @@ def drift_loss(
 
         return y[:, -g:] if not exists(neg) else x_all[chunks[i]] - center, y
 
-    # the length of V = sum_y W y without V, if the coefficients sum to zero: |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2. Cheaper in high dimensions
-
-    by_distances = field.zero_sum and not exists(neg) and num_y < 0.7 * d
-
     @keep
     def squares(i):
-        x, y = points(i)
-        return squared_distances(x, y), squared_distances(y[:, :-m], y[:, :-m]) if by_distances else None     # b g y, b (p u) (p u)
+        return squared_distances(*points(i))                                                           # b g y
+
+    @keep
+    def squares_of_others(i):
+        y = points(i)[1][:, :-m]
+        return squared_distances(y, y)                                                                 # b (p u) (p u)
 
     def distances(i):
-        return squares(i)[0].clamp(min = min_dist_sq).sqrt_()
+        return squares(i).clamp(min = min_dist_sq).sqrt_()
+
+    # in high dimensions coefficients W are smaller than vectors V = sum_y W y, and where they sum to zero the length of V comes cheaper without V,
+    # |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2
+
+    in_coefficients = num_y < 0.7 * d
+    by_distances = in_coefficients and field.zero_sum and not exists(neg)
 
     # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
 
     power = 2 if transport else 1
 
     def sum_distances(i):
+        if by_distances and not exists(chunk_size):
+            squares_of_others(i)        # kept, while the points are at hand
+
         return (reduce(distances(i) ** power, 'b g y -> b 1 y', 'sum') * weight[chunks[i]]).sum()
 
     sum_dist, sum_weight = yield stack((sum(each_chunk(sum_distances)), weight.sum() * g))
@@ -572,7 +585,7 @@ def drift_loss(
         W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
         return W, field.potential(dist, p, temperature, w).sum(dim = (0, 2)) if with_potential else None     # b t g y, t
 
-    @keep
+    @(lru_cache(maxsize = 1) if in_coefficients else keep)
     def vectors(i):
         return field.apply_coefficients(coefficients(i)[0], *points(i))                                # b t g d
 
@@ -580,10 +593,10 @@ def drift_loss(
         W, potential = coefficients(i)
 
         if by_distances:
-            W_all, (dist_sq, others_sq) = rearrange(W, 'b t g y -> b (t g) y'), squares(i)
+            W_all = rearrange(W, 'b t g y -> b (t g) y')
             W_others, W_gen = W_all.tensor_split((num_y - m,), dim = -1)
-            products = W_gen @ dist_sq
-            products[..., :num_y - m].baddbmm_(W_others, others_sq, beta = 2)
+            products = W_gen @ squares(i)
+            products[..., :-m].baddbmm_(W_others, squares_of_others(i), beta = 2)
             V_sq = -0.5 * torch.linalg.vecdot(*(rearrange(t, 'b (t g) y -> b t (g y)', g = g) for t in (products, W_all))).sum(dim = 0)
         else:
             V_sq = vectors(i).norm(dim = (2, 3)).square().sum(dim = 0)
@@ -610,10 +623,10 @@ def drift_loss(
     grad = torch.empty_like(x_all)
 
     def losses(i):
-        fields = coefficients(i)[0] if by_distances else vectors(i)
+        fields = coefficients(i)[0] if in_coefficients else vectors(i)
         total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')                         # of coefficients, or of vectors
         total = rearrange(total, 'b (g n) -> b 1 g n', g = g)
-        V = (field.apply_coefficients(total, *points(i)) if by_distances else total).squeeze(1)
+        V = (field.apply_coefficients(total, *points(i)) if in_coefficients else total).squeeze(1)
         torch.mul(V, -2 / (b * g * d * feature_scale), out = grad[chunks[i]])
         return V.square_().mean(dim = (1, 2))
 
@@ -1342,7 +1355,7 @@ PRESETS = {
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
 def images_in(folder):
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_EXTENSIONS))
+    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.name.startswith('.'))
 
 def center_crop(picture, size):
     """The centre [size, size] of a picture as ADM and DiT cut it: halved by box filter while twice too large, then bicubic to the shorter side."""
@@ -1512,7 +1525,11 @@ def save_tensors(state_dict, path, copy = True):
     return path.name, dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def sha256(path):
-    return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()      # mapped: the file need not fit into memory
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 def flush(path):
     """Wait until a file, or where that can be done a folder, is on the disk."""
@@ -1557,7 +1574,7 @@ def interruptions():
 
     main = threading.current_thread() is threading.main_thread()           # others get no signals
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}      # nohup
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}      # ignored in the background of a script
 
     for number in handlers:
         signal.signal(number, remember)
@@ -1944,9 +1961,13 @@ class BaseTrainer:
 
         # what was logged after the checkpoint will be logged again; a line cut short by a crash goes too
 
+        def stays(line):
+            with suppress(ValueError, TypeError, KeyError):
+                return line.endswith('\n') and json.loads(line)['step'] <= self.step
+
         if main and metrics.is_file():
             lines, trimmed = metrics.read_text().splitlines(keepends = True), metrics.with_suffix('.trimmed')
-            trimmed.write_text(''.join(line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= self.step))
+            trimmed.write_text(''.join(filter(stays, lines)))
             trimmed.replace(metrics)
 
     def load(self, folder):

@@ -261,7 +261,7 @@ def deaf(folder):
     return t.step
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
-    """As under nohup, or in the background of a script."""
+    """As in the background of a script."""
     assert launch(deaf, 1, tmp_path) == [6]
 
 def interrupted_together(folder):

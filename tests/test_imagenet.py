@@ -119,12 +119,13 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
     assert {torch.equal(image, grey) for image in drawn} == {True, False} and all(torch.equal(image, grey) or torch.equal(image.flip(-1), grey) for image in drawn)
 
     (tmp_path / 'class').mkdir()
-    for path in (tmp_path / 'class' / 'a.png', tmp_path / 'b.png'):
+    for path in (tmp_path / 'class' / 'a.png', tmp_path / 'class' / '._a.png', tmp_path / 'b.png'):
         Image.new('RGB', (8, 8)).save(path)
     with pytest.raises(ValueError, match = 'both class folders and images'):
         ImageFolder(tmp_path, 8)
 
     (tmp_path / 'b.png').unlink()
+    assert len(ImageFolder(tmp_path, 8)) == 1
     (tmp_path / 'class' / 'c.png').write_bytes(b'no picture')
     with pytest.raises(ValueError, match = r'c\.png cannot be read as an image'):
         ImageFolder(tmp_path, 8)[1]

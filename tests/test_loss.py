@@ -131,6 +131,18 @@ def test_gradient_of_any_sum_of_the_problems(rng):
     loss.mean().backward()
     assert relative(gen.grad, 5 * mean) < 1e-12
 
+@pytest.mark.parametrize('d', [5, 20])
+def test_backward_can_be_repeated(rng, d):
+    """Also where gen.grad is taken over from the backward pass, through a view of the leaf."""
+    gen, pos, _, _ = random_problem(rng, torch.float64, d = d)
+    gen.requires_grad_()
+    loss, _ = FeatureDriftLoss()(gen, pos)
+    expected, = torch.autograd.grad(loss, gen, retain_graph = True)
+
+    for i in range(3):
+        loss.backward(retain_graph = i < 2)
+        assert relative(gen.grad, (i + 1) * expected) < 1e-12
+
 def test_second_derivatives_are_refused(rng):
     gen, pos, _, _ = random_problem(rng, torch.float64)
     gen.requires_grad_()
