@@ -399,7 +399,9 @@ def plot(results, real, path):
 
     for axis, (key, title) in zip(axes, MEASURES.items()):
         for method, runs in results.items():
-            axis.plot([record['time'] for record in runs[0]], [mean_of(records)[key] for records in zip(*runs)], marker = '.', label = method)
+            at = [{record['time']: record for record in records} for records in runs]
+            times = sorted(set.intersection(*map(set, at)))                                 # that all seeds have
+            axis.plot(times, [mean_of([records[time] for records in at])[key] for time in times], marker = '.', label = method)
 
         axis.axhline(real[key], color = 'gray', linestyle = ':', label = 'real images')
         axis.set(title = title, xlabel = 'cpu seconds', xscale = 'log')
