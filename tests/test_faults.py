@@ -230,6 +230,7 @@ def test_image_that_does_not_open(tmp_path, num_workers):
 # signals
 
 def interrupted(folder, number, raises):
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # where tests run in the background it is ignored
     t = short(folder, num_train_steps = 6)
     step = t.train_step
 
@@ -266,6 +267,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
 
 def interrupted_together(folder):
     """The signal reaches the second process alone; both stop at the same step."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # where tests run in the background it is ignored
     t = short(folder, num_train_steps = 40, num_groups = 4)
     step = t.train_step
 
