@@ -582,15 +582,14 @@ def drift_loss(
             dist[:, :, -g:].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                         # mask self
 
         dist = rearrange(dist, 'b g y -> b 1 g y')
-        W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
-        return W, field.potential(dist, p, temperature, w).sum(dim = (0, 2)) if with_potential else None     # b t g y, t
+        return dist, field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)     # b 1 g y, b t g y
 
     @(lru_cache(maxsize = 1) if in_coefficients else keep)
     def vectors(i):
-        return field.apply_coefficients(coefficients(i)[0], *points(i))                                # b t g d
+        return field.apply_coefficients(coefficients(i)[1], *points(i))                                # b t g d
 
     def sum_fields(i):
-        W, potential = coefficients(i)
+        dist, W = coefficients(i)
 
         if by_distances:
             W_all = rearrange(W, 'b t g y -> b (t g) y')
@@ -608,7 +607,7 @@ def drift_loss(
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), (push[..., :-m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum(dim = (0, 2))]
 
         if with_potential:
-            sums += [potential]
+            sums += [field.potential(dist, p, temperature, weight[chunks[i]]).sum(dim = (0, 2))]
 
         return stack((*sums, torch.full_like(V_sq, len(W) * g)))
 
@@ -623,7 +622,7 @@ def drift_loss(
     grad = torch.empty_like(x_all)
 
     def losses(i):
-        fields = coefficients(i)[0] if in_coefficients else vectors(i)
+        fields = coefficients(i)[1] if in_coefficients else vectors(i)
         total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')                         # of coefficients, or of vectors
         total = rearrange(total, 'b (g n) -> b 1 g n', g = g)
         V = (field.apply_coefficients(total, *points(i)) if in_coefficients else total).squeeze(1)
