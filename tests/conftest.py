@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 
 os.environ['DRIFTING_TYPECHECK'] = '1'    # shapes in signatures are checked throughout the tests
 
@@ -13,7 +15,17 @@ from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)    # small tensors: a second thread only waits
 
-REFERENCE = Path(__file__).parent / 'reference'
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / 'tests' / 'reference'
+
+def run(*command, **kwargs):
+    """What a command prints, or its error where it fails."""
+    result = subprocess.run([*map(str, command)], capture_output = True, text = True, **kwargs)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+def run_example(script, *args):
+    return run(sys.executable, ROOT / 'examples' / script, *args, timeout = 300)
 
 def relative(a, b):
     """norm of the difference / norm"""

@@ -5,17 +5,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from drifting_pytorch import DriftingGenerator
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'examples'))
 
 import evaluate

@@ -4,24 +4,16 @@ import argparse
 import csv
 import json
 import re
-import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run_example
 from PIL import Image
 
 from drifting_pytorch import FeatureDriftLoss, Trainer
-
-ROOT = Path(__file__).parent.parent
-
-def run(script, *args):
-    result = subprocess.run([sys.executable, str(ROOT / 'examples' / script), *map(str, args)], capture_output = True, text = True, timeout = 300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags = re.DOTALL)
@@ -40,7 +32,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(compile(block, 'README.md', 'exec'), namespace)
 
 def test_digits(tmp_path):
-    run('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4, '--threads', 1)
+    run_example('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4, '--threads', 1)
 
     arrays = np.load(tmp_path / 'samples.npz')
     assert arrays['images'].shape == (1000, 1, 8, 8) and arrays['images'].min() >= 0 and arrays['images'].max() <= 1
@@ -72,7 +64,7 @@ def test_digit_metrics_know_copies_and_collapse(monkeypatch):
 
 def test_mnist(tmp_path):
     args = ('--results-folder', tmp_path, '--encoder', 'mae+cls', '--steps', 4, '--raw-steps', 2, '--mae-steps', 6, '--sample-every', 0, '--save-every', 0, '--threads', 1)
-    text = run('train_mnist.py', *args)
+    text = run_example('train_mnist.py', *args)
 
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['judge_accuracy'] > 0.96                                             # a classifier worth asking
@@ -85,7 +77,7 @@ def test_mnist(tmp_path):
     assert (tmp_path / 'reconstructions.png').exists() and (tmp_path / 'curves.png').exists()
 
 def test_compare(tmp_path):
-    text = run('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 100)
+    text = run_example('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 100)
     table = dict(re.findall(r'^([\w-]+) +\d+ +([\d,]+) ', text, flags = re.MULTILINE))
     assert list(table) == ['drifting', 'drifting-pixels', 'meanflow', 'wgan', 'flow'] and all(int(size.replace(',', '')) <= 450_000 for size in table.values())
 
@@ -129,9 +121,9 @@ def test_compare_in_the_trainer(tmp_path, monkeypatch):
     assert trainer.sample([3] * 4, seed = 0).shape == (4, 1, 28, 28)
 
 def test_toy(tmp_path):
-    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
+    text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
-    text = run('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--threads', 1)
+    text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--threads', 1)
     assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
 
 def test_ablations(tmp_path, monkeypatch, capsys):
@@ -185,7 +177,7 @@ def test_toy_recovers_both_modes(monkeypatch, start, field):
     assert result['modes_covered'] == 2 and result['ratio'] < 6
 
 def test_benchmark(tmp_path):
-    text = run('benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', tmp_path / 'benchmark.json')
+    text = run_example('benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', tmp_path / 'benchmark.json')
 
     results = json.loads((tmp_path / 'benchmark.json').read_text())
     assert all(results[what] for what in ('loss', 'features', 'step', 'sampling', 'growth')) and text.count('\n| ') > 25
@@ -205,6 +197,6 @@ def test_benchmark_compares_equals(monkeypatch):
 
 @pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py', 'ablations.py', 'compare_mnist.py'])
 def test_help_explains_every_option(script):
-    text = run(script, '--help')
+    text = run_example(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]
     assert len(options) > 4 and all(len(option.split()) > 3 for option in options)

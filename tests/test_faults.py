@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
 from test_distributed import DATA
-from test_trainer import Net, X, Y, mae_trainer, rows, trainer, weights
+from test_trainer import Net, Y, rows, trainer, weights
 
 def short(folder, model = None, **kwargs):
     return trainer(folder, model, **{**dict(data = DATA, num_train_steps = 6, num_groups = 3, log_every = 1), **kwargs})

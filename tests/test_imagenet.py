@@ -3,19 +3,18 @@
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, ImageFolder, LatentMAE
 from drifting_pytorch.drifting import center_crop
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
 
 import encode_latents

@@ -1,16 +1,13 @@
 """The robotics example runs, its demonstrator is worth imitating, and what it measures tells sides and crashes apart."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, run_example
 from PIL import Image
-
-ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def policy(monkeypatch):
@@ -18,13 +15,8 @@ def policy(monkeypatch):
     import train_policy
     return train_policy
 
-def run(*args):
-    result = subprocess.run([sys.executable, str(ROOT / 'examples' / 'train_policy.py'), *map(str, args)], capture_output = True, text = True, timeout = 300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
 def test_quick(tmp_path):
-    text = run('--quick', '--results-folder', tmp_path)
+    text = run_example('train_policy.py', '--quick', '--results-folder', tmp_path)
     assert (tmp_path / 'policy.md').read_text() in text and text.count('\n| ') == 7
     assert Image.open(tmp_path / 'policy.png').width > 500
 

@@ -5,30 +5,21 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import time
 import venv
-from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, launch, relative
+from conftest import REFERENCE, ROOT, launch, relative, run
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss, LatentMAE
 from test_trainer import rows, trainer
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parent.parent
-
-def run(*args, **kwargs):
-    result = subprocess.run([*map(str, args)], capture_output = True, text = True, **kwargs)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 # what is installed
 
