@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, Trainer
-from drifting_pytorch.drifting import image_grid
+from drifting_pytorch.drifting import image_grid, map_features
 
 # the generator has the same settings, and the same number of steps, for every encoder
 
@@ -67,15 +67,20 @@ def load_images():
 # the encoder
 
 class EncoderFeatures(nn.Module):
-    """Some of an autoencoder's maps, each flattened into one vector: on small images features of single locations do not see the digit."""
+    """Of some of an autoencoder's maps the whole as one vector, 'maps': on small images features of single locations do not see the digit. Or those of map_features."""
 
-    def __init__(self, mae, names):
+    def __init__(self, mae, names, sets = ('maps',)):
         super().__init__()
-        self.mae, self.names = mae, names
+        self.mae, self.names, self.sets = mae, names, sets
 
-    def features(self, x):                                  # b 1 32 32
-        maps = self.mae.maps(self.mae.fold(x))
-        return {name: rearrange(maps[name], 'b d h w -> b 1 (d h w)') for name in self.names}
+    def features(self, x):                                  # b 1 h w
+        maps, features = self.mae.maps(self.mae.fold(x)), {}
+
+        for name in self.names:
+            whole = {f'{name}_map': rearrange(maps[name], 'b d h w -> b 1 (d h w)')} if 'maps' in self.sets else {}
+            features |= {**whole, **map_features(name, maps[name], self.sets)}
+
+        return features
 
 def pretrain(args, preset, dataset, folder):
     """The averaged LatentMAE, trained here or read from an earlier run in the same results folder, and the folder of that training."""

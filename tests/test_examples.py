@@ -158,6 +158,19 @@ def test_ablations(tmp_path, monkeypatch, capsys):
 
     assert gone.exists() and '"steps": 2' in other.read_text() and len(trained) == 4
 
+def test_every_ablation_trains(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import ablations
+
+    quick = dict(ablations.MODES['quick'], raw_steps = 0, mae_steps = dict(short = 3, long = 6))
+    monkeypatch.setattr(ablations, 'MODES', dict(ablations.MODES, quick = quick))
+    monkeypatch.setattr(sys, 'argv', ['ablations.py', '--quick', '--steps', '1', '--results-folder', str(tmp_path)])
+    ablations.main()
+
+    rows = list(csv.DictReader(open(tmp_path / 'results.csv')))
+    assert [(row['table'], row['row']) for row in rows] == [(name, row) for name, (_, table) in ablations.TABLES.items() for row in table]
+    assert all(np.isfinite(float(row['frechet_distance'])) for row in rows)
+
 def test_ablation_verdicts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))
     from ablations import verdict
