@@ -123,8 +123,8 @@ def test_compare_in_the_trainer(tmp_path, monkeypatch):
 def test_toy(tmp_path):
     text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
-    text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--threads', 1)
-    assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13
+    text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--seeds', 0, 1, '--threads', 1)
+    assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13 and text.count(' ± ') == 12
 
 def test_ablations(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))
