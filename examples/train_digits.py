@@ -71,23 +71,24 @@ def evaluate(samples, labels, real, real_labels, seed = 0):
         )
     )
 
-def plot_curves(metrics_file, path):
-    """The drift falls, the loss does not: it is a sum of fields normalised to one."""
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    steps = [row['step'] for row in rows]
+def plot_curves(path, folder, encoder_folder = None):
+    """What a training in folder logged, and that of its encoder. The drift falls, the loss does not: it is a sum of fields normalised to one."""
+    rows, encoder_rows = ([json.loads(line) for line in (f / 'metrics.jsonl').read_text().splitlines()] if f else [] for f in (folder, encoder_folder))
     drift_names = [name for name in rows[0] if name.startswith('drift/')]
 
-    figure, axes = plt.subplots(1, 3, figsize = (12, 3.2))
-    panels = [('drift before normalisation', drift_names, 'log'), ('loss', ['loss'], 'linear'), ('gradient norm', ['grad_norm'], 'log')]
+    panels = [('drift before normalisation', rows, drift_names, 'log'), ('loss', rows, ['loss'], 'linear'), ('gradient norm', rows, ['grad_norm'], 'log')]
+    panels += [('encoder', encoder_rows, ['reconstruction', 'classification', 'accuracy'], 'linear')] if encoder_rows else []
 
-    for axis, (title, names, scale) in zip(axes, panels):
+    figure, axes = plt.subplots(1, len(panels), figsize = (4 * len(panels), 3.2))
+
+    for axis, (title, rows, names, scale) in zip(axes, panels):
         for name in names:
-            axis.plot(steps, [row[name] for row in rows], linewidth = 1, label = name.replace('drift/', 'temperature '))
+            axis.plot([row['step'] for row in rows], [row[name] for row in rows], linewidth = 1, label = name.replace('drift/', 'temperature '))
         axis.set(title = title, xlabel = 'step', yscale = scale)
         axis.legend(fontsize = 8)
 
     axes[0].set_ylim(bottom = 1e-2)         # at first all samples are the same, and small temperatures see nothing
-    axes[1].set_ylim(bottom = 0)
+    axes[1].set_ylim(bottom = 0)            # it jumps where the features of the encoder join in
     figure.tight_layout()
     figure.savefig(path, dpi = 90)
 
@@ -160,7 +161,7 @@ def main():
 
     np.savez_compressed(folder / 'samples.npz', images = samples.numpy(), labels = labels.numpy())
     image_grid(rearrange(samples, '(c n) ... -> c n ...', c = 10)[:, :20]).save(folder / 'samples.png')
-    plot_curves(folder / 'metrics.jsonl', folder / 'curves.png')
+    plot_curves(folder / 'curves.png', folder)
 
     result = dict(
         settings = vars(args),

@@ -16,10 +16,6 @@ import shutil
 import time
 from pathlib import Path
 
-import matplotlib
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,6 +28,7 @@ from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, Trainer
 from drifting_pytorch.drifting import image_grid, map_features
+from train_digits import plot_curves
 
 # the generator has the same settings, and the same number of steps, for every encoder
 
@@ -174,27 +171,6 @@ def evaluate(judge, images, labels, real):
         recall = coverage(real, features)
     )
 
-def plot_curves(folder, encoder_folder, path):
-    """The drift falls, the loss does not: it is a sum of fields normalised to one."""
-    rows, encoder_rows = ([json.loads(line) for line in (f / 'metrics.jsonl').read_text().splitlines()] if f else [] for f in (folder, encoder_folder))
-    drift_names = [name for name in rows[0] if name.startswith('drift/')]
-
-    panels = [('drift before normalisation', rows, drift_names, 'log'), ('loss', rows, ['loss'], 'linear'), ('gradient norm', rows, ['grad_norm'], 'log')]
-    panels += [('encoder', encoder_rows, ['reconstruction', 'classification', 'accuracy'], 'linear')] if encoder_rows else []
-
-    figure, axes = plt.subplots(1, len(panels), figsize = (4 * len(panels), 3.2))
-
-    for axis, (title, rows, names, scale) in zip(axes, panels):
-        for name in names:
-            axis.plot([row['step'] for row in rows], [row[name] for row in rows], linewidth = 1, label = name.replace('drift/', 'temperature '))
-        axis.set(title = title, xlabel = 'step', yscale = scale)
-        axis.legend(fontsize = 8)
-
-    axes[0].set_ylim(bottom = 1e-2)         # at first all samples are the same, and small temperatures see nothing
-    axes[1].set_ylim(bottom = 0)            # it jumps where the features of the encoder join in
-    figure.tight_layout()
-    figure.savefig(path, dpi = 90)
-
 def main():
     parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--results-folder', default = 'results/mnist', help = 'where everything is written')
@@ -289,7 +265,7 @@ def main():
     image_grid(first[:, :20]).save(folder / 'samples.png')
     image_grid(torch.stack([rearrange(x[:, :2], 'c n ... -> (c n) ...') for x in pictures.values()])).save(folder / 'alpha_grid.png')
     np.savez_compressed(folder / 'samples.npz', images = rearrange(first, 'c n ... -> (c n) ...').numpy(), labels = sample_labels.numpy())
-    plot_curves(folder, encoder_folder, folder / 'curves.png')
+    plot_curves(folder / 'curves.png', folder, encoder_folder)
 
     result = dict(
         settings = vars(args),

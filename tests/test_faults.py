@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import launch
 from PIL import Image
-from safetensors.torch import save_file
 from torch.utils.data import Dataset, TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
