@@ -1623,6 +1623,7 @@ class BaseTrainer:
     for the grid [b ch h w], and its number of rows.
 
     num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
+    lr_decay_start: the step from which the learning rate falls, as 1 / sqrt(step). None: never (paper).
     gradient_accumulation_steps, log_with: as in accelerate. mixed_precision: too; None is what accelerate was launched with, or else bf16 on a GPU that has it.
     compile: torch.compile of the model, and of encoders and loss. cpu: train on the cpu even where there is a GPU. num_workers: processes that read data.
     max_skipped_steps: so many steps with non-finite gradients are left out, the next one stops the run. Above 0 every step waits for its gradient norm.
@@ -1630,14 +1631,14 @@ class BaseTrainer:
     log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, starts.jsonl (configuration, versions and
         hardware of every start), samples/, checkpoints/ (the newest keep_checkpoints). Ctrl-C and SIGTERM save a checkpoint before they act.
     resume_from_checkpoint: a checkpoint folder, or 'latest', the newest that is complete and undamaged (from the beginning if there is none). A resumed
-        run repeats what it would have been.
+        run repeats what it would have been; settings that prevent that are warned of.
     overwrite: remove an earlier run's metrics, samples and checkpoints from the folder. Otherwise it is refused.
     """
 
     def __init__(
         self, model, dataset, *,
         batch_size, num_train_steps = 30_000, seed = 0,
-        learning_rate = 2e-4, lr_warmup_steps = 5_000, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
+        learning_rate = 2e-4, lr_warmup_steps = 5_000, lr_decay_start = None, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
         gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
         to_image = None, log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
         results_folder = './results', resume_from_checkpoint = None, overwrite = False,
@@ -1646,8 +1647,8 @@ class BaseTrainer:
         self.config = settings(locals()) | config
         vars(self).update(self.config)      # every setting is an attribute
 
-        for name in ('batch_size', 'num_train_steps', 'gradient_accumulation_steps', 'keep_checkpoints'):
-            check(self.config[name] > 0, f'{name} must be above 0, got {self.config[name]}')
+        for name in ('batch_size', 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'):
+            check(default(self.config[name], 1) > 0, f'{name} must be above 0, got {self.config[name]}')
 
         if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
             mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False) and not cpu else 'no'
@@ -1745,8 +1746,10 @@ class BaseTrainer:
         self.model.train()
 
         warmup = min(1., self.step / max(1, self.lr_warmup_steps))
+        decay = min(1., default(self.lr_decay_start, math.inf) / (self.step + 1)) ** 0.5
+
         for group in self.optimizer.param_groups:
-            group['lr'] = 1e-6 + (self.learning_rate - 1e-6) * warmup
+            group['lr'] = (1e-6 + (self.learning_rate - 1e-6) * warmup) * decay
 
         for micro_step in range(self.gradient_accumulation_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == self.gradient_accumulation_steps - 1)
@@ -1973,6 +1976,12 @@ class BaseTrainer:
         accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
         check(manifest['num_processes'] == accelerator.num_processes, f'the checkpoint is of {manifest["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
 
+        own, before = json.loads(json.dumps(self.config, default = str)), manifest['config']
+        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and name not in FREE]
+
+        if changed and accelerator.is_main_process:
+            warnings.warn(f'the run goes on with other settings than it had: {", ".join(changed)}')
+
         load_checked(self.unwrapped, read_tensors(folder / 'model.safetensors'))
         load_checked(self.ema.ema_model, read_tensors(folder / 'ema.safetensors'))
 
@@ -1993,6 +2002,22 @@ class BaseTrainer:
 
         if exists(accelerator.scaler) and manifest['scaler']:
             accelerator.scaler.load_state_dict(manifest['scaler'])
+
+    def save_pretrained(self, folder):
+        """Write the averaged model into a folder, for its from_pretrained. On every process, as it may be sharded."""
+        state_dict, folder = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), Path(folder)
+
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents = True, exist_ok = True)
+            save_tensors(state_dict, folder / 'model.safetensors')
+            (folder / 'config.json').write_text(json.dumps(self.unwrapped._hub_mixin_config))
+
+# settings that a resumed run may change and still repeat what it would have been
+
+FREE = (
+    'num_train_steps', 'num_workers', 'max_skipped_steps', 'log_with', 'log_every', 'sample_every', 'save_every', 'keep_checkpoints', 'progress_bar',
+    'results_folder', 'resume_from_checkpoint', 'overwrite'
+)
 
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8). The defaults are the paper's ablation setting; keyword arguments of BaseTrainer too.

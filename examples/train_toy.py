@@ -127,6 +127,7 @@ def train(target_name, start_name, *, steps, batch, learning_rate, temperatures,
     optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = (0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min = learning_rate / 20)
     field = DriftField(**(field or {}))
+    temperatures = (0.05,) if field.normalize == 'sinkhorn' else temperatures         # its regularisation, one as in 2605.11755
 
     fixed = torch.randn(1_000, 8, generator = generator)
     when = {round(steps * (i / (snapshots - 1)) ** 2) for i in range(snapshots)}     # early steps move the most

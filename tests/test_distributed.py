@@ -177,6 +177,7 @@ def sharded_run(folder, precision = 'no', **kwargs):
     t = trainer(folder, generator(), PICTURES, num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3, mixed_precision = precision, **kwargs)
     assert all(type(p).__name__ == 'DTensor' for p in t.unwrapped.parameters())
     t.train()
+    t.save_pretrained(folder / 'model')
     return [torch.cat([p.full_tensor().flatten() for p in model.parameters()]).detach().numpy() for model in (t.unwrapped, t.ema.ema_model)]
 
 def plain_run(folder):
@@ -196,6 +197,8 @@ def test_sharded_training_equals_replicated(tmp_path):
         assert all(relative(a, b) < 1e-5 for a, b in zip(sharded, whole))
 
     assert (tmp_path / 'b' / 'samples' / 'step-00000003.png').is_file()
+    exported = DriftingGenerator.from_pretrained(tmp_path / 'b' / 'model')
+    assert (torch.cat([p.flatten() for p in exported.parameters()]).detach().numpy() == sharded[1]).all()
 
     # resumed, and in other hands: the checkpoint is that of the whole model
 

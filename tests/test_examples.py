@@ -88,6 +88,9 @@ def test_compare(tmp_path):
 
     assert Image.open(tmp_path / 'compare.png').width > 800
 
+    with pytest.raises(AssertionError, match = 'was evaluated by 100 samples: pass --num-samples 100'):
+        run_example('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 200, '--method', 'drifting')
+
 @pytest.mark.parametrize('method', ['drifting', 'meanflow', 'wgan', 'flow'])
 def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, method):
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))

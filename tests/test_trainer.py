@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,11 @@ def rows(folder):
 def weights(t):
     return torch.cat([p.detach().flatten() for p in t.unwrapped.parameters()])
 
+def test_learning_rate_falls_from_the_step_that_was_asked_for(tmp_path):
+    t = trainer(tmp_path, lr_decay_start = 10)
+    t.train()
+    assert [row['learning_rate'] for row in rows(tmp_path)] == [pytest.approx(1e-2 * min(1, 10 / step) ** 0.5) for step in (5, 10, 15, 20)]
+
 def test_training_moves_every_class_to_its_data(tmp_path):
     t = trainer(tmp_path, num_train_steps = 300, ema_decay = 0.9)
     t.train()
@@ -242,6 +248,12 @@ def test_checkpoints(tmp_path):
         trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
     assert trainer(tmp_path / 'empty', resume_from_checkpoint = 'latest').step == 0
 
+    with pytest.warns(UserWarning, match = r'other settings than it had: seed 0 -> 1, betas \[0.9, 0.95\] -> \[0.9, 0.99\]$'):
+        trainer(tmp_path, seed = 1, betas = (0.9, 0.99), log_every = 7, resume_from_checkpoint = 'latest')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        trainer(tmp_path, num_train_steps = 12, log_every = 7, resume_from_checkpoint = 'latest')
+
     # a run that is resumed from further back logs again what came after
 
     steps = lambda: [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
@@ -288,7 +300,7 @@ def test_checkpoints_of_a_generator_name_it(tmp_path):
     config = json.loads((tmp_path / 'checkpoints' / 'step-00000002' / 'config.json').read_text())
     DriftingGenerator(**config).load_state_dict(load_file(tmp_path / 'checkpoints' / 'step-00000002' / 'ema.safetensors'))
 
-    t.ema.ema_model.save_pretrained(tmp_path / 'export')
+    t.save_pretrained(tmp_path / 'export')
     assert torch.equal(DriftingGenerator.from_pretrained(tmp_path / 'export').sample([0, 1], seed = 0), t.sample([0, 1], seed = 0))
 
 def test_images_of_the_averaged_model(tmp_path):

@@ -46,8 +46,9 @@ def main(argv = None):
         flag = name.replace('num_train_', '').replace('_', '-')
         parser.add_argument(f'--{flag}', dest = name, type = kind, default = None, help = f"{what}, None for the preset's")
 
-    add_run_options(parser, 'results/imagenet/drifting')
+    add_run_options(parser, None, "None for results/imagenet/ and the preset's name")
     args = parser.parse_args(argv)
+    args.results_folder = args.results_folder or f'results/imagenet/{args.preset.replace("/", "-")}'
 
     space = SPACES[args.preset]
     check(args.convnext is None or space == 'pixel', f'--convnext reads pixels, the preset {args.preset} makes latents: leave it out')
@@ -81,10 +82,9 @@ def main(argv = None):
 
     trainer.train()
 
-    if trainer.accelerator.is_main_process:
-        folder = Path(args.results_folder) / 'generator'
-        trainer.ema.ema_model.save_pretrained(folder)
-        print(folder)
+    folder = Path(args.results_folder) / 'generator'
+    trainer.save_pretrained(folder)
+    trainer.accelerator.print(folder)
 
 if __name__ == '__main__':
     main()

@@ -28,7 +28,7 @@ def main(argv = None):
     parser.add_argument('--lr-warmup-steps', type = int, default = 5_000, help = 'steps in which the learning rate rises')
     parser.add_argument('--weight-decay', type = float, default = 0.01, help = 'of AdamW')
     parser.add_argument('--ema-decay', type = float, default = 0.9995, help = 'of the averaged weights, which are exported')
-    parser.add_argument('--finetune-steps', type = int, default = 3_000, help = 'last steps, with a classifier; 0 for none')
+    parser.add_argument('--finetune-steps', type = int, default = 0, help = "last steps, with a classifier: 3,000 in the paper's encoders of width 640")
     parser.add_argument('--cls-weight', type = float, default = 0.1, help = 'lambda, of the classification in the loss')
     parser.add_argument('--cls-warmup-steps', type = int, default = 1_000, help = 'steps in which lambda rises')
     add_run_options(parser, 'results/imagenet/mae')
@@ -63,10 +63,9 @@ def main(argv = None):
 
     trainer.train()
 
-    if trainer.accelerator.is_main_process:
-        folder = Path(args.results_folder) / 'encoder'
-        trainer.ema.ema_model.save_pretrained(folder)
-        print(folder)
+    folder = Path(args.results_folder) / 'encoder'
+    trainer.save_pretrained(folder)
+    trainer.accelerator.print(folder)
 
 if __name__ == '__main__':
     main()
