@@ -285,20 +285,20 @@ def benchmark_growth(args):
     base = dict(groups = 4, samples = 64, locations = 16, dim = 128)
     grown = dict(groups = (1, 2, 4, 8, 16), samples = (16, 32, 64, 128), locations = (4, 16, 64), dim = (64, 128, 256, 512))
     grown = dict(groups = (1, 2)) if args.quick else grown
-    chunk_size, rows = 4 if args.quick else 16, []
+    chunk_size = 4 if args.quick else 16
 
-    for axis, values in grown.items():
-        for value in values:
-            sizes = {**base, axis: value}
-            groups = sizes['groups'] // world
+    # every point once and all interleaved, so that they may be compared along any axis
 
-            if groups * world != sizes['groups']:
-                continue
+    points = [{**base, axis: value} for axis, values in grown.items() for value in values]
+    points = [sizes for i, sizes in enumerate(points) if sizes not in points[:i] and sizes['groups'] % world == 0]
+    inputs = [problems(args, sizes['groups'] // world * sizes['locations'], sizes['dim'], *[sizes['samples']] * 2) for sizes in points]
+    runs = dict(enumerate(gradient(partial(ours, chunk_size = chunk_size), [each]) for each in inputs))
+    times = interleaved(runs, args)
 
-            inputs = problems(args, groups * sizes['locations'], sizes['dim'], *[sizes['samples']] * 2)
-            run = gradient(partial(ours, chunk_size = chunk_size), [inputs])
-            wall, _ = interleaved({'run': run}, args)['run']
-            rows.append({'grown': axis, **sizes, 'processes': world, 'ms': wall * 1e3, 'generated features MiB': mib(inputs[0]), 'peak MiB beyond inputs': peak_mib(run, args.device)})
+    rows = [
+        {**sizes, 'processes': world, 'ms': times[i][0] * 1e3, 'generated features MiB': mib(inputs[i][0]), 'peak MiB beyond inputs': peak_mib(runs[i], args.device)}
+        for i, sizes in enumerate(points)
+    ]
 
     show(f'The loss, {chunk_size} problems at a time, as it grows', rows)
     return rows
