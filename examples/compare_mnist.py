@@ -3,6 +3,7 @@
 python examples/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
 python examples/compare_mnist.py --method drifting meanflow    # some of them
 python examples/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
+python examples/compare_mnist.py --method flow --set ema_decay=1. uniform_times=True        # other settings, in a results folder of their own
 
 drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a classifier (2602.04770);
            drifting-pixels: of pixels alone, as the judge is a classifier too
@@ -16,7 +17,9 @@ METHOD-SEED.png (samples, a row per class), METHOD-SEED.pt (to go on, with a lar
 """
 
 import argparse
+import ast
 import json
+import math
 import time
 from copy import deepcopy
 from functools import partial
@@ -164,22 +167,26 @@ class Critic(nn.Module):
 class Method:
     evaluations = 1
 
-    def __init__(self, images, labels, model, *, learning_rate, ema_decay, betas = (0.9, 0.95)):
+    def __init__(self, images, labels, model, *, learning_rate, ema_decay, decay_start = math.inf, betas = (0.9, 0.95)):
         self.images, self.labels, self.model, self.parts = images, labels, model, [model]
         self.optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = 0.01, fused = True)
-        self.averaged, self.ema_decay, self.learning_rate, self.updates = deepcopy(model), ema_decay, learning_rate, 0
+        self.averaged, self.ema_decay, self.learning_rate, self.decay_start, self.updates = deepcopy(model), ema_decay, learning_rate, decay_start, 0
 
     def batch(self, size):
         index = torch.randint(len(self.images), (size,))
         return self.images[index], self.labels[index]
 
     def descend(self, loss):
+        self.updates += 1
+
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate * min(1, self.decay_start / self.updates) ** 0.5
+
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 2.)
         self.optimizer.step()
 
-        self.updates += 1
         decay = min(self.ema_decay, self.updates / (self.updates + 9))                      # the first steps are soon forgotten
 
         for average, p in zip(self.averaged.parameters(), self.model.parameters()):
@@ -194,8 +201,11 @@ class Method:
 class Drifting(Method):
     """Few class groups and a cheap generator, so many steps; positives in plenty, as they cost next to nothing: the frozen encoder sees every image once."""
 
-    def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True):
-        super().__init__(images, labels, ConvGenerator(), learning_rate = 4e-3, ema_decay = 1.)       # an average over about the last tenth of all steps
+    def __init__(self, images, labels, num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True, **kwargs):
+        # the field has unit size however near the samples are, so the steps have to become small by themselves, at a rate that knows of no end; and the weights
+        # are averaged over about the last tenth of them
+
+        super().__init__(images, labels, ConvGenerator(), **{**dict(learning_rate = 4e-3, decay_start = 200, ema_decay = 1.), **kwargs})
         self.num_groups, self.num_gen, self.num_pos = num_groups, num_gen, num_pos
         self.classes = [(labels == i).nonzero()[:, 0] for i in range(10)]
 
@@ -211,11 +221,6 @@ class Drifting(Method):
             self.real = self.features(images)
 
     def step(self):
-        # the field has unit size however near the samples are, so the steps have to become small by themselves, at a rate that knows of no end
-
-        for group in self.optimizer.param_groups:
-            group['lr'] = self.learning_rate * min(1, 200 / (self.updates + 1)) ** 0.5
-
         labels = torch.randperm(10)[:self.num_groups]
         index = cat([self.classes[i][torch.randperm(len(self.classes[i]))[:self.num_pos]] for i in labels])
         gen = self.features(self.generate(self.model, labels.repeat_interleave(self.num_gen)))
@@ -225,9 +230,9 @@ class Drifting(Method):
         self.descend(sum(losses).mean())
 
 class WGAN(Method):
-    def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10.):
-        kwargs = dict(learning_rate = 5e-4, betas = (0., 0.9))
-        super().__init__(images, labels, ConvGenerator(), ema_decay = 0.995, **kwargs)
+    def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10., **kwargs):
+        kwargs = {**dict(learning_rate = 5e-4, ema_decay = 0.995, betas = (0., 0.9)), **kwargs}
+        super().__init__(images, labels, ConvGenerator(), **kwargs)
         self.batch_size, self.critic_steps, self.penalty = batch_size, critic_steps, penalty
         self.critic = Critic()
         self.parts.append(self.critic)
@@ -254,12 +259,12 @@ class WGAN(Method):
 class Flow(Method):
     evaluations = 50
 
-    def __init__(self, images, labels, batch_size = 64, **kwargs):
-        super().__init__(images, labels, UNet(), ema_decay = 0.995, **{**dict(learning_rate = 2e-3), **kwargs})
-        self.batch_size = batch_size
+    def __init__(self, images, labels, batch_size = 64, uniform_times = False, **kwargs):
+        super().__init__(images, labels, UNet(), **{**dict(learning_rate = 2e-3, ema_decay = 0.995), **kwargs})
+        self.batch_size, self.uniform_times = batch_size, uniform_times
 
     def times(self, num):
-        return (torch.randn(num) - 0.4).sigmoid()                                           # logit-normal, MeanFlow's
+        return torch.rand(num) if self.uniform_times else (torch.randn(num) - 0.4).sigmoid()      # logit-normal, MeanFlow's
 
     def path(self, t):
         """z = (1 - t) image + t noise, its velocity v, labels."""
@@ -342,7 +347,7 @@ def draw(trained, num):
         torch.manual_seed(0)
         return cat([trained.sample(part) for part in labels.split(250)]).clamp(-1, 1), labels
 
-def run(method, seed, budget, points, num_samples, judge, path):
+def run(method, seed, budget, points, num_samples, judge, path, settings = {}):
     """Train for budget cpu seconds, evaluate at times that double, at the end with five times as many samples too; save after each.
 
     Goes on from where an earlier run in the same folder stopped. Returns the evaluations; the last has the one of more samples as 'final'.
@@ -355,7 +360,7 @@ def run(method, seed, budget, points, num_samples, judge, path):
     else:
         torch.manual_seed(seed)
         start, steps, records = time.process_time(), 0, []
-        trained = METHODS[method](judge.images, judge.labels)
+        trained = METHODS[method](judge.images, judge.labels, **settings)
         used = time.process_time() - start
 
     done = records[-1]['time'] if records else 0.
@@ -421,6 +426,7 @@ def main():
     parser.add_argument('--seeds', type = int, nargs = '+', default = [0], help = 'of the trainings; the split, the judge and the samples always use seed 0')
     parser.add_argument('--budget', type = float, default = 600., help = 'cpu seconds of every training')
     parser.add_argument('--points', type = int, default = 7, help = 'number of evaluations: at the budget, at half of it, at a quarter of it and so on')
+    parser.add_argument('--set', nargs = '+', default = [], metavar = 'NAME=VALUE', help = 'other settings of the methods: learning_rate, decay_start, ema_decay, batch_size, uniform_times and so on')
     parser.add_argument('--num-samples', type = int, default = 1_000, help = 'of every evaluation, a tenth of them per class; five times as many at the end')
     args = parser.parse_args()
 
@@ -428,11 +434,12 @@ def main():
     folder = Path(args.results_folder)
     folder.mkdir(parents = True, exist_ok = True)
 
+    settings = {name: ast.literal_eval(value) for name, value in (each.split('=') for each in args.set)}
     judge = Judge()
     methods = METHODS if 'all' in args.method else args.method
 
     results = {
-        method: [run(method, seed, args.budget, args.points, args.num_samples, judge, folder / f'{method}-{seed}.json') for seed in args.seeds]
+        method: [run(method, seed, args.budget, args.points, args.num_samples, judge, folder / f'{method}-{seed}.json', settings) for seed in args.seeds]
         for method in methods
     }
 
