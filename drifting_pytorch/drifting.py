@@ -224,7 +224,9 @@ class Pretrained(Module, PyTorchModelHubMixin):
             config, state_dict = FROM_RELEASE[cls.published_as](*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))      # section 8
         else:
             check(not folder.is_dir() or (folder / 'config.json').is_file(), f'{folder} has neither config.json nor metadata.json: expected a folder of save_pretrained or a published model')
-            config, state_dict = json.loads(fetch('config.json').read_text()), read_tensors(fetch('model.safetensors'))
+            config, state_dict = json.loads(fetch('config.json').read_text()), {name: t.float() for name, t in read_tensors(fetch('model.safetensors')).items()}
+
+        check(config.keys() <= inspect.signature(cls).parameters.keys(), f'{name} is not a {cls.__name__}: its config.json has {", ".join(config)}')
 
         with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
             model = cls(**config)
@@ -237,6 +239,7 @@ class Pretrained(Module, PyTorchModelHubMixin):
         """Those that are not saved."""
 
 RELEASE = 'Goodeat/drifting'
+CODERS = {np.integer: (int, int)}      # what config.json does not know as it is
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
@@ -320,7 +323,7 @@ class DriftField(Module):
         logits, weight = self.logits(dist, temperature), rearrange(weight, '... y -> ... 1 y')
 
         if weight_in_softmax:
-            logits, weight = logits + weight.clamp(min = 1e-30).log(), (weight > 0).to(weight)
+            logits, weight = logits + weight.log().clamp(min = -1e6), (weight > 0).to(weight)
 
         A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)     # release: guidance weights the normalised affinity
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
@@ -352,7 +355,7 @@ class DriftField(Module):
 
     def log_masses(self, dist, num_pos, temperature, weight):
         """log of the kernel k [... n y], and of sum_y k c over positives and over negatives [... n 1]; c is 1, or t (|x - y| + t) if 'sharp'."""
-        log_k = self.logits(dist, temperature) + rearrange(weight.clamp(min = 1e-30).log(), '... y -> ... 1 y')
+        log_k = self.logits(dist, temperature) + rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
         log_kc = log_k + (temperature * (dist + temperature)).log() if self.normalize == 'sharp' else log_k
         return log_k, [t.logsumexp(dim = -1, keepdim = True) for t in log_kc.tensor_split((num_pos,), dim = -1)]
 
@@ -529,7 +532,7 @@ def drift_loss(
 
     @lru_cache(maxsize = 1)
     def points(i):
-        center = full_precision(pos[chunks[i]]).mean(dim = 1, keepdim = True)
+        center = full_precision(pos[chunks[i]]).mean(dim = 1, keepdim = True).to(gen.dtype)
         y = buffer[:len(center)]                                                                       # b y d
 
         for t, part in zip(others, y.split([t.shape[1] for t in others], dim = 1)):
@@ -659,7 +662,8 @@ class FeatureDriftLoss(Module):
 
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
         self.group_chunk_size, self.chunk_statistics = group_chunk_size, chunk_statistics
-        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in (*encoders, decoder) if isinstance(m, Module)])
+        owners = [getattr(m, '__self__', m) for m in (*encoders, decoder)]      # of methods
+        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
         self.drift_loss_kwargs = drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
 
@@ -846,7 +850,7 @@ class MAEBreakdown(NamedTuple):
     classification: Tensor      # cross entropy, 0 without labels
     accuracy: Tensor            # of the classifier, 0 without labels
 
-class LatentMAE(Pretrained):
+class LatentMAE(Pretrained, coders = CODERS):
     """The feature encoder of the paper, a ResNet that is pretrained as a masked autoencoder on latents or pixels (A.3).
 
     patch_size: patches of the input that are folded into channels before the stem, 1 for latents, 8 for pixels. What is left must be divisible by 8.
@@ -898,6 +902,7 @@ class LatentMAE(Pretrained):
 
     def mask_shape(self, x):
         self.check_samples(x)
+        check(x.shape[2] % self.mask_pixels == 0 and x.shape[3] % self.mask_pixels == 0, f'x has shape {tuple(x.shape)}, expected multiples of {self.mask_pixels}, the side of a mask patch')
         return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
@@ -1162,7 +1167,7 @@ def sincos_2d(size, dim):
     rows, cols = repeat(sin_first, 'h d -> (h w) d', w = size), repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
-class DriftingGenerator(Pretrained):
+class DriftingGenerator(Pretrained, coders = CODERS):
     """The one-step generator: a DiT that maps noise to samples in a single forward pass, given class, guidance scale and style (A.2).
 
     image_size, channels, patch_size: samples are [b channels image_size image_size], cut into patches of patch_size x patch_size.
@@ -1272,7 +1277,7 @@ class DriftingGenerator(Pretrained):
         check(tuple(shape) == self.noise_shape, f'noise has shape {tuple(noise.shape)}, expected (batch, {", ".join(map(str, self.noise_shape))})')
         check_range('noise', noise, -math.inf)
 
-        check(self.rotary.dtype in (torch.float32, torch.float64), f'the model is {self.rotary.dtype}, positions included: keep it in float32 and run under torch.autocast for half precision')
+        check(self.rotary.dtype in (torch.float32, torch.float64), f'the model is {self.rotary.dtype}, positions included: make it again in float32 and run under torch.autocast for half precision')
         noise = noise.to(self.pos_embed.dtype)
 
         check(exists(labels) == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {"are needed" if exists(self.num_classes) else "must be None"}')
@@ -1402,6 +1407,7 @@ class ImageFolder(Dataset):
 
         try:
             with Image.open(self.root / name) as file:
+                check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
                 picture = file.convert('RGB' if self.channels == 3 else 'L')
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:      # all that Pillow raises for broken files
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
@@ -1430,6 +1436,7 @@ class SampleQueue:
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for labels out of range, other shapes, non-finite samples."""
         b, C = len(samples), self.num_classes
+        check(exists(labels) or C == 1, f'a queue of {C} classes needs labels')
         labels = checked_labels(torch.as_tensor(labels).cpu(), C, b) if exists(labels) else torch.zeros(b, dtype = torch.long)
         check_range('real samples', samples, -math.inf)
 
@@ -1482,8 +1489,8 @@ def endless_shuffle(length, *, seed, start = 0):
 class Replayed(Dataset):
     """A dataset whose random augmentations are a function of the position in the run, whichever process or worker asks. Without labels: 0."""
 
-    def __init__(self, dataset, seed, with_labels):
-        self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
+    def __init__(self, dataset, seed, shape, with_labels):
+        self.dataset, self.seed, self.shape, self.with_labels = dataset, seed, shape, with_labels
 
     def __len__(self):
         return len(self.dataset)
@@ -1500,6 +1507,7 @@ class Replayed(Dataset):
         except Exception as error:
             raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
 
+        check(getattr(sample, 'shape', None) == self.shape, f'sample {index} of the dataset has shape {tuple(getattr(sample, "shape", ()))}, the first one has {tuple(self.shape)}')
         return sample.float(), label if self.with_labels else 0
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
@@ -1661,6 +1669,7 @@ class BaseTrainer:
         accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
         check(accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2, 'FSDP is supported in its second version: set fsdp_version to 2')
         check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
+        check(hasattr(dataset, '__len__'), f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
         check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
 
         first = dataset[0]
@@ -1685,7 +1694,7 @@ class BaseTrainer:
             self.unwrapped.compile()
 
         self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), tuple(sample.shape)
-        self.dataset = Replayed(dataset, seed, with_labels = exists(self.num_classes))
+        self.dataset = Replayed(dataset, seed, sample.shape, with_labels = exists(self.num_classes))
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
         self.samples_per_step, self.to_image = batch_size, to_image
@@ -1743,9 +1752,10 @@ class BaseTrainer:
     def train_step(self, batches):
         """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norms."""
         accelerator, logs = self.accelerator, self.logs_this_step
+        self.optimizer.zero_grad()
         self.model.train()
 
-        warmup = min(1., self.step / max(1, self.lr_warmup_steps))
+        warmup = min(1., self.step / self.lr_warmup_steps) if self.lr_warmup_steps > 0 else 1.
         decay = min(1., default(self.lr_decay_start, math.inf) / (self.step + 1)) ** 0.5
 
         for group in self.optimizer.param_groups:
@@ -1771,7 +1781,6 @@ class BaseTrainer:
         elif exists(accelerator.scaler):
             accelerator.scaler.update()
 
-        self.optimizer.zero_grad()
         return loss, details, grad_norms
 
     def check_finite(self):
@@ -1801,7 +1810,7 @@ class BaseTrainer:
         return False
 
     def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints on the way.
+        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints, and seeds the process's random numbers, on the way.
 
         Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
         """
@@ -1818,7 +1827,7 @@ class BaseTrainer:
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start, default = str) + '\n')
 
-        if self.samples_read == 0:
+        if self.step == 0:
             self.before_training(batches)
 
         self.clock, stopped = (time.perf_counter(), self.step), False
@@ -1956,6 +1965,7 @@ class BaseTrainer:
 
             if not exists(problem):
                 self.load(folder)
+                self.set_aside([newer for newer in self.checkpoints() if newer.name > f'step-{self.step:08d}'])
                 break
 
             check(latest, f'{folder} cannot be used: {problem}')
@@ -1972,12 +1982,21 @@ class BaseTrainer:
             trimmed.write_text(''.join(filter(stays, lines)))
             trimmed.replace(metrics)
 
+    def set_aside(self, folders):
+        """Checkpoints of a run that was left for one of its earlier steps: they neither count nor are removed."""
+        for folder in folders if self.accelerator.is_main_process else []:
+            aside = folder.with_name(f'left-{folder.name}')
+            discard(aside)
+            folder.rename(aside)
+
+        self.accelerator.wait_for_everyone()
+
     def load(self, folder):
         accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
         check(manifest['num_processes'] == accelerator.num_processes, f'the checkpoint is of {manifest["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
 
         own, before = json.loads(json.dumps(self.config, default = str)), manifest['config']
-        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and name not in FREE]
+        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and (name not in FREE or name == 'num_train_steps' and own.get('finetune_steps'))]
 
         if changed and accelerator.is_main_process:
             warnings.warn(f'the run goes on with other settings than it had: {", ".join(changed)}')
@@ -1996,7 +2015,9 @@ class BaseTrainer:
             name, kind = name.rsplit('.', 1)
             optimizer['state'].setdefault(name, {})[kind] = t
 
-        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = TO_LOAD)
+        # not strict: a parameter without a gradient has no state
+
+        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = StateDictOptions(full_state_dict = True, strict = False))
 
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
@@ -2005,6 +2026,7 @@ class BaseTrainer:
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. On every process, as it may be sharded."""
+        check(isinstance(self.unwrapped, Pretrained), 'save_pretrained is for the models of this package: of others save trainer.ema.ema_model.state_dict()')
         state_dict, folder = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), Path(folder)
 
         if self.accelerator.is_main_process:
@@ -2048,6 +2070,7 @@ class Trainer(BaseTrainer):
         for name in ('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'):
             check(default(config[name], 1) > 0, f'{name} must be above 0, got {config[name]}')
 
+        check(num_gen > 1, 'num_gen must be above 1: a generated sample alone has no others to be pushed away from, it would not move')
         super().__init__(model, dataset, batch_size = push_size, config = config, **kwargs)
 
         # without classes, or at alpha = 1 throughout, there is nothing to guide away from
@@ -2193,9 +2216,11 @@ class Trainer(BaseTrainer):
 
         def loss_of(gen):
             with self.accelerator.autocast():
-                loss, breakdown = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
+                result = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
 
-            spread = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)] if self.logs_this_step else None
+            check(isinstance(result, tuple) and isinstance(result[-1], Breakdown), f'loss_fn must return (loss, Breakdown), it returns {type(result).__name__}: Breakdown({{}}, {{}}) will do')
+            loss, breakdown = result
+            spread = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)] if self.logs_this_step and self.num_pos > 1 else None
             share = len(labels) * self.accelerator.num_processes / self.num_groups          # processes may have unequal numbers of groups
             breakdown = breakdown._replace(losses = {name: t.detach() for name, t in breakdown.losses.items()})
             return loss, loss * share / self.gradient_accumulation_steps, StepDetails(breakdown, alpha, spread[0] / spread[1] if exists(spread) else None)
@@ -2240,7 +2265,7 @@ class Trainer(BaseTrainer):
     def log(self, bar, loss, details, grad_norms):
         super().log(bar, loss, details, grad_norms)
 
-        if not self.collapsed and self.num_gen > 1 and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
+        if not self.collapsed and exists(details.spread) and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
             self.collapsed = True
             warnings.warn(f'step {self.step}: the generated samples of a class spread {float(details.spread):.2g} times as far as the real ones, they collapse. Small data: affinity_floor = 0.; see "Small data" in the README')
 
@@ -2295,10 +2320,9 @@ class MAETrainer(BaseTrainer):
 
         self.resume()
 
-    @property
-    def current_cls_weight(self):
-        """lambda at this step."""
-        steps = self.step - (self.num_train_steps - self.finetune_steps) + 1
+    def cls_weight_at(self, step):
+        """lambda."""
+        steps = step - (self.num_train_steps - self.finetune_steps) + 1
         return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
 
     def backward(self, batches, micro_step, sync):
@@ -2310,13 +2334,13 @@ class MAETrainer(BaseTrainer):
         mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
 
         with nullcontext() if sync else self.accelerator.no_sync(self.model):
-            loss, details = self.model(samples, labels, cls_weight = self.current_cls_weight, mask = mask)
+            loss, details = self.model(samples, labels, cls_weight = self.cls_weight_at(self.step), mask = mask)
             self.accelerator.backward(loss / self.gradient_accumulation_steps)
 
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
     def metrics(self, details):
-        return {**details._asdict(), 'cls_weight': self.current_cls_weight}, ('reconstruction', 'accuracy')
+        return {**details._asdict(), 'cls_weight': self.cls_weight_at(self.step - 1)}, ('reconstruction', 'accuracy')
 
     def pictures(self):
         """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""

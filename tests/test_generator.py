@@ -8,7 +8,7 @@ import torch
 from conftest import REFERENCE, relative
 from einops import rearrange
 
-from drifting_pytorch import DriftingGenerator, drifting
+from drifting_pytorch import DriftingGenerator, LatentMAE, drifting
 from drifting_pytorch.drifting import PRESETS
 
 ARTIFACT = REFERENCE / 'artifact_generator'
@@ -132,6 +132,13 @@ def test_saved_models_are_read_back(tmp_path):
     again = DriftingGenerator.from_pretrained(tmp_path)
     assert not again.training and all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
     assert torch.equal(model.sample([0, 3], seed = 1), again.sample([0, 3], seed = 1)) and all(p.requires_grad for p in again.parameters())
+
+    with pytest.raises(ValueError, match = 'is not a LatentMAE'):
+        LatentMAE.from_pretrained(tmp_path)
+
+    tiny(num_classes = np.int64(4)).bfloat16().save_pretrained(tmp_path / 'half')
+    again = DriftingGenerator.from_pretrained(tmp_path / 'half')
+    assert again.num_classes == 4 and {p.dtype for p in again.parameters()} == {torch.float32}
 
     (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:-8])
     with pytest.raises(ValueError, match = 'is not a safetensors file'):

@@ -128,6 +128,9 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
     (tmp_path / 'class' / 'c.png').write_bytes(b'no picture')
     with pytest.raises(ValueError, match = r'c\.png cannot be read as an image'):
         ImageFolder(tmp_path, 8)[1]
+    Image.fromarray(np.full((8, 8), 40_000, dtype = np.uint16)).save(tmp_path / 'class' / 'd.png')
+    with pytest.raises(ValueError, match = r'd\.png cannot be read as an image \(it has pixels of mode I;16: convert it to 8 bits\)'):
+        ImageFolder(tmp_path, 8)[2]
     with pytest.raises(ValueError, match = 'channels must be 1 or 3, got 4'):
         ImageFolder(tmp_path, 8, channels = 4)
 

@@ -233,6 +233,10 @@ def test_gradient_goes_through_a_frozen_encoder(rng):
     assert not encoder.training and encoder.linear.weight.grad is None and not encoder.linear.weight.requires_grad
     assert encoder.seen == [True, False]         # generated with a graph, real without
 
+    method = Encoder().features                  # of a module
+    FeatureDriftLoss(method)
+    assert not method.__self__.training and not method.__self__.linear.weight.requires_grad
+
 # fields of later work in the loss
 
 def test_transport_with_guidance_equals_the_formula(rng):
@@ -286,6 +290,17 @@ def test_weights_count_like_repeated_samples_where_positives_and_negatives_are_a
     weighted, _ = drift_loss(gen, pos, uncond, uncond_weight = torch.full((2, 2), 2., dtype = torch.float64), field = field)
     twice, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field)
     assert relative(weighted, twice) < 1e-9
+
+@pytest.mark.parametrize('normalize', ['gradient', 'sharp'])
+def test_weightless_samples_are_not_there_where_positives_and_negatives_are_apart(rng, normalize):
+    gen, pos = (torch.randn(1, n, 2, generator = rng) for n in (16, 16))
+    gen[0, 0] = 8.                                                                       # an outlier, beside samples without weight
+    field = DriftField(normalize = normalize)
+
+    plain = drift_loss(gen, pos, field = field)[1]
+    with_weightless = drift_loss(gen, pos, gen[:, :1].expand(-1, 4, -1) + 0.1, uncond_weight = torch.zeros(1, 4), field = field)[1]
+    assert all(relative(with_weightless.drift_rms[t], plain.drift_rms[t]) < 1e-5 and with_weightless.uncond_share[t] == 0 for t in plain.drift_rms)
+    assert all(relative(with_weightless.potential[t], plain.potential[t]) < 1e-5 for t in plain.potential)
 
 def test_sharp_potential_is_a_loss_that_falls(rng):
     data = torch.randn(1, 64, 2, generator = rng)

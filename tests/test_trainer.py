@@ -67,6 +67,7 @@ def test_queue_draws_without_replacement_and_uniformly(rng):
 @pytest.mark.parametrize('call, says', [
     (lambda q: q.draw(torch.tensor([0, 1]), 3), '3 samples were asked for, but these classes hold fewer (class: samples): {1: 2}'),
     (lambda q: q.push(*labelled([2])), 'labels must be finite and in 0 .. 1'),
+    (lambda q: q.push(torch.zeros(1, 1)), 'a queue of 2 classes needs labels'),
     (lambda q: q.push(torch.zeros(1, 2), torch.tensor([0])), 'samples of shape (2,)'),
     (lambda q: q.push(torch.full((1, 1), float('nan')), torch.tensor([0])), 'real samples must be finite'),
     (lambda q: q.draw(torch.tensor([4]), 1), 'labels must be finite and in 0 .. 1'),
@@ -287,6 +288,51 @@ def test_presets_are_the_columns_of_table_8(tmp_path):
     with pytest.raises(ValueError, match = "unknown preset 'XL'"):
         Trainer.from_preset('XL', Net(), None, dataset())
 
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    trainer(tmp_path, num_train_steps = 8, save_every = 2).train()
+    names = lambda: sorted(path.name for path in (tmp_path / 'checkpoints').iterdir())
+    assert names() == ['step-00000004', 'step-00000006', 'step-00000008']
+    trainer(tmp_path, num_train_steps = 5, save_every = 1, resume_from_checkpoint = tmp_path / 'checkpoints' / 'step-00000004').train()
+    assert names() == ['left-step-00000006', 'left-step-00000008', 'step-00000004', 'step-00000005']
+    assert trainer(tmp_path, resume_from_checkpoint = 'latest').step == 5
+
+class Unused(Net):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(2))      # has no part in forward
+
+def test_parameter_without_gradient_is_resumed(tmp_path):
+    straight = trainer(tmp_path / 'a', Unused())
+    straight.train()
+    trainer(tmp_path / 'b', Unused(), num_train_steps = 10, save_every = 10).train()
+    resumed = trainer(tmp_path / 'b', Unused(), resume_from_checkpoint = 'latest')
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(straight))
+
+def test_what_an_aborted_step_left_has_no_effect(tmp_path, monkeypatch):
+    straight = trainer(tmp_path / 'a')
+    straight.train()
+
+    again, pushed, push = trainer(tmp_path / 'b'), [], Trainer.push
+
+    def interrupted(self, batches):
+        pushed.append(0)
+        if len(pushed) == 2:
+            raise KeyboardInterrupt
+        return push(self, batches)
+
+    monkeypatch.setattr(Trainer, 'push', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    monkeypatch.undo()
+
+    again.samples_read, again.queues['positives'].pushed[:], again.queues['unconditional'].pushed[:] = 0, 0, 0      # as if nothing had been read
+    for p in again.unwrapped.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    again.train()
+    assert torch.equal(weights(again), weights(straight))
+
 def test_queue_of_half_precision_elsewhere(tmp_path):
     t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2)
     t.train()
@@ -299,6 +345,9 @@ def test_checkpoints_of_a_generator_name_it(tmp_path):
     t.train()
     config = json.loads((tmp_path / 'checkpoints' / 'step-00000002' / 'config.json').read_text())
     DriftingGenerator(**config).load_state_dict(load_file(tmp_path / 'checkpoints' / 'step-00000002' / 'ema.safetensors'))
+
+    with pytest.raises(ValueError, match = 'save_pretrained is for the models of this package'):
+        trainer(tmp_path / 'other').save_pretrained(tmp_path / 'other')
 
     t.save_pretrained(tmp_path / 'export')
     assert torch.equal(DriftingGenerator.from_pretrained(tmp_path / 'export').sample([0, 1], seed = 0), t.sample([0, 1], seed = 0))
@@ -447,7 +496,7 @@ def test_lambda_ramps_linearly(tmp_path):
     t = mae_trainer(tmp_path, num_train_steps = 10, finetune_steps = 4, cls_weight = 0.1, cls_warmup_steps = 2)
     ramp = []
     for t.step in range(10):
-        ramp.append(t.current_cls_weight)
+        ramp.append(t.cls_weight_at(t.step))
     assert ramp == pytest.approx([0.] * 6 + [0.05, 0.1, 0.1, 0.1])
 
 def test_pretraining_resumes_exactly(tmp_path):
@@ -482,6 +531,10 @@ X, Y = dataset().tensors
     (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
+    (dict(num_gen = 1), 'num_gen must be above 1'),
+    (dict(data = iter([])), 'the dataset must be map-style, with a length, got list_iterator'),
+    (dict(data = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)], model = Net(num_classes = None)), 'sample 7 of the dataset has shape (3,), the first one has (2,)'),
+    (dict(loss_fn = lambda gen, *_: gen.mean()), 'loss_fn must return (loss, Breakdown), it returns Tensor'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
     (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
 ])
