@@ -1965,7 +1965,13 @@ class BaseTrainer:
 
             if not exists(problem):
                 self.load(folder)
-                self.set_aside([newer for newer in self.checkpoints() if newer.name > f'step-{self.step:08d}'])
+
+                for newer in self.checkpoints() if main else []:        # of a run that was left for one of its earlier steps: they neither count nor are removed
+                    if newer.name > f'step-{self.step:08d}':
+                        discard(aside := newer.with_name(f'left-{newer.name}'))
+                        newer.rename(aside)
+
+                self.accelerator.wait_for_everyone()
                 break
 
             check(latest, f'{folder} cannot be used: {problem}')
@@ -1981,15 +1987,6 @@ class BaseTrainer:
             lines, trimmed = metrics.read_text().splitlines(keepends = True), metrics.with_suffix('.trimmed')
             trimmed.write_text(''.join(filter(stays, lines)))
             trimmed.replace(metrics)
-
-    def set_aside(self, folders):
-        """Checkpoints of a run that was left for one of its earlier steps: they neither count nor are removed."""
-        for folder in folders if self.accelerator.is_main_process else []:
-            aside = folder.with_name(f'left-{folder.name}')
-            discard(aside)
-            folder.rename(aside)
-
-        self.accelerator.wait_for_everyone()
 
     def load(self, folder):
         accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
