@@ -1837,7 +1837,7 @@ class BaseTrainer:
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
 
-                if logs or len(self.unchecked) >= 10:
+                if logs or len(self.unchecked) >= 10 or self.step == self.num_train_steps:
                     self.check_finite()
 
                 if logs:

@@ -198,11 +198,12 @@ def test_broken_steps_are_left_out_when_asked(tmp_path):
         t = broken(tmp_path, max_skipped_steps = 1)
     assert t.step == 6 and weights(t).isfinite().all() and t.skipped == 1
 
-def test_broken_steps_are_found_before_the_next_checkpoint_without_waiting(tmp_path, monkeypatch):
+@pytest.mark.parametrize('save_every, good', [(3, '.*step-00000003'), (0, 'none')])
+def test_broken_steps_are_found_before_the_next_checkpoint_or_the_end_without_waiting(tmp_path, monkeypatch, save_every, good):
     """As on a GPU: nothing is read in the step, but nothing broken is saved either."""
     monkeypatch.setattr(drifting.BaseTrainer, 'waits_for_norm', False)
-    with pytest.raises(FloatingPointError, match = 'step 4: .*the last good checkpoint is .*step-00000003'):
-        broken(tmp_path, save_every = 3, log_every = 0)
+    with pytest.raises(FloatingPointError, match = f'step 4: .*the last good checkpoint is {good}'):
+        broken(tmp_path, save_every = save_every, log_every = 0)
 
 # data
 
