@@ -165,7 +165,7 @@ def plot_points(axis, real, points, title):
     limits = [(c - half, c + half) for c in middle.tolist()]
     axis.scatter(*real.T, s = 2, c = 'lightgray', linewidths = 0)
     axis.scatter(*points.T, s = 2, c = 'tab:orange', linewidths = 0)
-    axis.set_title(title, fontsize = 8)
+    axis.set_title(title, fontsize = 7)
     axis.set(xticks = [], yticks = [], aspect = 'equal', xlim = limits[0], ylim = (limits[1][0], max(limits[1][1], points.amax(dim = 0)[1].item() + 0.3)))
 
 def plot_field(axis, real, points, temperature = 0.5):
@@ -196,7 +196,7 @@ def plot_runs(runs, path):
         row[-1].set_yscale('log')
         row[-1].set_ylim(bottom = 1e-3)
         row[-1].set_title(f'drift rms; distance {result["ratio"]:.1f} x real', fontsize = 8)
-        row[-1].tick_params(labelsize = 6)
+        row[-1].tick_params(labelsize = 6, which = 'both')
         row[-1].legend(fontsize = 6)
 
     figure.tight_layout()
