@@ -585,7 +585,8 @@ def drift_loss(
             dist[:, :, -g:].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                         # mask self
 
         dist = rearrange(dist, 'b g y -> b 1 g y')
-        return dist, field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)     # b 1 g y, b t g y
+        W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
+        return dist if with_potential else None, W                                                     # b 1 g y, b t g y
 
     @(lru_cache(maxsize = 1) if in_coefficients else keep)
     def vectors(i):
