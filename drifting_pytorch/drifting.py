@@ -2,12 +2,12 @@
 
 Generative Modeling via Drifting, Deng, Li, Li, Du, He, https://arxiv.org/abs/2602.04770
 
-The file reads top to bottom like the paper: the field (Eq. 8-12, Algorithm 2), the loss (Eq. 6, 13, 14, A.5-A.7), the generator
-(A.2), the sample queue (A.8), the trainer (A.9) and the reader of the authors' published weights. Where the paper and the
-authors' release differ, the release is the default and the line says so (`# release`); a decision that both leave open is
-tagged `# open`.
+The file is read from top to bottom: every section uses only what stands above it, and sections 1 to 4 are the paper's core.
+Where the paper and the authors' release differ, the release is the default and the line says so (`# release`). A decision
+that both leave open is tagged `# open`.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -19,32 +19,19 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
-import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
-from functools import lru_cache, wraps
+from copy import copy, deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import einx
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
-from torch import nn, cat, stack, Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Module, ModuleDict, ModuleList, Parameter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from torch.utils.data import DataLoader, Dataset
-
-import einx
-import jaxtyping
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as reduce_over_processes
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -52,10 +39,17 @@ from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
 from rotary_embedding_torch import RotaryEmbedding
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, cat, nn, stack
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.tensor import DTensor
+from torch.nn import Module, ModuleDict, ModuleList, Parameter
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -65,12 +59,13 @@ from x_transformers.x_transformers import Attention, FeedForward
 
 # dimension letters, everywhere in this file
 #
-# b - batch                          n m - points
-# c - class groups in a step (N_c)   f - feature locations (pixels, tokens) of one feature map
-# g - generated per group (N_neg)    d - feature dimension
-# p - positives per group (N_pos)    s - style tokens
-# u - unconditional per group        ch h w - channels, height and width of an image
-# y - every sample that acts on the generated ones: [positives | unconditional | generated]
+# b - batch; in the loss the problems (c f)    f - feature locations (pixels, tokens) of one feature map
+# c - class groups in a step (N_c)             d - feature dimension
+# g - generated per group (N_neg)              n m - points
+# p - positives per group (N_pos)              t - temperatures
+# u - unconditional per group (N_unc)          s - style tokens
+# o - positives and unconditional (p u)        ch h w - channels, height and width of an image
+# y - every sample that acts on the generated ones: [positives | unconditional | negatives]
 
 def exists(val):
     return val is not None
@@ -78,336 +73,192 @@ def exists(val):
 def default(val, d):
     return val if exists(val) else d
 
-# shapes in signatures are checked by jaxtyping + beartype (@typecheck) when DRIFTING_TYPECHECK=1 is set before the import.
-# the public functions are checked by hand instead, always, with errors of one line that say what to do
-
-class Shaped:
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def __getitem__(self, shape):
-        return self.dtype[Tensor, shape]
-
-Float, Int = Shaped(jaxtyping.Float), Shaped(jaxtyping.Int)
-
 def typecheck(fn):
-    if os.environ.get('DRIFTING_TYPECHECK', '0') in ('', '0'):
-        return fn
+    """Checks the shapes in the signature of fn, where DRIFTING_TYPECHECK=1 is set before the import."""
+    is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
+    return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
-    checked = jaxtyping.jaxtyped(fn, typechecker = beartype)
-    return wraps(fn)(lambda *args, **kwargs: (fn if torch.compiler.is_compiling() else checked)(*args, **kwargs))
+# input is checked by hand, always, with errors of one line that say what to do
 
 def check(condition, message):
     if not condition:
         raise ValueError(message)
 
+def check_positive(**values):
+    """Each value, by its name, must be above 0, or None where that is its default."""
+    for name, value in values.items():
+        check(default(value, 1) > 0, f'{name} must be above 0, got {value}')
+
+def check_shape(name, t, expected, hint = ''):
+    check(tuple(t.shape) == tuple(expected), f'{name} has shape {tuple(t.shape)}, expected {tuple(expected)}{hint}')
+
 def can_read(t):
-    """Whether looking at the values of t is free: on an accelerator it would stall the step, in a compiled graph it would break it."""
+    """Whether looking at values is free: on an accelerator it would stall the step, in a compiled graph break it."""
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
+    """All values must be finite and between low and high."""
     if can_read(t):
         smallest, largest = t.aminmax()     # nan if any is
-        check(low <= smallest and largest <= high and smallest.isfinite() and largest.isfinite(), f'{name} must be finite and in {low} .. {high}, got {smallest} .. {largest}')
+        inside = low <= smallest and largest <= high and smallest.isfinite() and largest.isfinite()
+        check(inside, f'{name} must be finite and in {low} .. {high}, got {smallest} .. {largest}')
 
 def checked_labels(labels, num_classes, batch):
     """Labels of any integer type as the int64 that indexing wants."""
-    check(labels.shape == (batch,), f'labels has shape {tuple(labels.shape)}, expected ({batch},)')
-    check(not labels.is_floating_point() and labels.dtype != torch.bool, f'labels must be integers, got {labels.dtype}')
+    check_shape('labels', labels, (batch,))
+    is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
+    check(is_integer, f'labels must be integers, got {labels.dtype}')
     check_range('labels', labels, 0, num_classes - 1)
     return labels.long()
 
 def check_points(ndim = None, **points):
-    """Point sets [... n d] by name (None is left out): floating, not empty, finite, of the same groups and feature dimension."""
+    """Point sets [... n d] by name (None is left out): floating, not empty, finite, of the same groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
-    first, ref = next(iter(points.items()))
+    first, reference = next(iter(points.items()))
 
     for name, t in points.items():
         check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
-        given = f'{name} has shape {tuple(t.shape)}'
-        mismatch = f'{given} but {first} has shape {tuple(ref.shape)}'
-
         check(t.is_floating_point(), f'{name} must be a floating point tensor, got {t.dtype}: convert it with .float()')
-        check(t.ndim == ndim if exists(ndim) else t.ndim >= 2, f'{given}, expected {default(ndim, "at least 2")} dimensions, the last two (samples, feature dim)')
+
+        given = f'{name} has shape {tuple(t.shape)}'
+        fits = t.ndim == ndim if exists(ndim) else t.ndim >= 2
+        check(fits, f'{given}, expected {default(ndim, "at least 2")} dimensions, the last two (samples, feature dim)')
         check(t.numel() > 0, f'{given}: empty set, expected at least one sample and one feature')
-        check(t.shape[:-2] == ref.shape[:-2], f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
-        check(t.shape[-1] == ref.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
-        check(not can_read(t) or t.sum().isfinite() or t.isfinite().all(), f'{name} has non-finite values (nan or inf)')
+
+        mismatch, same_groups = f'{given} but {first} has shape {tuple(reference.shape)}', t.shape[:-2] == reference.shape[:-2]
+        check(same_groups, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
+        check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
+
+        finite = not can_read(t) or t.sum().isfinite() or t.isfinite().all()
+        check(finite, f'{name} has non-finite values (nan or inf)')
 
 def full_precision(t):
-    """Half precision features are computed as they come, the field in float32 (float64 stays)."""
+    """Half precision in float32; float32 and float64 as they are."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
-
-def sum_over_processes(t):
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return reduce_over_processes(t, 'sum') if distributed else t
-
-KEEPS_GRAPH = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)      # during a backward pass: was it told to retain the graph
-
-class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, whose gradient is known already: no graph is kept for it. grad is that of the mean over the rows."""
-
-    @staticmethod
-    def forward(ctx, x, loss, grad):
-        ctx.save_for_backward(grad)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        grad, = ctx.saved_tensors
-
-        # where it is the mean that is differentiated, and only once, the gradient is handed over as it is
-
-        if can_read(grad_loss) and not KEEPS_GRAPH() and (grad_loss == 1 / grad_loss.numel()).all():
-            return grad, None, None
-
-        return grad * (grad_loss * grad_loss.numel()).reshape(-1, *([1] * (grad.ndim - 1))), None, None
-
-def seed_for(*key):
-    """A 63-bit seed from any key, for example (seed, step, 'noise'): every draw of a run is a function of its place in the run."""
-    return random.Random(repr(key)).getrandbits(63)
-
-def seeded(*key, device = 'cpu'):
-    return torch.Generator(device).manual_seed(seed_for(*key))
-
-# weights: ours are safetensors, with the arguments of the model in config.json
-
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f'{path} is not a safetensors file: {error}') from error
-
-def renamed(name, rules):
-    """A parameter's name after all rules (pattern, ours), one after the other."""
-    for pattern, ours in rules:
-        name = re.sub(pattern, ours, name)
-    return name
-
-def load_checked(module, state_dict, assign = False):
-    """load_state_dict, strict, with an error that fits on one line."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    wrong = [f'{name} {tuple(t.shape)} instead of {tuple(own[name].shape)}' for name, t in state_dict.items() if name in own and t.shape != own[name].shape]
-
-    check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
-    module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = TO_LOAD)
-
-# states are those of the whole model, also where it is sharded. Not strict: load_checked looks at the names itself, and parameters without gradients have no state in an optimizer
-
-FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = True), StateDictOptions(full_state_dict = True, strict = False)
-
-class Pretrained(Module, PyTorchModelHubMixin):
-    """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
-
-    published, published_as = (), None      # names in the authors' repository, and their kind there
-
-    @classmethod
-    def from_pretrained(cls, name, *, revision = None):
-        """A model in eval mode, in float32.
-
-        name: one of cls.published, a repository on the hub ('user/name', downloaded once; revision: a commit, tag or branch of it), or a local folder,
-            of save_pretrained or of a published model (metadata.json and ema_params.msgpack, which needs the extra [pretrained]).
-        Raises ValueError for an unknown name, a damaged file, and weights that do not fit, with the list of what is missing, unknown or of another shape.
-        """
-        folder, published = Path(name), name in cls.published
-        check(published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)), f'{name!r} is neither a folder nor a published model, which are {", ".join(cls.published)}')
-
-        def fetch(file):
-            if folder.is_dir():
-                return folder / file
-            repository, file = (RELEASE, f'models/{cls.published_as}/jax/{name}/{file}') if published else (str(name), file)
-            return Path(hf_hub_download(repository, file, revision = revision))
-
-        if published or (folder / 'metadata.json').is_file():
-            config, state_dict = FROM_RELEASE[cls.published_as](*read_release_artifact(*map(fetch, ('metadata.json', 'ema_params.msgpack'))))      # section 8
-        else:
-            check(not folder.is_dir() or (folder / 'config.json').is_file(), f'{folder} has neither config.json nor metadata.json: expected a folder of save_pretrained or a published model')
-            config, state_dict = json.loads(fetch('config.json').read_text()), {name: t.float() for name, t in read_tensors(fetch('model.safetensors')).items()}
-
-        check(config.keys() <= inspect.signature(cls).parameters.keys(), f'{name} is not a {cls.__name__}: its config.json has {", ".join(config)}')
-
-        with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
-            model = cls(**config)
-
-        load_checked(model, state_dict, assign = True)
-        model.set_buffers()
-        return model.eval()
-
-    def set_buffers(self):
-        """Those that are not saved."""
-
-RELEASE = 'Goodeat/drifting'
-CODERS = {np.integer: (int, int)}      # what config.json does not know as it is
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
 # ───────────────────────────────────────────────────────────────────────────────
 
-@typecheck
-def squared_distances(x: Float['b n d'], y: Float['b y d']) -> Float['b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product. Centre the points first: it loses the digits of a common offset."""
-    x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
-    return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
+def safe_shift(logits):
+    """The largest logit of every problem, or None if in some row or column all are so far below it that they vanish."""
+    row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
+    top = row.amax(dim = -2, keepdim = True)
+    lowest = min((row - top).min(), (column - top).min())
+    return top if lowest > -50 else None
 
-NORMALIZATIONS = ('both', 'y', 'none', 'gradient', 'sharp', 'sinkhorn')
+def geometric_mean_of_softmaxes(logits):
+    """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
+    shift = safe_shift(logits) if can_read(logits) else None
 
-def sinkhorn(log_kernel, iters):
-    """The entropic transport plan [... n m] of uniform marginals, 1/n for rows and 1/m for columns, by iterations in the log domain."""
-    n, m = log_kernel.shape[-2:]
-    u = v = 0.
+    if exists(shift):               # both softmaxes from one exponential, two to four times faster on a cpu
+        kernel = logits.sub_(shift).exp_()
+        over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
+        return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
 
-    for _ in range(iters if m > 0 else 0):
-        u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
-        v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
-
-    return (log_kernel + u + v).exp()
+    log_sums = logits.logsumexp(dim = -1, keepdim = True) + logits.logsumexp(dim = -2, keepdim = True)
+    return logits.sub_(log_sums / 2).exp_()
 
 class DriftField(Module):
-    """The drifting field V_{p,q}(x): where each point should move, towards the positives and away from the negatives (Algorithm 2).
+    """The drifting field V_{p,q}(x): where each point should move, towards positives, away from negatives (Algorithm 2).
 
-    It is anti-symmetric, V_{p,q} = -V_{q,p} (so V = 0 when p = q), and invariant to translation.
+    It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
 
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
-    normalize: what turns the kernel into affinities (Table 11). 'both', the geometric mean of the softmax over y and the softmax over x
-        (paper); 'y', the softmax over y only; 'none', the kernel itself, which underflows where distances far exceed the temperature.
-        Or a field of later work, in which positives and negatives are normalised apart: 'gradient', the direction of the kernel's gradient (2605.10727);
-        'sharp', the gradient of a scalar, see `potential` (2604.06333); 'sinkhorn', entropic optimal transport (2605.11755), whose
-        temperature is the regularisation of the cost |x - y|^2 / 2, and which wants an independent batch of generated samples as negatives.
-    attraction, repulsion: the factors a, b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and the training.
+    normalize: how the kernel becomes an affinity (Table 11). 'both', the geometric mean of the softmax over y and the
+        softmax over x (paper); 'y', the softmax over y alone; 'none', the kernel itself (open: the paper does not say
+        what takes the place of the softmaxes), which underflows where distances far exceed the temperature.
+    attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and training.
     """
 
-    def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1., sinkhorn_iters = 10):
-        super().__init__()
-        check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
-        check(normalize in NORMALIZATIONS, f'normalize must be one of {", ".join(NORMALIZATIONS)}, got {normalize!r}')
-        check(normalize not in ('sharp', 'sinkhorn') or kernel == 'laplace', f'normalize = {normalize!r} has a kernel of its own, leave out kernel = {kernel!r}')
+    # what the loss has to know of a field; the fields of later work (section 6) differ in it
 
-        self.kernel, self.normalize, self.sinkhorn_iters = kernel, normalize, sinkhorn_iters
+    scale_power = 1             # the scale S is the root of this order of the mean of distance ** scale_power
+    needs_neg = False           # the negatives are a second generated batch, not the generated samples themselves
+    has_potential = False       # the field is the gradient of a scalar, `potential`
+
+    def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
+        super().__init__()
+        later = dict(gradient = 'GradientField', sharp = 'SharpField', sinkhorn = 'SinkhornField').get(normalize)
+        check(not exists(later), f'normalize = {normalize!r} is a class of its own: use {later}()')
+        check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
+        check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
+
+        self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
 
-    def extra_repr(self):
-        return f'kernel = {self.kernel!r}, normalize = {self.normalize!r}, attraction = {self.attraction}, repulsion = {self.repulsion}'
-
     def logits(self, dist, temperature):
+        """log k(x, y)."""
         return dist / -temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
+
+    def affinity(self, logits):
+        """The kernel, normalised. The logits may be overwritten."""
+        if self.normalize == 'both':
+            return geometric_mean_of_softmaxes(logits)
+
+        return logits.softmax(dim = -1) if self.normalize == 'y' else logits.exp()
 
     @typecheck
     def coefficients(
         self,
-        dist: Float['... n y'],                 # distances to [positives | unconditional | negatives]
+        dist: Float[Tensor, '... n y'],                     # distances to [positives | unconditional | negatives]
         num_pos: int,
         num_neg: int,
-        temperature: float | Tensor,            # a tensor is broadcast against dist
-        weight: Float['... y'] | None = None,   # of each y, the guidance
-        affinity_floor: float = 0.,
-        weight_in_softmax: bool = False
-    ) -> Float['... n y']:
-        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others, zero sum if a = b."""
+        temperature: float | Tensor,                        # a tensor is broadcast against dist
+        weight: Float[Tensor, '... y'] | None = None,       # of each y, the guidance (A.7)
+        affinity_floor: float = 0.,                         # of softmax * softmax (release)
+        weight_in_softmax: bool = False                     # the weight belongs to the kernel, not to the affinity
+    ) -> Float[Tensor, '... n y']:
+        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others.
 
-        weight = default(weight, dist.new_ones(()).expand(*dist.shape[:-2], dist.shape[-1]))
-
-        if self.normalize not in ('sinkhorn', 'gradient', 'sharp'):
-            return self.mean_shift(dist, num_pos, temperature, weight, affinity_floor, weight_in_softmax)
-
-        W_pos, W_neg = (
-            self.transport(dist, num_pos, num_neg, temperature, weight) if self.normalize == 'sinkhorn' else
-            self.density_gradient(dist, num_pos, temperature, weight)
-        )
-
-        return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
-
-    def mean_shift(self, dist, num_pos, temperature, weight, affinity_floor = 0., weight_in_softmax = False):
-        """Algorithm 2."""
-        logits, weight = self.logits(dist, temperature), rearrange(weight, '... y -> ... 1 y')
+        The coefficients of every x sum to zero if attraction = repulsion.
+        """
+        logits = self.logits(dist, temperature)
+        weight = rearrange(default(weight, dist.new_ones(dist.shape[-1])), '... y -> ... 1 y')
 
         if weight_in_softmax:
-            logits, weight = logits + weight.log().clamp(min = -1e6), (weight > 0).to(weight)
+            logits = logits + weight.log().clamp(min = -1e6)
+            weight = (weight > 0).to(weight)
 
-        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)     # release: guidance weights the normalised affinity
+        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)      # release: weights the affinity
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
-        A_pos *= self.attraction * sum_neg      # cross weights: every positive acts together with every negative, this is the anti-symmetry
+        # cross weights: every positive acts together with every negative, which is the anti-symmetry
+
+        A_pos *= self.attraction * sum_neg
         A_neg *= -self.repulsion * sum_pos
         return A
-
-    def affinity(self, logits):
-        """The kernel, normalised: sqrt(softmax over y * softmax over x), the softmax over y, or the kernel itself. May work in place."""
-        if self.normalize == 'both' and can_read(logits):
-
-            # both softmaxes from one exponential, in place, unless one of their sums would nearly vanish
-
-            row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
-            top = row.amax(dim = -2, keepdim = True)
-
-            if min((row - top).min(), (column - top).min()) > -50:
-                kernel = logits.sub_(top).exp_()
-                over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
-                return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
-
-        if self.normalize == 'none':
-            return logits.exp()
-
-        over_y = logits.softmax(dim = -1)
-        return (over_y * logits.softmax(dim = -2)).sqrt() if self.normalize == 'both' else over_y
-
-    def log_masses(self, dist, num_pos, temperature, weight):
-        """log of the kernel k [... n y], and of sum_y k c over positives and over negatives [... n 1]; c is 1, or t (|x - y| + t) if 'sharp'."""
-        log_k = self.logits(dist, temperature) + rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
-        log_kc = log_k + (temperature * (dist + temperature)).log() if self.normalize == 'sharp' else log_k
-        return log_k, [t.logsumexp(dim = -1, keepdim = True) for t in log_kc.tensor_split((num_pos,), dim = -1)]
-
-    def density_gradient(self, dist, num_pos, temperature, weight):
-        """V+ = grad log sum_y k c: for 'gradient' the kernel's own direction, for 'sharp' grad (k c) = k (y - x)."""
-        log_k, log_masses = self.log_masses(dist, num_pos, temperature, weight)
-
-        if self.normalize == 'gradient':
-            log_k = log_k - ((dist.clamp(min = 1e-12) if self.kernel == 'laplace' else dist * 0 + temperature) * temperature).log()
-
-        return ((t - log_mass).exp() for t, log_mass in zip(log_k.tensor_split((num_pos,), dim = -1), log_masses))
-
-    def potential(self, dist, num_pos, temperature, weight):
-        """The scalar [... n] of the 'sharp' field, V = -grad: the log of the mean of k c over negatives minus that over positives. It falls as q nears p."""
-        _, (log_pos, log_neg) = self.log_masses(dist, num_pos, temperature, weight)
-        total_pos, total_neg = (t.sum(dim = -1) for t in weight.tensor_split((num_pos,), dim = -1))
-        return (log_neg - log_pos).squeeze(-1) - rearrange(total_neg.log() - total_pos.log(), '... -> ... 1')
-
-    def transport(self, dist, num_pos, num_neg, temperature, weight):
-        """V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond), T the barycenters of entropic plans, alpha - 1 from the weights (alpha - 1) (g - 1) / u."""
-        split = num_pos, dist.shape[-1] - num_neg
-        plans = [sinkhorn(-0.5 * block ** 2 / temperature, self.sinkhorn_iters) for block in dist.tensor_split(split, dim = -1)]
-        T_pos, T_uncond, T_neg = (plan / reduce(plan, '... n m -> ... n 1', 'sum').clamp(min = 1e-30) for plan in plans)
-
-        guidance = reduce(weight.tensor_split(split, dim = -1)[1], '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
-        return (1 + guidance) * T_pos, cat((guidance * T_uncond, T_neg), dim = -1)
 
     @property
     def zero_sum(self):
         """Whether the coefficients of every point sum to zero: a subclass whose do not must say so."""
-        return self.attraction == self.repulsion and self.normalize not in ('gradient', 'sharp')
+        return self.attraction == self.repulsion
 
     def apply_coefficients(self, W, x, y):
-        # open: with a != b the factors act on the mean-shift vectors V+ and V- (Eq. 10), so translation invariance stays
-        V = rearrange(rearrange(W, '... t n y -> ... (t n) y') @ y, '... (t n) d -> ... t n d', n = W.shape[-2])
-        return V if self.zero_sum else V.addcmul_(reduce(W, '... t n y -> ... t n 1', 'sum'), rearrange(x, '... n d -> ... 1 n d'), value = -1)
+        """V [... t n d] = sum_y W (y - x), of coefficients W [... t n y], points x [... n d] and samples y [... y d]."""
+        V = rearrange(W, '... t n y -> ... (t n) y') @ y
+        V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
+
+        # open: with a != b the factors act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
+
+        if not self.zero_sum:
+            W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
+            V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
+
+        return V
 
     @torch.no_grad()
     def forward(
-        self,
-        x: Float['... n d'],
-        y_pos: Float['... p d'],
-        y_neg: Float['... m d'] | None = None,
-        *,
-        temperature
-    ) -> Float['... n d']:
-        """Algorithm 2 at one temperature.
+        self, x: Float[Tensor, '... n d'], y_pos: Float[Tensor, '... p d'], y_neg: Float[Tensor, '... m d'] | None = None,
+        *, temperature: float
+    ) -> Float[Tensor, '... n d']:
+        """Algorithm 2 at one temperature, which is in the units of the distances and above 0.
 
         y_neg None: the negatives are x itself, with self pairs masked.
-        temperature: in the units of the distances, above 0.
         Returns V. No gradient flows through it: train on mse(x, (x + V).detach()) (Eq. 6).
-        Raises ValueError for wrong ranks, unequal leading or feature dimensions, empty sets, non-finite values, temperature <= 0.
+        Raises ValueError for wrong ranks, unequal leading or feature dimensions, empty sets, non-finite values, and
+        temperatures that are not above 0.
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
@@ -418,265 +269,695 @@ class DriftField(Module):
         with torch.autocast(x.device.type, enabled = False):
             center = reduce(y, '... y d -> ... 1 d', 'mean')
             x, y = x - center, y - center
-            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')      # exact, whatever the temperature
+            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')             # exact
 
-            if not exists(y_neg) and self.normalize != 'sinkhorn':
-                dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)   # mask self
+            if not exists(y_neg) and not self.needs_neg:
+                dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)      # mask self
 
             W = self.coefficients(dist, num_pos, y.shape[-2] - num_pos, float(temperature))
             return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
 
 # ───────────────────────────────────────────────────────────────────────────────
-# 3. drift loss - Eq. 6, 13, 14, A.5-A.7
+# 3. the loss on one feature as the paper writes it - A.6
 # ───────────────────────────────────────────────────────────────────────────────
 
 class DriftStats(NamedTuple):
-    scale: Tensor           # S, the mean distance: what a temperature of 1 means on this feature
-    drift_rms: dict         # {temperature: lambda}, root mean square of V before it is normalised: this falls as training goes, the loss does not
-    neighbors: dict         # {temperature: to how many positives a generated sample listens}, between 1 and p
-    uncond_share: dict      # {temperature: the share of unconditional samples in the push}, between 0 and 1
-    potential: dict         # {temperature: the scalar that the 'sharp' field descends}, a loss that falls; empty for the other fields
+    scale: Tensor           # S, the mean distance: temperatures are relative to it
+    drift_rms: dict         # {temperature: lambda}, root mean square of V before it is normalised: this falls
+    neighbors: dict         # {temperature: to how many positives a generated sample listens}, 1 .. p
+    uncond_share: dict      # {temperature: the share of unconditional samples in the push}, 0 .. 1
+    potential: dict         # {temperature: the scalar that a field with a potential descends}: a loss that falls
+
+def plain_drift_loss(
+    gen: Float[Tensor, 'b g d'],
+    pos: Float[Tensor, 'b p d'],
+    uncond: Float[Tensor, 'b u d'],
+    uncond_weight: Float[Tensor, 'b u'],
+    *, temperatures = (0.02, 0.05, 0.2), field = None, affinity_floor = 1e-6
+) -> Float[Tensor, 'b']:
+    """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
+
+    gen generated, pos real, uncond real samples of any class, with weights (A.7). To be read, and to test against:
+    `drift_loss` in section 5 computes the same fast, in parts, and over all processes.
+    """
+    field = default(field, DriftField())
+    (_, g, d), p = gen.shape, pos.shape[1]
+
+    with torch.no_grad():
+        y = cat((pos, uncond, gen), dim = 1)                                                    # b y d
+        weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)      # b y
+
+        # one scale for the feature: distances, and with them temperatures, are relative to it
+
+        dist = torch.cdist(gen, y).clamp(min = 1e-4)                                            # b g y
+        S = (dist * weight[:, None]).mean() / weight.mean()
+        unit = (S / d ** 0.5).clamp(min = 1e-3)
+
+        dist = dist / S.clamp(min = 1e-3)
+        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)                                          # mask self
+
+        # the field of each temperature is normalised to unit root mean square, then they add up
+
+        V = 0.
+
+        for temperature in temperatures:
+            W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)             # b g y
+            V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit                        # b g d
+            V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
+
+        target = gen / unit + V
+
+    return (gen / unit - target).square().mean(dim = (1, 2))
+
+# ───────────────────────────────────────────────────────────────────────────────
+# 4. generator - A.2, Table 8
+# ───────────────────────────────────────────────────────────────────────────────
+
+PRESETS = {
+    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),              # latent
+    'L/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 1024, depth = 24, heads = 16),
+    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),           # pixel
+    'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),
+}
+
+def run_block(block, *args, checkpointing):
+    """A block of a network; with checkpointing it is computed again in the backward pass, not kept."""
+    recompute = checkpointing and torch.is_grad_enabled()
+    return checkpoint(block, *args, use_reentrant = False) if recompute else block(*args)
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + 1e-6) times a gain (release; x-transformers' has no epsilon), never in half precision."""
+
+    def __init__(self, dim):
+        super().__init__(dim, eps = 1e-6)
+
+    def forward(self, x):
+        return super().forward(full_precision(x))
+
+class Modulation(Module):
+    """adaLN-zero: shifts, scales and gates from the condition, 0 at initialisation, never in half precision."""
+
+    def __init__(self, dim, num):
+        super().__init__()
+        self.num = num
+        self.linear = nn.Linear(dim, dim * num)
+
+    def forward(self, cond):                                                        # b d
+        with torch.autocast(cond.device.type, enabled = False):
+            out = self.linear(F.silu(cond.to(self.linear.weight.dtype)))
+            return rearrange(out, 'b (num d) -> num b 1 d', num = self.num)
+
+class Block(Module):
+    """Attention and SwiGLU of x-transformers inside adaLN-zero.
+
+    As in the release every linear has a bias, so those of the attention are added around it, and queries and keys
+    have one gain for each dimension of a head, shared by the heads.
+    """
+
+    def __init__(self, dim, heads, dim_ff):
+        super().__init__()
+        dim_head = dim // heads
+        self.modulation = Modulation(dim, 6)
+
+        self.attn_norm = RMSNorm(dim)
+        self.attn = Attention(dim, heads = heads, dim_head = dim_head, qk_rmsnorm = True, flash = True, project_out = True)
+        self.attn.q_rmsnorm = RMSNorm(dim_head)
+        self.attn.k_rmsnorm = RMSNorm(dim_head)
+        self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
+
+        self.ff_norm = RMSNorm(dim)
+        self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)       # int(dim * mult) wide
+
+    def forward(self, x, cond, rotary):                                             # b n d, b d, 1 n dh
+        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)      # b 1 d
+        biases = dict(q_delta = self.q_bias, k_delta = self.k_bias, v_delta = self.v_bias)
+
+        h = self.attn_norm(x) * (1 + attn_scale) + attn_shift                       # b n d
+        h = self.attn(h, rotary_pos_emb = (rotary, None), **biases) + self.out_bias
+        x = x + h * attn_gate
+
+        h = self.ff_norm(x) * (1 + ff_scale) + ff_shift
+        return x + self.ff(h) * ff_gate
+
+    def init_weights(self):
+        """Release: queries, keys and values are one xavier matrix, the two halves of SwiGLU's input one each."""
+        nn.init.zeros_(self.modulation.linear.weight)
+
+        for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
+            nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
+
+        for half in self.ff.ff[0].proj.weight.detach().chunk(2):
+            nn.init.xavier_uniform_(half)
+
+def sinusoidal(t, dim):
+    """[...] -> [... dim], cosines first, geometric frequencies 1 .. 1/10000."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device = t.device) / (dim // 2))
+    angles = rearrange(t.float(), '... -> ... 1') * freqs
+    return cat((angles.cos(), angles.sin()), dim = -1)
+
+def sincos_2d(size, dim):
+    """[size * size, dim]: the sine-cosine embedding of a grid, which the learned one starts from; columns, then rows."""
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
+    rows = repeat(sin_first, 'h d -> (h w) d', w = size)
+    cols = repeat(sin_first, 'w d -> (h w) d', h = size)
+    return cat((cols, rows), dim = -1)
+
+@torch.no_grad()
+def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha = 1., seed = None, batch_size = None):
+    """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
+
+    labels [b], a tensor or a list, or num_samples for an unconditional generator; alpha: a number >= 1 or [b].
+    Noise and styles are drawn on the cpu, so a seed gives the same samples on every device; batch_size bounds the memory.
+    """
+    num_classes, training = getattr(model, 'num_classes', None), model.training
+    wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
+    fits = exists(labels) == exists(num_classes) and exists(labels) != exists(num_samples)
+    check(fits, f'num_classes is {num_classes}, so pass {wanted}')
+
+    num = torch.as_tensor(labels).numel() if exists(labels) else num_samples
+    check_positive(num_samples = num, batch_size = batch_size)
+    labels = checked_labels(torch.as_tensor(labels), num_classes, num) if exists(labels) else None
+    alpha = torch.as_tensor(alpha, dtype = torch.float32)
+    check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
+
+    generator = torch.Generator()
+    generator.manual_seed(int(default(seed, generator.seed())))
+    noise = torch.randn(num, *noise_shape, generator = generator)
+    styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
+
+    device, size, samples = next(model.parameters()).device, default(batch_size, num), []
+    model.eval()
+
+    try:
+        for i in range(0, num, size):
+            batch = [t[i:i + size].to(device) if exists(t) else t for t in (noise, labels, alpha.expand(num), styles)]
+            samples.append(model(*batch))
+        return cat(samples)
+    finally:
+        model.train(training)
+
+NUMPY_INTEGERS = {np.integer: (int, int)}           # how config.json keeps them
+
+class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
+    """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
+
+    image_size, channels, patch_size: samples [b channels image_size image_size] are cut into square patches.
+    num_classes: None for an unconditional generator.
+    num_register_tokens: in-context tokens in front of the patches, made from the condition.
+    num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0: none).
+    share_style_codebook: one table for all style tokens (paper) instead of one each (release).
+    bf16_rotary: rotary positions rounded to bfloat16. Only for published weights that were trained with them.
+    checkpointing: compute each block again in the backward pass instead of keeping what is inside.
+
+    save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
+    """
+
+    def __init__(
+        self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
+        num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
+        bf16_rotary = False, checkpointing = False
+    ):
+        super().__init__()
+        check_positive(image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_positive(dim = dim, heads = heads, style_codebook_size = style_codebook_size)
+        numbers = (depth, num_register_tokens, num_style_tokens)
+        check(min(numbers) >= 0, f'depth and numbers of tokens must not be negative, got {numbers}')
+        check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
+        is_even = dim % (2 * heads) == 0 and dim % 4 == 0
+        check(is_even, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary embeddings turn pairs')
+
+        self.noise_shape, self.num_classes = (channels, image_size, image_size), num_classes
+        self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
+        size, dim_patch = image_size // patch_size, channels * patch_size ** 2
+        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32                    # release
+
+        # condition. All style tables are rows of one embedding; each token looks into its own (paper: all into the same)
+
+        self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
+        self.style_stride = 0 if share_style_codebook else style_codebook_size
+        self.style_embed = nn.Embedding(style_codebook_size * (1 if share_style_codebook else num_style_tokens), dim)
+        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
+        self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
+
+        # tokens [registers | patches]
+
+        self.patch_embed = nn.Linear(dim_patch, dim)
+        self.pos_embed = Parameter(sincos_2d(size, dim))
+        self.register_proj = nn.Linear(dim, dim)
+        self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
+
+        # rotary positions of all tokens (release: 1d), on the cpu also where the parameters are on the meta device
+
+        with torch.device('cpu'):
+            rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
+            rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
+            angles = rotary(torch.arange(num_register_tokens + size ** 2)).detach().float()
+
+        self.register_buffer('rotary', rearrange(angles, 'n dh -> 1 n dh'), persistent = False)
+
+        self.blocks = ModuleList([Block(dim, heads, dim_ff) for _ in range(depth)])
+        self.final_norm = RMSNorm(dim)
+        self.final_modulation = Modulation(dim, 2)
+        self.to_patch = nn.Linear(dim, dim_patch)
+
+        self.init_weights()
+
+    @classmethod
+    def from_preset(cls, name, **kwargs):
+        """One of Table 8's sizes by name, see PRESETS; keyword arguments override it."""
+        check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
+        return cls(**{**PRESETS[name], **kwargs})
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear) and exists(module.bias):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std = 0.02)
+
+        for weight in (self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
+            nn.init.normal_(weight, std = 0.02)
+
+        # every block starts as the identity, and the output as 0
+
+        for block in self.blocks:
+            block.init_weights()
+
+        for linear in (self.final_modulation.linear, self.to_patch):
+            nn.init.zeros_(linear.weight)
+
+    def draw_styles(self, num, generator = None):
+        """Random style indices [num s], uniform over the codebook."""
+        device = generator.device if exists(generator) else self.pos_embed.device
+        shape = (num, self.num_style_tokens)
+        return torch.randint(self.style_codebook_size, shape, generator = generator, device = device)
+
+    def condition(self, labels, alpha, styles):
+        """The condition vector [b d]: class + styles + guidance scale."""
+        tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
+        cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
+        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
+        return cond + self.class_embed(labels) if exists(labels) else cond
+
+    def checked_inputs(self, noise, labels, alpha, styles):
+        """The arguments of forward, alpha and styles as tensors."""
+        b, has_classes = len(noise), exists(self.num_classes)
+        check_shape('noise', noise, (b, *self.noise_shape))
+        check_range('noise', noise, -math.inf)
+        is_full = self.rotary.dtype in (torch.float32, torch.float64)
+        check(is_full, f'the model is {self.rotary.dtype}, positions too: make it in float32 and run it under torch.autocast')
+
+        wanted = 'are needed' if has_classes else 'must be None'
+        check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
+        labels = checked_labels(labels, self.num_classes, b) if has_classes else None
+
+        alpha = alpha if torch.is_tensor(alpha) else torch.full((b,), float(alpha), device = noise.device)
+        check_shape('alpha', alpha, (b,), ', or a number')
+        check_range('alpha', alpha, 1)
+
+        styles = styles if exists(styles) else self.draw_styles(b)
+        check_shape('styles', styles, (b, self.num_style_tokens))
+        check_range('styles', styles, 0, self.style_codebook_size - 1)
+        return noise.to(self.pos_embed.dtype), labels, alpha, styles
+
+    def forward(
+        self, noise: Float[Tensor, 'b ch h w'], labels: Int[Tensor, 'b'] | None = None,
+        alpha: Float[Tensor, 'b'] | float = 1., styles: Int[Tensor, 'b s'] | None = None
+    ) -> Float[Tensor, 'b ch h w']:
+        """Noise to samples, one network evaluation.
+
+        labels: None where num_classes is None. alpha: the guidance scale, >= 1. styles: None, they are drawn.
+        Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, and non-finite values.
+        """
+        noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
+        cond = self.condition(labels, alpha, styles)                                # b d
+
+        p, (_, _, h, w) = self.patch_size, noise.shape
+        patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
+        x = self.patch_embed(patches) + self.pos_embed                              # b n d
+
+        registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
+        x = cat((registers, x), dim = 1)                                            # b (r n) d
+
+        for block in self.blocks:
+            x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
+
+        x = x[:, registers.shape[1]:]                                               # b n d
+
+        shift, scale = self.final_modulation(cond)                                  # b 1 d
+        patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)           # b n (p1 p2 ch)
+        return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h // p, p1 = p, p2 = p)
+
+    def sample(self, labels = None, **kwargs):
+        """Samples [b ch h w] for labels [b], see sample_from."""
+        return sample_from(self, self.noise_shape, labels, **kwargs)
+
+# ───────────────────────────────────────────────────────────────────────────────
+# 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7
+# ───────────────────────────────────────────────────────────────────────────────
 
 class Breakdown(NamedTuple):
     losses: dict            # {feature name: loss}
     stats: dict             # {feature name: DriftStats}
 
 @typecheck
-def effective_neighbors(affinity: Float['... n m']) -> Float['... n']:
-    """How many of m samples each of n points really listens to: the exponential of the entropy of its affinities, between 1 and m."""
+def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
+    """To how many of m samples each of n points really listens: exp of the entropy of its affinities, 1 .. m."""
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
-CHUNK_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)     # coordinates or coefficients that are worked on at a time: a cpu's cache, half a GiB of a GPU
+@typecheck
+def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
+    """|x|^2 + |y|^2 - 2 x.y, one matrix product. Centre the points first: it loses the digits of a common offset."""
+    x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
+    return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
-def shared_sums(stages):
-    """Makes a function of a generator that yields sums over its problems, and is sent what they are over those of all processes.
+def sum_over_processes(t):
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return reduce_over_processes(t, 'sum') if is_distributed else t
 
-    answer: what is sent for sums. `.stages` is the generator, for whoever sees the problems piece by piece and adds up the sums of the pieces.
+class KnownGradient(torch.autograd.Function):
+    """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean with respect to x."""
+
+    @staticmethod
+    def forward(ctx, x, loss, grad):
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative, its target is frozen: leave out create_graph')
+        grad, = ctx.saved_tensors
+        factor = grad_loss * grad_loss.numel()                                      # () or b
+        return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
+
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)      # numbers at a time: a cpu's cache, half a GiB of a GPU
+
+class DriftProblems:
+    """b independent drifting problems of one feature (class group x location), taken in parts that fit a cache.
+
+    S and lambda are means over all problems of a step, so the work has three rounds: `sum_distances`, `sum_drift`, `loss`.
+    Between them the caller adds up the sums of whatever else belongs to the step: other processes, other chunks of the
+    batch. For the arguments see `drift_loss`.
     """
-    @wraps(stages)
-    def run(*args, answer = sum_over_processes, **kwargs):
-        generator = stages(*args, **kwargs)
 
-        try:
-            sums = next(generator)
-            while True:
-                sums = generator.send(answer(sums))
-        except StopIteration as stop:
-            return stop.value
+    def __init__(
+        self, gen, pos, uncond = None, *, uncond_weight = None, neg = None, temperatures = (0.02, 0.05, 0.2), field = None,
+        weight_in_softmax = False, affinity_floor = 1e-6, self_distance = 100., min_scale = 1e-3, min_dist_sq = 1e-8,
+        min_drift_sq = 1e-8, diagnostics = True
+    ):
+        check_points(3, gen = gen, pos = pos, uncond = uncond, neg = neg)
+        self.temperatures = tuple(map(float, temperatures))
+        fits = self.temperatures and all(0 < temperature < math.inf for temperature in self.temperatures)
+        check(fits, f'temperatures must be one or more finite numbers above 0, got {self.temperatures}')
 
-    run.stages = stages
-    return run
+        self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
+        name = type(self.field).__name__
+        check(not (self.field.needs_neg and self.own_negatives), f'{name} needs neg, an independent batch of generated samples')
 
-@shared_sums
+        self.weight_in_softmax, self.affinity_floor, self.diagnostics = weight_in_softmax, affinity_floor, diagnostics
+        self.self_distance, self.min_scale = self_distance, min_scale
+        self.min_dist_sq, self.min_drift_sq = min_dist_sq, min_drift_sq
+
+        self.gen = full_precision(gen).detach()
+        self.sets = [t for t in (pos, uncond, default(neg, self.gen)) if exists(t)]
+        self.sizes = [t.shape[1] for t in self.sets]
+        self.b, self.g, self.d = gen.shape
+        self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
+
+        self.weight = self.weights_of(uncond, uncond_weight)                        # b 1 y
+        temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype)
+        self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
+
+        # in many dimensions W is smaller than V = W y; and where W sums to 0, |V| is had without V, see squared_lengths
+
+        self.in_coefficients = self.y < 0.7 * self.d
+        self.by_distances = self.in_coefficients and self.field.zero_sum and self.own_negatives
+
+        largest = self.y * max(self.d, self.g * len(self.temperatures))
+        size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
+        self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
+
+        self.kept = {}                                  # what two rounds need: distances and vectors, by part
+        self.newest = None, None, None                  # the part that was worked on last, its W and its distances
+        self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
+
+    def weights_of(self, uncond, uncond_weight):
+        """The weight of every y, [b 1 y]."""
+        weight = self.gen.new_ones(self.b, 1, self.y)
+
+        if exists(uncond_weight):
+            check(exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
+            check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
+            check_range('uncond_weight', uncond_weight, 0)
+            weight[:, 0, self.p:-self.m] = uncond_weight
+
+        return weight
+
+    # what is computed of one part
+
+    def points(self, part):
+        """x [b g d] and y [b y d], in a buffer that is the next part's too.
+
+        They are centred on the generated samples: |x|^2 + |y|^2 - 2 x.y then keeps the digits of the distances between
+        them also where they nearly coincide, as at the start of a training.
+        """
+        center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
+        y = self.buffer[:len(center)]
+
+        for t, out in zip(self.sets, y.split(self.sizes, dim = 1), strict = True):
+            torch.sub(t[part], center, out = out)
+
+        return y[:, -self.g:] if self.own_negatives else self.gen[part] - center, y
+
+    def squares(self, part):
+        """Squared distances [b g y], and where |V| comes from them those of the others among themselves [b o o]."""
+        if part.start not in self.kept:
+            x, y = self.points(part)
+            others = y[:, :-self.m]
+            squares_of_others = squared_distances(others, others) if self.by_distances else None
+            self.kept[part.start] = squared_distances(x, y), squares_of_others
+
+        return self.kept[part.start]
+
+    def distances(self, part):
+        return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
+
+    def coefficients(self, part, scale):
+        """W [b t g y] of every temperature, V = W (y - x), and the distances [b 1 g y] where a potential needs them.
+
+        Those of the newest part stay: there two rounds meet, and of few problems there is one part alone.
+        """
+        if self.newest[0] == part:
+            return self.newest[1:]
+
+        dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
+
+        if self.own_negatives:
+            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)        # mask self
+
+        dist = rearrange(dist, 'b g y -> b 1 g y')
+        weight = self.weight[part].expand(-1, len(self.temperatures), -1)                       # b t y
+        options = self.affinity_floor, self.weight_in_softmax
+        W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *options)
+
+        self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
+        return self.newest[1:]
+
+    def vectors(self, part, scale):
+        """V [b t g d], where there are more samples than dimensions."""
+        key = part.start, 'V'
+
+        if key not in self.kept:
+            W, _ = self.coefficients(part, scale)
+            self.kept[key] = self.field.apply_coefficients(W, *self.points(part))
+
+        return self.kept[key]
+
+    def squared_lengths(self, part, W):
+        """|V|^2 summed over problems and samples [t], by |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2."""
+        squares, squares_of_others = self.squares(part)
+        W = rearrange(W, 'b t g y -> b (t g) y')
+        W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
+
+        products = W_gen @ squares                                                              # b (t g) y
+        products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)
+        products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
+        return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
+
+    # round 1: S
+
+    def sum_distances(self):
+        """[distances times weights, weights], both summed."""
+        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
+
+    def sum_distances_of(self, part):
+        total = reduce(self.distances(part) ** self.field.scale_power, 'b g y -> b 1 y', 'sum')
+        return (total * self.weight[part]).sum()
+
+    def scale(self, sums):
+        """S from the sums of all problems."""
+        return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
+
+    def unit(self, scale):
+        """Features are in units of S / sqrt(d)."""
+        return (scale / self.d ** 0.5).clamp(min = self.min_scale)
+
+    # round 2: lambda, and where the drift comes from
+
+    def sum_drift(self, scale):
+        """[V^2, ... diagnostics, number] of every temperature [t], summed over problems and samples."""
+        return sum(self.sum_drift_of(part, scale) for part in self.parts)
+
+    def sum_drift_of(self, part, scale):
+        W, dist = self.coefficients(part, scale)
+
+        if self.by_distances:
+            V_sq = self.squared_lengths(part, W)
+        else:
+            V_sq = self.vectors(part, scale).norm(dim = (2, 3)).square().sum(dim = 0)
+
+        sums = [V_sq / (self.d * self.unit(scale) ** 2)]
+
+        if self.diagnostics:
+            pull, push = W[..., :self.p], W[..., self.p:]
+            uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
+            sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
+
+        if exists(dist):
+            weight = self.weight[part]
+            sums.append(self.field.potential(dist, self.p, self.temperature, weight).sum(dim = (0, 2)))
+
+        return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
+
+    def stats(self, scale, sums):
+        """DriftStats from the scale and the sums of all problems."""
+        mean_sq, *diagnosed = sums[:-1] / sums[-1]
+        per_temperature = [dict(zip(self.temperatures, t, strict = True)) for t in (mean_sq.clamp(min = 0).sqrt(), *diagnosed)]
+        not_computed = [{} for _ in range(4 - len(per_temperature))]
+        return DriftStats(scale, *per_temperature, *not_computed)
+
+    # round 3: each field normalised to unit root mean square, then their sum V. The loss is V^2, its gradient -2 V
+
+    def loss(self, stats):
+        """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
+        drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
+        norms = drift_sq.sqrt() * self.unit(stats.scale)                                        # t
+        grad = torch.empty_like(self.gen)
+        losses = [self.loss_of(part, stats.scale, norms, grad[part]) for part in self.parts]
+        return cat(losses), grad
+
+    def loss_of(self, part, scale, norms, grad):
+        """The loss of a part [b]; its gradient goes into grad [b g d]."""
+        fields = self.coefficients(part, scale)[0] if self.in_coefficients else self.vectors(part, scale)
+        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')      # n: y coefficients, or d dimensions
+        V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
+
+        if self.in_coefficients:
+            V = self.field.apply_coefficients(V, *self.points(part))
+
+        V = rearrange(V, 'b 1 g d -> b g d')
+        torch.mul(V, -2 / (self.b * self.g * self.d * self.unit(scale)), out = grad)
+        return V.square_().mean(dim = (1, 2))
+
 def drift_loss(
-    gen: Float['b g d'],
-    pos: Float['b p d'],
-    uncond: Float['b u d'] | None = None,
+    gen: Float[Tensor, 'b g d'],
+    pos: Float[Tensor, 'b p d'],
+    uncond: Float[Tensor, 'b u d'] | None = None,
     *,
-    uncond_weight: Float['b u'] | None = None,
-    neg: Float['b m d'] | None = None,  # an independent batch of generated samples as negatives, in place of gen itself without self pairs
+    uncond_weight: Float[Tensor, 'b u'] | None = None,
+    neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, not gen itself without self pairs
     temperatures = (0.02, 0.05, 0.2),   # A.6, relative to the mean distance S
-    field: DriftField | None = None,
+    field: DriftField | None = None,    # Algorithm 2 by default
     weight_in_softmax = False,          # guidance weights the affinity (release), or the kernel before it is normalised
-    affinity_floor = 1e-6,              # release: of softmax * softmax, before the root. 0 for low-dimensional data, which it freezes
-    self_distance = 100.,               # release: added to the distance of a generated sample to itself, in units of S
+    affinity_floor = 1e-6,              # release: of softmax * softmax. 0 for low-dimensional data, which it freezes
+    self_distance = 100.,               # release: added to the distance of a sample to itself, in units of S
     min_scale = 1e-3,                   # release: of S and of S / sqrt(d)
     min_dist_sq = 1e-8,                 # release
     min_drift_sq = 1e-8,                # release: of the mean of V^2
-    chunk_size = None,                  # problems at a time: bounds the memory, computes distances and fields again instead of keeping them
-    diagnostics = True                  # the last three fields of DriftStats, otherwise empty
-) -> tuple[Float['b'], DriftStats]:
-    """The drifting loss on one feature (A.6): mean over samples and dimensions of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
+    diagnostics = True,                 # the last three fields of DriftStats, otherwise empty
+    stats: DriftStats | None = None     # S and lambda, where they were taken over more than these problems
+) -> tuple[Float[Tensor, 'b'], DriftStats]:
+    """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
 
     gen generated, pos real, uncond real samples of any class with weights uncond_weight >= 0 (None: ones).
-    b counts independent problems (class group x location); the statistics, frozen, are shared by all of them and by all processes.
-    field: the DriftField, by default Algorithm 2 as in the paper.
+    b counts independent problems (class group x location); the statistics are shared by all of them and all processes.
 
-    Returns the loss of each problem and DriftStats. In value the loss is the mean of V^2, its gradient with respect to gen / (S / sqrt(d)) is -2 V / n.
-    Each temperature's field is divided by its own root mean square, so the loss stays near a constant: watch stats.drift_rms.
-    Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights, temperatures <= 0.
+    Returns the loss of each problem and DriftStats. In value the loss is the mean of V^2; its gradient with respect to
+    gen / (S / sqrt(d)) is -2 V / n, and has no derivative itself. Each temperature's field is divided by its own root
+    mean square, so the loss stays near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
+    Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights, and
+    temperatures that are not above 0.
     """
-    check_points(3, gen = gen, pos = pos, uncond = uncond, neg = neg)
-    temperatures = tuple(float(temperature) for temperature in temperatures)
-    check(temperatures and all(0 < temperature < math.inf for temperature in temperatures), f'temperatures must be one or more finite numbers above 0, got {temperatures}')
-    check(not exists(uncond_weight) or exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
-    check(default(chunk_size, 1) > 0, f'chunk_size must be above 0, got {chunk_size}')
+    problems = DriftProblems(
+        gen, pos, uncond, uncond_weight = uncond_weight, neg = neg, temperatures = temperatures, field = field,
+        weight_in_softmax = weight_in_softmax, affinity_floor = affinity_floor, self_distance = self_distance,
+        min_scale = min_scale, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq, diagnostics = diagnostics
+    )
 
-    gen, field = full_precision(gen), default(field, DriftField())
-    x_all = gen.detach()
-    others = [t for t in (pos, uncond, default(neg, x_all)) if exists(t)]
-    (b, g, d), p, m = gen.shape, pos.shape[1], others[-1].shape[1]
+    with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
+        if not exists(stats):
+            scale = problems.scale(sum_over_processes(problems.sum_distances()))                # round 1: S
+            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))        # round 2: lambda
 
-    transport, with_potential = field.normalize == 'sinkhorn', diagnostics and field.normalize == 'sharp'
-    check(not transport or exists(neg), "normalize = 'sinkhorn' needs neg, an independent batch of generated samples")
+        loss, grad = problems.loss(stats)                                                       # round 3
 
-    weight = gen.new_ones(b, 1, sum(t.shape[1] for t in others))                                       # b 1 y
-
-    if exists(uncond_weight):
-        check(uncond_weight.shape == uncond.shape[:2], f'uncond_weight has shape {tuple(uncond_weight.shape)}, expected {tuple(uncond.shape[:2])}')
-        check_range('uncond_weight', uncond_weight, 0)
-        weight[:, 0, p:-m] = uncond_weight
-
-    # the problems are taken in chunks. What is needed twice is kept, or computed again where memory is to be bounded
-
-    num_y = weight.shape[-1]
-    size = default(chunk_size, max(1, CHUNK_NUMBERS.get(gen.device.type, 2 ** 27) // (num_y * max(d, g * len(temperatures)))))
-    chunks = [slice(i, i + size) for i in range(0, b, size)]
-    keep = lru_cache(maxsize = 1 if exists(chunk_size) else None)
-    buffer = gen.new_empty(min(b, size), num_y, d)
-
-    def each_chunk(fn):
-        with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
-            return [fn(i) for i in range(len(chunks))]
-
-    @lru_cache(maxsize = 1)
-    def points(i):
-        # centred on the generated samples: |x|^2 + |y|^2 - 2 x.y keeps the digits of their distances, also where they nearly coincide
-
-        center = x_all[chunks[i]].mean(dim = 1, keepdim = True)
-        y = buffer[:len(center)]                                                                       # b y d
-
-        for t, part in zip(others, y.split([t.shape[1] for t in others], dim = 1)):
-            torch.sub(t[chunks[i]], center, out = part)
-
-        return y[:, -g:] if not exists(neg) else x_all[chunks[i]] - center, y
-
-    @keep
-    def squares(i):
-        return squared_distances(*points(i))                                                           # b g y
-
-    @keep
-    def squares_of_others(i):
-        y = points(i)[1][:, :-m]
-        return squared_distances(y, y)                                                                 # b (p u) (p u)
-
-    def distances(i):
-        return squares(i).clamp(min = min_dist_sq).sqrt_()
-
-    # in high dimensions coefficients W are smaller than vectors V = sum_y W y, and where they sum to zero the length of V comes cheaper without V,
-    # |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2
-
-    in_coefficients = num_y < 0.7 * d
-    by_distances = in_coefficients and field.zero_sum and not exists(neg)
-
-    # one scale for the feature: the weighted mean distance (for transport its root mean square), everything below is relative to it
-
-    power = 2 if transport else 1
-
-    def sum_distances(i):
-        if by_distances and not exists(chunk_size):
-            squares_of_others(i)        # kept, while the points are at hand
-
-        return (reduce(distances(i) ** power, 'b g y -> b 1 y', 'sum') * weight[chunks[i]]).sum()
-
-    sum_dist, sum_weight = yield stack((sum(each_chunk(sum_distances)), weight.sum() * g))
-
-    scale = (sum_dist / sum_weight) ** (1 / power)
-    feature_scale = (scale / d ** 0.5).clamp(min = min_scale)
-
-    # the field of each temperature as coefficients, how large it is (V^2), and where it comes from
-
-    temperature = torch.tensor(temperatures, dtype = gen.dtype).to(gen.device, non_blocking = True)[:, None, None]
-
-    @lru_cache(maxsize = 1)
-    def coefficients(i):
-        dist, w = distances(i).div_(scale.clamp(min = min_scale)), weight[chunks[i]]
-
-        if not exists(neg):
-            dist[:, :, -g:].diagonal(dim1 = -2, dim2 = -1).add_(self_distance)                         # mask self
-
-        dist = rearrange(dist, 'b g y -> b 1 g y')
-        W = field.coefficients(dist, p, m, temperature, w.expand(-1, len(temperatures), -1), affinity_floor, weight_in_softmax)
-        return dist if with_potential else None, W                                                     # b 1 g y, b t g y
-
-    @(lru_cache(maxsize = 1) if in_coefficients else keep)
-    def vectors(i):
-        return field.apply_coefficients(coefficients(i)[1], *points(i))                                # b t g d
-
-    def sum_fields(i):
-        dist, W = coefficients(i)
-
-        if by_distances:
-            W_all = rearrange(W, 'b t g y -> b (t g) y')
-            W_others, W_gen = W_all.tensor_split((num_y - m,), dim = -1)
-            products = W_gen @ squares(i)
-            products[..., :-m].baddbmm_(W_others, squares_of_others(i), beta = 2)
-            V_sq = -0.5 * torch.linalg.vecdot(*(rearrange(t, 'b (t g) y -> b t (g y)', g = g) for t in (products, W_all))).sum(dim = 0)
-        else:
-            V_sq = vectors(i).norm(dim = (2, 3)).square().sum(dim = 0)
-
-        sums = [V_sq / (d * feature_scale ** 2)]
-
-        if diagnostics:
-            pull, push = W[..., :p], W[..., p:]
-            sums += [effective_neighbors(pull).sum(dim = (0, 2)), (push[..., :-m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)).sum(dim = (0, 2))]
-
-        if with_potential:
-            sums += [field.potential(dist, p, temperature, weight[chunks[i]]).sum(dim = (0, 2))]
-
-        return stack((*sums, torch.full_like(V_sq, len(W) * g)))
-
-    *sums, count = yield sum(each_chunk(sum_fields))                                                   # each t
-    mean_sq, *diagnosed = (total / count for total in sums)
-
-    # each normalised to unit root mean square, they add up. Eq. 6, the mean of |x - stopgrad(x + V)|^2, has the value V^2 and the gradient -2 V
-
-    mean_sq = mean_sq.clamp(min = 0)
-    norms = mean_sq.clamp(min = min_drift_sq).sqrt() * feature_scale
-
-    grad = torch.empty_like(x_all)
-
-    def losses(i):
-        fields = coefficients(i)[1] if in_coefficients else vectors(i)
-        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')                         # of coefficients, or of vectors
-        total = rearrange(total, 'b (g n) -> b 1 g n', g = g)
-        V = (field.apply_coefficients(total, *points(i)) if in_coefficients else total).squeeze(1)
-        torch.mul(V, -2 / (b * g * d * feature_scale), out = grad[chunks[i]])
-        return V.square_().mean(dim = (1, 2))
-
-    loss = cat(each_chunk(losses))
-
-    per_temperature = [dict(zip(temperatures, values)) for values in (mean_sq.sqrt(), *diagnosed)]
-    return KnownGradient.apply(gen, loss, grad), DriftStats(scale, *per_temperature, *({} for _ in range(4 - len(per_temperature))))
+    return KnownGradient.apply(full_precision(gen), loss, grad), stats
 
 class FeatureDriftLoss(Module):
-    """The drifting loss summed over features (Eq. 13, 14, A.5), with classifier-free guidance by unconditional negatives (A.7).
+    """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
 
-    encoder: None (raw samples), a Module with .features(x), a callable, or a list of them; each gives {name: [b f d]} for x [b ...].
-    decoder: a callable in front of the encoders, for example from latents to pixels. Modules are frozen here, gradients pass through them.
+    encoder: None (raw samples), a Module with .features(x), a callable, or a list; each gives {name: [b f d]} of x [b ...].
+    decoder: a callable in front of the encoders, for example from latents to pixels. Modules are frozen here: gradients
+        pass through them, their weights get none.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
-    group_chunk_size: encode so many class groups at a time, with the same result: the memory is that of one chunk, the encoder runs three times.
-    chunk_statistics: with chunks, 'shared' (exact), or 'own', S and the drift's norm of every chunk by itself: cheap, another loss.
-    Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps, chunk_size.
+    group_chunk_size: so many class groups at a time, with the same result: the memory of one chunk, three encoder passes.
+    Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
     """
 
-    def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, chunk_statistics = 'shared', **drift_loss_kwargs):
+    def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
-        encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder] if exists(encoder) else []
+        encoders = [encoder] if exists(encoder) else []
+        if isinstance(encoder, (list, tuple)):
+            encoders = list(encoder)
 
-        unknown = drift_loss_kwargs.keys() - inspect.signature(drift_loss).parameters.keys()
-        check(not unknown, f'unknown arguments {sorted(unknown)}')
+        unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(drift_loss).parameters.keys())
+        check(not unknown, f'unknown arguments {unknown}')
         check(raw or encoders, 'raw = False needs an encoder: there would be no feature at all')
-        check(default(group_chunk_size, 1) > 0, f'group_chunk_size must be above 0, got {group_chunk_size}')
-        check(chunk_statistics in ('shared', 'own'), f"chunk_statistics must be 'shared' or 'own', got {chunk_statistics!r}")
+        check_positive(group_chunk_size = group_chunk_size)
+
         for encoder in encoders:
-            check(callable(encoder) or hasattr(encoder, 'features'), f'encoder must be None, a Module with .features(x), a callable, or a list of these, got {type(encoder).__name__}')
+            wanted = 'None, a Module with .features(x), a callable, or a list of these'
+            fits = callable(encoder) or hasattr(encoder, 'features')
+            check(fits, f'encoder must be {wanted}, got {type(encoder).__name__}')
 
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
-        self.group_chunk_size, self.chunk_statistics = group_chunk_size, chunk_statistics
-        owners = [getattr(m, '__self__', m) for m in (*encoders, decoder)]      # of methods
+        self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
+
+        owners = [getattr(part, '__self__', part) for part in (*encoders, decoder)]             # of methods
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
-        self.drift_loss_kwargs = drift_loss_kwargs
-        self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'normalize', None) == 'sinkhorn'
 
-    def compile(self):
-        """torch.compile of the encoders, and of the field where there is an accelerator: on a cpu its arithmetic in place is faster."""
-        self.features = torch.compile(self.features)
+    @property
+    def needs_neg(self):
+        """Whether the field wants a second generated batch, see drift_loss."""
+        return default(self.drift_loss_kwargs.get('field'), DriftField()).needs_neg
 
-        if torch.accelerator.is_available():
-            field = self.drift_loss_kwargs.setdefault('field', DriftField())
+    def with_options(self, *, group_chunk_size = None, compile = False):
+        """A copy with the same encoders, in chunks or compiled. On a cpu the field's arithmetic in place is faster uncompiled."""
+        other = copy(self)
+        other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
+
+        if compile:
+            other.features = torch.compile(self.features)
+
+        if compile and torch.accelerator.is_available():
+            field = copy(default(self.drift_loss_kwargs.get('field'), DriftField()))
             field.coefficients = torch.compile(field.coefficients)
+            other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
+
+        return other
 
     def train(self, mode = True):
         return super().train(False)    # frozen encoders stay in eval mode
@@ -688,121 +969,279 @@ class FeatureDriftLoss(Module):
 
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
-            check(isinstance(encoded, dict) and encoded, f'an encoder must return a dict {{name: [b f d]}}, got {encoded if encoded == {} else type(encoded).__name__}')
+            given = encoded if encoded == {} else type(encoded).__name__
+            check(isinstance(encoded, dict) and encoded, f'an encoder must return a dict {{name: [b f d]}}, got {given}')
 
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
 
-        for name, feature in features.items():
-            check(feature.ndim == 3 and len(feature) == len(x), f'feature {name!r} has shape {tuple(feature.shape)}, expected ({len(x)}, locations, feature dim)')
+        for name, t in features.items():
+            fits = t.ndim == 3 and len(t) == len(x)
+            check(fits, f'feature {name!r} has shape {tuple(t.shape)}, expected ({len(x)}, locations, feature dim)')
 
         return features
 
-    def forward(
-        self,
-        gen: Float['c g ...'],
-        pos: Float['c p ...'],
-        uncond: Float['c u ...'] | None = None,
-        alpha: Float['c'] | None = None,        # guidance scale of each group, >= 1
-        neg: Float['c m ...'] | None = None,    # other generated samples as negatives, see drift_loss
-        diagnostics = True                      # see drift_loss
-    ) -> tuple[Float[''], Breakdown]:
-        """The loss of a step: c class groups, generated against real samples, and unconditional ones to be guided away from.
-
-        Gradients flow to gen, through the encoder. Returns the loss and its Breakdown per feature.
-        Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional samples, and all that drift_loss refuses.
-        """
-        for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
-            if exists(t):
-                given = f'{name} has shape {tuple(t.shape)}'
-                check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected [groups, samples per group, ...sample shape], at least one of each')
-                check(t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:], f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
-
-        c, g = gen.shape[:2]
-        check(exists(alpha) or not exists(uncond), 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
-
-        if exists(alpha):
-            check(torch.is_tensor(alpha) and alpha.shape == (c,), f'alpha must be a tensor of shape ({c},), one guidance scale per group, got {alpha if not torch.is_tensor(alpha) else tuple(alpha.shape)}')
-            check_range('alpha', alpha, 1)
-            check(exists(uncond) or not can_read(alpha) or (alpha == 1).all(), 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
-
-        weight = repeat((alpha - 1) * (g - 1) / uncond.shape[1], 'c -> c u', u = uncond.shape[1]) if exists(uncond) else None      # A.7
-        samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg, uncond_weight = weight)
-        samples = {kind: t for kind, t in samples.items() if exists(t)}
-
-        kwargs = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
-
-        if not exists(self.group_chunk_size):
-            return self.breakdown({name: drift_loss(**problems, **kwargs) for name, problems in self.problems(**samples)})
-
-        # chunks of groups: in two rounds the sums that drift_loss asks for (S, and the norms of the drift) of all chunks, then each chunk's loss and gradient
-
-        chunks = [dict(zip(samples, parts)) for parts in zip(*(t.split(self.group_chunk_size) for t in samples.values()))]
-        known = {}                                                                                     # {name: [sums, ...]}
-
-        for _ in range(2 if self.chunk_statistics == 'shared' else 0):
-            totals = {}
-
-            with torch.no_grad():
-                for name, problems in (pair for chunk in chunks for pair in self.problems(**chunk)):
-                    stages = drift_loss.stages(**problems, **kwargs)
-                    sums = [next(stages), *map(stages.send, known.get(name, ()))][-1]
-                    totals[name] = totals.get(name, 0) + sums
-
-            del stages, problems
-            known = {name: [*known.get(name, ()), sum_over_processes(total)] for name, total in totals.items()}
-
-        results, grads = [], []
-
-        for chunk in chunks:
-            x = chunk['gen'].detach().requires_grad_()
-            answers = {name: iter(sums) for name, sums in known.items()}
-
-            with torch.enable_grad():
-                loss, breakdown = self.breakdown({
-                    name: drift_loss(**problems, **kwargs, answer = lambda sums, name = name: next(answers[name]) if known else sums)
-                    for name, problems in self.problems(**{**chunk, 'gen': x})
-                })
-
-            share = len(x) / c
-            grads.append(torch.autograd.grad(loss, x)[0] * share)
-            results.append((loss.detach() * share, {name: t.detach() * share for name, t in breakdown.losses.items()}))
-
-        losses = {name: sum(part[name] for _, part in results) for name in breakdown.losses}
-        return KnownGradient.apply(gen, sum(loss for loss, _ in results), cat(grads)), Breakdown(losses, breakdown.stats)
-
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
         """The arguments of drift_loss, feature by feature: every location of every group is a problem of its own."""
-        c, others = len(gen), {kind: t for kind, t in dict(pos = pos, uncond = uncond, neg = neg).items() if exists(t)}
+        c = len(gen)
+        others = {kind: t for kind, t in dict(pos = pos, uncond = uncond, neg = neg).items() if exists(t)}
         sizes = [t.shape[1] for t in others.values()]
 
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
 
         with torch.no_grad():
-            other_features = self.features(rearrange(cat(list(others.values()), dim = 1), 'c n ... -> (c n) ...'))
+            joined = cat(list(others.values()), dim = 1)
+            other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
 
-        for name, gen_feature in gen_features.items():
-            points, other_points = (rearrange(t, '(c n) f d -> (c f) n d', c = c) for t in (gen_feature, other_features[name]))
-            weight = repeat(uncond_weight, 'c u -> (c f) u', f = gen_feature.shape[1]) if exists(uncond_weight) else None
-            yield name, dict(gen = points, **dict(zip(others, other_points.split(sizes, dim = 1))), uncond_weight = weight)
+        for name, t in gen_features.items():
+            f, arguments = t.shape[1], dict(gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
+            points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c)
+            arguments.update(zip(others, points.split(sizes, dim = 1), strict = True))
 
-    @staticmethod
-    def breakdown(results):
-        """The sum over features {name: (loss [b], DriftStats)}."""
-        losses = {name: loss.mean() for name, (loss, _) in results.items()}
-        return sum(losses.values()), Breakdown(losses, {name: stats for name, (_, stats) in results.items()})
+            if exists(uncond_weight):
+                arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = f)
+
+            yield name, arguments
+
+    def check_samples(self, gen, pos, uncond, alpha, neg):
+        for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
+            if exists(t):
+                given = f'{name} has shape {tuple(t.shape)}'
+                wanted = '[groups, samples per group, ...sample shape], at least one of each'
+                check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected {wanted}')
+
+                same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
+                check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
+
+        given = exists(alpha) or not exists(uncond)
+        check(given, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
+
+        if exists(alpha):
+            c, shape = len(gen), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
+            wanted = f'alpha must be a tensor of shape ({c},), one guidance scale per group'
+            check(torch.is_tensor(alpha) and shape == (c,), f'{wanted}, got {shape}')
+            check_range('alpha', alpha, 1)
+
+            unguided = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
+            check(unguided, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
+
+    def forward(
+        self,
+        gen: Float[Tensor, 'c g ...'],
+        pos: Float[Tensor, 'c p ...'],
+        uncond: Float[Tensor, 'c u ...'] | None = None,
+        alpha: Float[Tensor, 'c'] | None = None,        # guidance scale of each group, >= 1
+        neg: Float[Tensor, 'c m ...'] | None = None,    # other generated samples as negatives, see drift_loss
+        diagnostics = True                              # see drift_loss
+    ) -> tuple[Float[Tensor, ''], Breakdown]:
+        """The loss of a step: c class groups, generated against real samples, and unconditional ones to be guided away from.
+
+        Gradients flow to gen, through the encoder. Returns the loss and its Breakdown per feature.
+        Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional samples,
+        and all that drift_loss refuses.
+        """
+        self.check_samples(gen, pos, uncond, alpha, neg)
+        samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg)
+
+        if exists(uncond):
+            g, u = gen.shape[1], uncond.shape[1]
+            samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)     # A.7
+
+        samples = {kind: t for kind, t in samples.items() if exists(t)}
+        options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
+
+        if not exists(self.group_chunk_size):
+            return self.loss_of(samples, options)
+
+        parts = [t.split(self.group_chunk_size) for t in samples.values()]
+        chunks = [dict(zip(samples, part, strict = True)) for part in zip(*parts, strict = True)]
+        return self.loss_of_chunks(chunks, self.stats_of(chunks, options), options)
+
+    def loss_of(self, samples, options, stats = None):
+        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of all chunks, if there are others."""
+        losses, found, stats = {}, {}, default(stats, {})
+
+        for name, arguments in self.problems(**samples):
+            loss, found[name] = drift_loss(**arguments, **options, stats = stats.get(name))
+            losses[name] = loss.mean()
+
+        return sum(losses.values()), Breakdown(losses, found)
+
+    # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
+
+    @torch.no_grad()
+    def stats_of(self, chunks, options):
+        """{feature: DriftStats} over all chunks and processes."""
+        scales, stats = {}, {}
+
+        def distances(name, problems):
+            return problems.sum_distances()
+
+        def drift(name, problems):
+            return problems.sum_drift(scales[name])
+
+        for name, problems, total in self.totals(chunks, options, distances):
+            scales[name] = problems.scale(total)
+
+        for name, problems, total in self.totals(chunks, options, drift):
+            stats[name] = problems.stats(scales[name], total)
+
+        return stats
+
+    def totals(self, chunks, options, sums_of):
+        """Of every feature its name, its problems in the last chunk, and the sums over chunks and processes."""
+        totals = {}
+
+        for i, chunk in enumerate(chunks, 1):
+            for name, arguments in self.problems(**chunk):
+                problems = DriftProblems(**arguments, **options)
+
+                with torch.autocast(problems.gen.device.type, enabled = False):
+                    totals[name] = totals.get(name, 0) + sums_of(name, problems)
+
+                if i == len(chunks):
+                    yield name, problems, sum_over_processes(totals[name])
+
+    def loss_of_chunks(self, chunks, stats, options):
+        losses, grads, total = {}, [], 0
+        num_groups = sum(len(chunk['gen']) for chunk in chunks)
+
+        for chunk in chunks:
+            x = chunk['gen'].detach().requires_grad_()
+            share = len(x) / num_groups
+
+            with torch.enable_grad():
+                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
+
+            grads.append(torch.autograd.grad(loss, x)[0] * share)
+            total = total + loss.detach() * share
+
+            for name, t in breakdown.losses.items():
+                losses[name] = losses.get(name, 0) + t.detach() * share
+
+        gen = cat([chunk['gen'] for chunk in chunks])
+        return KnownGradient.apply(gen, total, cat(grads)), Breakdown(losses, stats)
 
 # ───────────────────────────────────────────────────────────────────────────────
-# 4. feature encoders - A.3-A.5
+# 6. fields of later work
+# ───────────────────────────────────────────────────────────────────────────────
+
+class GradientField(DriftField):
+    """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
+
+    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus the same over negatives, with r = |x - y|, or t for a
+    Gaussian kernel.
+    """
+
+    zero_sum = False
+
+    def __init__(self, *, kernel = 'laplace', attraction = 1., repulsion = 1.):
+        super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
+
+    def log_kernel(self, dist, temperature, weight):
+        log_weight = weight.log().clamp(min = -1e6)
+        return self.logits(dist, temperature) + rearrange(log_weight, '... y -> ... 1 y')
+
+    def log_masses(self, log_kernel, dist, num_pos, temperature):
+        """log of what V is divided by [... n 1], of positives and of negatives."""
+        return [t.logsumexp(dim = -1, keepdim = True) for t in log_kernel.tensor_split((num_pos,), dim = -1)]
+
+    def log_slope(self, dist, temperature):
+        """log of the length of the kernel's gradient, per |y - x| and per k."""
+        if self.kernel == 'gaussian':
+            return -2 * torch.as_tensor(temperature, dtype = dist.dtype, device = dist.device).log()
+
+        return -(dist.clamp(min = 1e-12) * temperature).log()
+
+    def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
+        weight = default(weight, dist.new_ones(dist.shape[-1]))
+        log_kernel = self.log_kernel(dist, temperature, weight)
+        mass_pos, mass_neg = self.log_masses(log_kernel, dist, num_pos, temperature)
+
+        log_W = log_kernel + self.log_slope(dist, temperature)
+        W_pos = (log_W[..., :num_pos] - mass_pos).exp()
+        W_neg = (log_W[..., num_pos:] - mass_neg).exp()
+        return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
+
+class SharpField(GradientField):
+    """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
+
+    With that c the gradient of k c is k (y - x). So V is minus the gradient of a scalar, `potential`.
+    """
+
+    has_potential = True
+
+    def __init__(self, *, attraction = 1., repulsion = 1.):
+        super().__init__(attraction = attraction, repulsion = repulsion)
+
+    def log_masses(self, log_kernel, dist, num_pos, temperature):
+        log_kc = log_kernel + (temperature * (dist + temperature)).log()
+        return super().log_masses(log_kc, dist, num_pos, temperature)
+
+    def log_slope(self, dist, temperature):
+        return 0.
+
+    def potential(self, dist, num_pos, temperature, weight):
+        """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
+        log_kernel = self.log_kernel(dist, temperature, weight)
+        mass_pos, mass_neg = self.log_masses(log_kernel, dist, num_pos, temperature)
+        total_pos, total_neg = (t.sum(dim = -1) for t in weight.tensor_split((num_pos,), dim = -1))
+        log_ratio = rearrange(total_neg.log() - total_pos.log(), '... -> ... 1')
+        return (mass_neg - mass_pos).squeeze(-1) - log_ratio
+
+class SinkhornField(DriftField):
+    """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).
+
+    T(x) is the barycenter of the transport plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
+    regularisation, and the negatives are a second, independent batch of generated samples.
+    """
+
+    scale_power = 2
+    needs_neg = True
+
+    def __init__(self, *, iters = 10, attraction = 1., repulsion = 1.):
+        super().__init__(attraction = attraction, repulsion = repulsion)
+        check_positive(iters = iters)
+        self.iters = iters
+
+    def barycenter(self, dist, temperature):
+        """The rows of the plan [... n m], each summing to one: T(x) = sum_y of it times y."""
+        log_kernel = -0.5 * dist ** 2 / temperature
+        n, m = log_kernel.shape[-2:]
+        v = 0.
+
+        for _ in range(self.iters if m > 0 else 0):
+            u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
+            v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
+
+        return (log_kernel + v).softmax(dim = -1)
+
+    def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
+        split = num_pos, dist.shape[-1] - num_neg
+        blocks = dist.tensor_split(split, dim = -1)
+        T_pos, T_uncond, T_neg = (self.barycenter(block, temperature) for block in blocks)
+
+        # alpha - 1 from the weights (alpha - 1) (g - 1) / u
+
+        weight = default(weight, dist.new_ones(dist.shape[-1]))
+        weight_uncond = weight.tensor_split(split, dim = -1)[1]
+        guidance = reduce(weight_uncond, '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
+
+        W_pos = self.attraction * (1 + guidance) * T_pos
+        W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
+        return cat((W_pos, W_neg), dim = -1)
+
+# ───────────────────────────────────────────────────────────────────────────────
+# 7. feature encoders - A.3-A.5
 # ───────────────────────────────────────────────────────────────────────────────
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def map_features(name, x, sets = FEATURE_SETS):
-    """The features of one map x [b d h w] (A.5): 'locations', and mean and standard deviation of the whole map and of its 2x2 and 4x4 patches.
+    """The features of one map x [b d h w] (A.5): 'locations', and mean and deviation of the map, its 2x2 and 4x4 patches.
 
-    Returns {name, name_mean, name_std, name_mean_2, name_std_2, ...: [b f d]}; patch sizes that do not divide the map are skipped.
+    Returns {name, name_mean, name_std, name_mean_2, name_std_2, ...: [b f d]}; patches that do not fit are skipped.
     """
     h, w = x.shape[-2:]
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
@@ -810,22 +1249,24 @@ def map_features(name, x, sets = FEATURE_SETS):
     for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
         if feature_set in sets and h % p1 == 0 and w % p2 == 0:
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
-            var, mean = torch.var_mean(patches, dim = -1, correction = 0)
-            features |= {f'{name}_mean{suffix}': mean, f'{name}_std{suffix}': (var + 1e-6).sqrt()}     # b f d
+            var, mean = torch.var_mean(patches, dim = -1, correction = 0)           # b f d
+            features[f'{name}_mean{suffix}'] = mean
+            features[f'{name}_std{suffix}'] = (var + 1e-6).sqrt()
 
     return features
 
 def group_norm(dim):
     """At most 32 groups, the largest divisor; the release's epsilon is flax's."""
-    return nn.GroupNorm(max(n for n in range(1, 33) if dim % n == 0), dim, eps = 1e-6)
+    num_groups = max(n for n in range(1, 33) if dim % n == 0)
+    return nn.GroupNorm(num_groups, dim, eps = 1e-6)
 
 def conv_norm(dim_in, dim_out, kernel = 3, stride = 1):
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, kernel, stride, padding = kernel // 2, bias = False), group_norm(dim_out))
+    conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding = kernel // 2, bias = False)
+    return nn.Sequential(conv, group_norm(dim_out))
 
 def lecun_normal_(weight):
-    """The release's initialisation of the encoder, flax's: a normal of variance 1 / fan_in, cut at two deviations and widened to keep it."""
-    fan_in = weight[0].numel()
-    std = fan_in ** -0.5 / 0.87962566103423978
+    """flax's initialisation: variance 1 / fan_in, of a normal that is cut at two deviations and widened to keep it."""
+    std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std = std, a = -2 * std, b = 2 * std)
 
 class ResidualBlock(Module):
@@ -833,91 +1274,94 @@ class ResidualBlock(Module):
         super().__init__()
         self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        self.shortcut = conv_norm(dim_in, dim_out, kernel = 1, stride = stride) if stride > 1 or dim_in != dim_out else nn.Identity()
+        same = stride == 1 and dim_in == dim_out
+        self.shortcut = nn.Identity() if same else conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
 
     def forward(self, x):
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
+        h = F.relu(self.conv1(x))
+        return F.relu(self.conv2(h) + self.shortcut(x))
 
 class UpBlock(Module):
     def __init__(self, dim_in, dim_out):
         super().__init__()
         self.norm = group_norm(dim_in + dim_out)
-        self.proj, self.refine = conv_norm(dim_in + dim_out, dim_out), conv_norm(dim_out, dim_out)
+        self.proj = conv_norm(dim_in + dim_out, dim_out)
+        self.refine = conv_norm(dim_out, dim_out)
 
     def forward(self, x, skip):
         x = F.interpolate(x, size = skip.shape[-2:], mode = 'bilinear')
         x = self.norm(cat((x, skip), dim = 1))
         return F.relu(self.refine(F.relu(self.proj(x))))
 
-def run_block(block, *args, checkpointing):
-    """A block of a network, computed again in the backward pass instead of keeping what is inside if checkpointing."""
-    with set_checkpoint_early_stop(False):      # it stops by an exception, which einx would take for an error
-        return checkpoint(block, *args, use_reentrant = False) if checkpointing and torch.is_grad_enabled() else block(*args)
-
 class MAEBreakdown(NamedTuple):
     reconstruction: Tensor      # squared error per masked position, summed over channels (release)
     classification: Tensor      # cross entropy, 0 without labels
     accuracy: Tensor            # of the classifier, 0 without labels
 
-class LatentMAE(Pretrained, coders = CODERS):
-    """The feature encoder of the paper, a ResNet that is pretrained as a masked autoencoder on latents or pixels (A.3).
+class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
+    """The feature encoder of the paper: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
-    patch_size: patches of the input that are folded into channels before the stem, 1 for latents, 8 for pixels. What is left must be divisible by 8.
-    layers: residual blocks of the four stages, of widths dim, 2 dim, 4 dim, 8 dim; each stage after the first halves the resolution.
+    patch_size: patches of the input that are folded into channels before the stem: 1 for latents, 8 for pixels. The
+        folded input must be divisible by 8.
+    layers: residual blocks of the four stages, dim, 2 dim, 4 dim, 8 dim wide; each after the first halves the resolution.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
-    feature_sets: which kinds of features `.features` gives, see map_features, and 'norm_x', the norms of the input's channels.
-    checkpointing: recompute each residual block in the backward pass instead of keeping what is inside.
+    feature_sets: what `.features` gives, see map_features, and 'norm_x', the norms of the folded input's channels.
+    checkpointing: compute each residual block again in the backward pass instead of keeping what is inside.
+
+    save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
     """
 
-    published, published_as = ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), 'mae'
-
     def __init__(
-        self, *,
-        dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
-        mask_patch_size = 2, mask_ratio = 0.5,
-        feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
+        self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000, mask_patch_size = 2,
+        mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
+        known = (*FEATURE_SETS, 'norm_x')
         check(len(layers) == 4 and min(layers) > 0, f'layers must be the number of blocks of four stages, got {layers}')
         check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
-        check(set(feature_sets) <= {*FEATURE_SETS, 'norm_x'}, f'feature_sets must be among {(*FEATURE_SETS, "norm_x")}, got {feature_sets}')
+        check(set(feature_sets) <= set(known), f'feature_sets must be among {known}, got {feature_sets}')
 
-        self.channels, self.patch_size, self.num_classes, self.feature_sets = channels, patch_size, num_classes, feature_sets
-        self.mask_patch_size, self.mask_ratio, self.checkpointing = mask_patch_size, mask_ratio, checkpointing
+        self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
+        self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
+        self.feature_sets, self.checkpointing = feature_sets, checkpointing
         self.mask_pixels = mask_patch_size * patch_size      # side of a mask patch
 
         dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
-
         self.stem = conv_norm(dim_in, dim)
-        self.stages = ModuleList([
-            ModuleList([ResidualBlock(before if j == 0 else after, after, stride = 2 if i > 0 and j == 0 else 1) for j in range(depth)])
-            for i, (before, after, depth) in enumerate(zip((dim, *dims), dims, layers))
-        ])
-        self.norms = ModuleDict({f'layer{i}': group_norm(dim) for i, dim in enumerate(dims, 1)})
+        self.stages = ModuleList()
+        self.norms = ModuleDict()
+        before = dim
 
-        # decoder: stage 4, then up to stages 3, 2, 1 and the stem
+        for i, (after, depth) in enumerate(zip(dims, layers, strict = True), 1):
+            first = ResidualBlock(before, after, stride = 1 if i == 1 else 2)
+            self.stages.append(ModuleList([first, *(ResidualBlock(after, after) for _ in range(depth - 1))]))
+            self.norms[f'layer{i}'] = group_norm(after)
+            before = after
 
-        skips = (dims[2], dims[1], dims[0], dim)
+        # decoder: from stage 4 up to stages 3, 2, 1 and the stem
+
         self.bridge = conv_norm(dims[3], dims[3])
-        self.ups = ModuleDict({name: UpBlock(below, skip) for name, below, skip in zip(('up43', 'up32', 'up21', 'up10'), (dims[3], *skips), skips)})
+        self.ups = ModuleDict(dict(
+            up43 = UpBlock(dims[3], dims[2]),
+            up32 = UpBlock(dims[2], dims[1]),
+            up21 = UpBlock(dims[1], dims[0]),
+            up10 = UpBlock(dims[0], dim)
+        ))
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
 
-        self.init_weights()
-
-    def init_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 lecun_normal_(module.weight)
-
                 if exists(module.bias):
                     nn.init.zeros_(module.bias)
 
     def check_samples(self, x, multiple = 8):
         multiple *= self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
-        check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
+        wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
+        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
 
     def mask_shape(self, x):
         self.check_samples(x, math.lcm(8, self.mask_patch_size))
@@ -926,28 +1370,32 @@ class LatentMAE(Pretrained, coders = CODERS):
     def fold(self, x):
         """Samples [b ch h w] to the input of the stem, patches as channels."""
         self.check_samples(x)
-        return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = self.patch_size, p2 = self.patch_size)
+        p = self.patch_size
+        return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
     def maps(self, x):
-        """{name: [b d h w]} of a folded input: the stem, every second block of each stage, and each stage's normalised output."""
+        """{name: [b d h w]} of a folded input: the stem, every second block of a stage, and its normalised output."""
         maps = {'conv1': F.relu(self.stem(x))}
         x = maps['conv1']
 
-        for stage, (name, norm) in zip(self.stages, self.norms.items()):
+        for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
             for k, block in enumerate(stage, 1):
                 x = run_block(block, x, checkpointing = self.checkpointing)
 
                 if k % 2 == 0:
                     maps[f'{name}_blk{k}'] = x
 
-            x = maps[name] = norm(x)
+            x = maps[name] = norm(x)        # release: feeds the next stage too
 
         return maps
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ch h w], under the release's names (A.5)."""
-        x = self.fold(x)
-        features = {'norm_x': (reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean') + 1e-6).sqrt()} if 'norm_x' in self.feature_sets else {}
+        x, features = self.fold(x), {}
+
+        if 'norm_x' in self.feature_sets:
+            mean_sq = reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean')
+            features['norm_x'] = (mean_sq + 1e-6).sqrt()
 
         for name, feature_map in self.maps(x).items():
             features |= map_features(name, feature_map, self.feature_sets)
@@ -956,52 +1404,59 @@ class LatentMAE(Pretrained, coders = CODERS):
 
     def draw_mask(self, x, generator = None):
         """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
-        keys = torch.rand(self.mask_shape(x), generator = generator, device = generator.device if exists(generator) else x.device)
+        device = generator.device if exists(generator) else x.device
+        keys = torch.rand(self.mask_shape(x), generator = generator, device = device)
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
         """A mask [b h w] over mask patches as one over the pixels of samples, [b 1 h w]."""
-        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = self.mask_pixels, p2 = self.mask_pixels)
+        p = self.mask_pixels
+        return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
     def reconstruct(self, x, mask):
-        """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last feature map [b d h w]."""
-        expected = self.mask_shape(x)
-        check(mask.shape == expected, f'mask has shape {tuple(mask.shape)}, expected {expected}, one number per mask patch')
-
+        """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last map."""
+        check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
-
         y = F.relu(self.bridge(maps['layer4']))
-        for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1')):
+
+        for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1'), strict = True):
             y = up(y, maps[skip])
 
-        y = rearrange(self.to_pixels(y), 'b (p1 p2 ch) h w -> b ch (h p1) (w p2)', p1 = self.patch_size, p2 = self.patch_size)
+        p = self.patch_size
+        y = rearrange(self.to_pixels(y), 'b (p1 p2 ch) h w -> b ch (h p1) (w p2)', p1 = p, p2 = p)
         return y, maps['layer4']
 
     def forward(
         self,
-        x: Float['b ch h w'],
-        labels: Int['b'] | None = None,         # None: no classification
+        x: Float[Tensor, 'b ch h w'],
+        labels: Int[Tensor, 'b'] | None = None,                 # None: no classification
         *,
-        cls_weight = 0.,                        # lambda, of the classification in the loss
-        mask: Float['b mh mw'] | None = None    # None: drawn
-    ) -> tuple[Float[''], MAEBreakdown]:
-        """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch."""
+        cls_weight = 0.,                                        # lambda, of the classification in the loss
+        mask: Float[Tensor, 'b mh mw'] | None = None            # None: drawn
+    ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
+        """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
+
+        Raises ValueError for sizes that do not fit, labels without a classifier, and cls_weight without labels.
+        """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
-        check(not exists(labels) or exists(self.to_logits), 'labels were given to a model without a classifier: set num_classes')
+        has_head = exists(self.to_logits)
+        check(has_head or not exists(labels), 'labels were given to a model without a classifier: set num_classes')
 
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
 
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
-        error = reduce((full_precision(reconstruction) - x) ** 2 * self.dropped(mask), 'b ch h w -> b', 'sum') / (positions + 1e-8)
+        error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
+        error = reduce(error_sq, 'b ch h w -> b', 'sum') / (positions + 1e-8)
 
         cross_entropy = accuracy = torch.zeros_like(error)
 
         if exists(labels):
             labels = checked_labels(labels, self.num_classes, len(x))
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
-            cross_entropy, accuracy = F.cross_entropy(logits, labels, reduction = 'none'), (logits.argmax(dim = -1) == labels).to(error)
+            cross_entropy = F.cross_entropy(logits, labels, reduction = 'none')
+            accuracy = (logits.argmax(dim = -1) == labels).to(error)
 
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
@@ -1014,18 +1469,19 @@ class PixelInput(Module):
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         self.image_size = image_size
-        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent = False)     # ch 1 1
-        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent = False)
+        self.register_buffer('mean', rearrange(torch.tensor(mean), 'ch -> ch 1 1'), persistent = False)
+        self.register_buffer('std', rearrange(torch.tensor(std), 'ch -> ch 1 1'), persistent = False)
 
     def forward(self, x):
-        check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected images (batch, {len(self.mean)}, height, width) in [-1, 1]')
+        wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
+        check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected {wanted}')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
-    """Drifting features of any vision backbone, for example of timm or torchvision with SimCLR's, MoCo's or DINO's weights.
+    """Drifting features of any vision backbone, for example of timm with SimCLR's, MoCo's or DINO's weights.
 
-    backbone: images -> feature maps [b d h w] or tokens [b n d] (the locations of a square map), one, a list, or a dict of them.
+    backbone: images -> maps [b d h w] or tokens [b n d] (the locations of a square map), one, a list, or a dict of them.
     num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
     Everything else goes to PixelInput: image_size, mean and std that the backbone was trained with.
     """
@@ -1035,382 +1491,95 @@ class BackboneFeatures(Module):
         self.backbone, self.num_prefix_tokens, self.feature_sets = backbone, num_prefix_tokens, feature_sets
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 
+    def to_map(self, name, out):
+        """Tokens [b n d] as a map [b d h w]; maps as they are."""
+        if out.ndim == 3:
+            tokens = out[:, self.num_prefix_tokens:]
+            num, side = tokens.shape[1], math.isqrt(tokens.shape[1])
+            behind = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
+            check(side ** 2 == num, f'{name} has {behind}, expected a square number')
+            out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
+
+        check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
+        return out
+
     def features(self, x):
         """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
         outputs = self.backbone(self.pixel_input(x))
-        outputs = [outputs] if torch.is_tensor(outputs) else outputs
-        outputs = outputs if isinstance(outputs, dict) else {f'layer{i}': out for i, out in enumerate(outputs, 1)}
+
+        if torch.is_tensor(outputs):
+            outputs = [outputs]
+        if not isinstance(outputs, dict):
+            outputs = {f'layer{i}': out for i, out in enumerate(outputs, 1)}
+
         features = {}
 
         for name, out in outputs.items():
-            if out.ndim == 3:
-                tokens = out[:, self.num_prefix_tokens:]
-                side = math.isqrt(tokens.shape[1])
-                check(side ** 2 == tokens.shape[1], f'{name} has {tokens.shape[1]} tokens behind the {self.num_prefix_tokens} prefix tokens, expected a square number')
-                out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
-
-            check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
-            features |= map_features(name, out, self.feature_sets)
+            features |= map_features(name, self.to_map(name, out), self.feature_sets)
 
         return features
 
-class ChannelNorm(nn.LayerNorm):
-    def forward(self, x):                                                           # b d h w
-        return rearrange(super().forward(rearrange(x, 'b d h w -> b h w d')), 'b h w d -> b d h w')
+class ConvNeXtFeatures(Module):
+    """The second encoder of the pixel models, ConvNeXt-V2, with its features under the release's names (A.4).
 
-class ConvNeXtBlock(Module):
-    """A depthwise convolution, then an MLP on every location with global response normalisation in the middle."""
+    model: a ConvNextV2Model of transformers. Everything else goes to PixelInput. Runs in float32 also under autocast.
+    """
 
-    def __init__(self, dim):
+    def __init__(self, model, **pixel_input_kwargs):
         super().__init__()
-        self.dwconv, self.norm = nn.Conv2d(dim, dim, 7, padding = 3, groups = dim), ChannelNorm(dim, eps = 1e-6)
-        self.pwconv1, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.gamma, self.beta = Parameter(torch.zeros(4 * dim)), Parameter(torch.zeros(4 * dim))
-
-    def forward(self, x):                                                           # b d h w
-        h = F.gelu(self.pwconv1(rearrange(self.norm(self.dwconv(x)), 'b d h w -> b h w d')))
-        energy = h.norm(dim = (1, 2), keepdim = True)                               # b 1 1 d
-        h = h + self.gamma * h * energy / (energy.mean(dim = -1, keepdim = True) + 1e-6) + self.beta
-        return x + rearrange(self.pwconv2(h), 'b h w d -> b d h w')
-
-class ConvNeXtV2(Module):
-    """The second encoder of the pixel models, ConvNeXt-V2 (release: base, 22k, 224), with its features under the release's names (A.4)."""
-
-    def __init__(self, *, dims = (128, 256, 512, 1024), depths = (3, 3, 27, 3), **pixel_input_kwargs):
-        super().__init__()
+        self.model = model
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 
-        stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride = 4), ChannelNorm(dims[0], eps = 1e-6))
-        halvings = [nn.Sequential(ChannelNorm(before, eps = 1e-6), nn.Conv2d(before, after, 2, stride = 2)) for before, after in zip(dims, dims[1:])]
-
-        self.downs = ModuleList([stem, *halvings])
-        self.stages = ModuleList([nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(depth))) for dim, depth in zip(dims, depths)])
-        self.norm = nn.LayerNorm(dims[-1], eps = 1e-6)
-
     @classmethod
-    def from_state_dict(cls, state_dict, **kwargs):
-        """From weights named as in the original implementation, timm or transformers; a classifier on top is left out."""
-        state = {}
+    def from_pretrained(cls, name = 'facebook/convnextv2-base-22k-224', *, revision = None, **pixel_input_kwargs):
+        """With weights of the hub, by default those of the release, or of a local folder."""
+        try:
+            from transformers import ConvNextV2Model
+        except ImportError as error:
+            raise ImportError("ConvNeXt-V2 is that of transformers: pip install 'drifting-pytorch[convnext]'") from error
 
-        for name, t in state_dict.items():
-            name = renamed(name, CONVNEXT_NAMES)
-            if not name.startswith(('head.', 'classifier.')):
-                state[name] = t.flatten() if name.endswith(('gamma', 'beta')) else t
-
-        stages = [len({name.split('.')[2] for name in state if name.startswith(f'stages.{i}.')}) for i in range(4)]
-        check(all(stages), f'these are not the weights of a ConvNeXt-V2: blocks of the four stages {stages}')
-
-        model = cls(dims = [len(state[f'stages.{i}.0.norm.weight']) for i in range(4)], depths = stages, **kwargs)
-        load_checked(model, state)
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, name = 'timm/convnextv2_base.fcmae_ft_in22k_in1k', *, revision = None, **kwargs):
-        """model.safetensors of a repository on the hub (by default the weights that the release uses: base, 22k, 224) or of a local folder."""
-        file = Path(name) / 'model.safetensors' if Path(name).is_dir() else hf_hub_download(name, 'model.safetensors', revision = revision)
-        return cls.from_state_dict(read_tensors(file), **kwargs)
+        return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of images x [b 3 h w] in [-1, 1]: each stage standardised over its channels, and the pooled output."""
-        with torch.autocast(x.device.type, enabled = False):        # release
-            x, features = self.pixel_input(full_precision(x)), {}
+        """{name: [b f d]} of images x [b 3 h w]: each stage standardised over its channels, and the pooled output."""
+        with torch.autocast(x.device.type, enabled = False):
+            out = self.model(self.pixel_input(full_precision(x)), output_hidden_states = True)
+            features = {}
 
-            for i, (down, stage) in enumerate(zip(self.downs, self.stages)):
-                x = stage(down(x))
-                std, mean = torch.std_mean(x, dim = 1, correction = 0, keepdim = True)
-                features |= map_features(f'convenxt_stage_{i}', (x - mean) / (std + 1e-3), ('locations', 'mean_std') if i > 0 else ('mean_std',))    # the release's spelling
+            for i, feature_map in enumerate(out.hidden_states[1:]):                 # behind the stem's, b d h w
+                std, mean = torch.std_mean(feature_map, dim = 1, correction = 0, keepdim = True)
+                sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)
+                name = f'convenxt_stage_{i}'                                        # the release's spelling
+                features |= map_features(name, (feature_map - mean) / (std + 1e-3), sets)
 
-            return {**features, 'global_mean': self.norm(reduce(x, 'b d h w -> b 1 d', 'mean')), 'global_std': features['convenxt_stage_3_std']}
-
-CONVNEXT_NAMES = (
-    (r'^convnextv2\.', ''), (r'^encoder\.', ''), (r'^embeddings\.patch_embeddings', 'downs.0.0'), (r'^embeddings\.layernorm', 'downs.0.1'),
-    (r'^downsample_layers', 'downs'), (r'^stem', 'downs.0'), (r'^stages\.(\d+)\.downsampl(e|ing_layer)', r'downs.\1'), (r'\.(blocks|layers)\.', '.'),
-    (r'conv_dw', 'dwconv'), (r'mlp\.fc', 'pwconv'), (r'^head\.norm|layernorm', 'norm'), (r'(mlp\.)?grn\.(weight|gamma)', 'gamma'), (r'(mlp\.)?grn\.(bias|beta)', 'beta')
-)
+            features['global_mean'] = rearrange(out.pooler_output, 'b d -> b 1 d')
+            features['global_std'] = features['convenxt_stage_3_std']
+            return features
 
 # ───────────────────────────────────────────────────────────────────────────────
-# 5. generator - A.2, Table 8
+# 8. data - A.7, A.8
 # ───────────────────────────────────────────────────────────────────────────────
 
-def modulate(x, shift, scale):
-    return einx.multiply('b n d, b d -> b n d', x, 1 + scale) + rearrange(shift, 'b d -> b 1 d')
+# every random number of a run is drawn from a seed that is made of its place in the run, so that it can be repeated
 
-class Modulation(Module):
-    """adaLN-zero: shifts, scales and gates from the condition, zero at initialisation, in full precision under any autocast."""
+def seed_for(*key):
+    """A 63-bit seed from any key, for example (seed, step, 'noise')."""
+    return random.Random(repr(key)).getrandbits(63)
 
-    def __init__(self, dim, num):
-        super().__init__()
-        self.num = num
-        self.linear = nn.Linear(dim, dim * num)
-
-    def forward(self, cond):                                                        # b d
-        with torch.autocast(cond.device.type, enabled = False):
-            return self.linear(F.silu(cond.to(self.linear.weight.dtype))).chunk(self.num, dim = -1)      # num times b d
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + 1e-6) times a gain, in full precision under any autocast (release; that of x-transformers has no epsilon)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, eps = 1e-6)
-
-    def forward(self, x):
-        return super().forward(full_precision(x))
-
-class Block(Module):
-    """Attention and SwiGLU of x-transformers inside adaLN-zero.
-
-    As in the release every linear has a bias, so they are added around the attention, and queries and keys have one gain per dimension
-    of a head, shared by the heads (x-transformers: one for each head, stored as gain - 1, which trains and decays otherwise).
-    """
-
-    def __init__(self, dim, heads, dim_head, dim_ff):
-        super().__init__()
-        self.modulation = Modulation(dim, 6)
-
-        self.attn_norm = RMSNorm(dim)
-        self.attn = Attention(dim, heads = heads, dim_head = dim_head, qk_rmsnorm = True, flash = True, project_out = True)
-        self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
-
-        self.q_bias, self.k_bias, self.v_bias = (Parameter(torch.zeros(heads * dim_head)) for _ in range(3))
-        self.out_bias = Parameter(torch.zeros(dim))
-
-        self.ff_norm = RMSNorm(dim)
-        self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)    # inner width is int(dim * mult)
-
-    @typecheck
-    def forward(self, x: Float['b n d'], cond: Float['b d'], rotary: Float['1 n dh']) -> Float['b n d']:
-        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)
-
-        h = modulate(self.attn_norm(x), attn_shift, attn_scale)                                        # b n d
-        h = self.attn(h, rotary_pos_emb = (rotary, None), q_delta = self.q_bias, k_delta = self.k_bias, v_delta = self.v_bias)
-        x = x + einx.multiply('b n d, b d -> b n d', h + self.out_bias, attn_gate)
-
-        h = modulate(self.ff_norm(x), ff_shift, ff_scale)
-        return x + einx.multiply('b n d, b d -> b n d', self.ff(h), ff_gate)
-
-    def init_weights(self):
-        """Release: queries, keys and values are one xavier matrix, the two halves of SwiGLU's input one each."""
-        for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
-            nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
-
-        with torch.no_grad():
-            for half in self.ff.ff[0].proj.weight.chunk(2):
-                nn.init.xavier_uniform_(half)
-
-def sinusoidal(t, dim):
-    """[...] -> [... dim], cosines first, geometric frequencies 1 .. 1/10000."""
-    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device = t.device) / (dim // 2))
-    angles = rearrange(t.float(), '... -> ... 1') * freqs
-    return cat((angles.cos(), angles.sin()), dim = -1)
-
-def sincos_2d(size, dim):
-    """[size * size, dim]: the fixed sine-cosine embedding of a grid, half of the dimensions for each axis, that initialises the learned one."""
-    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
-    rows, cols = repeat(sin_first, 'h d -> (h w) d', w = size), repeat(sin_first, 'w d -> (h w) d', h = size)
-    return cat((cols, rows), dim = -1)
-
-class DriftingGenerator(Pretrained, coders = CODERS):
-    """The one-step generator: a DiT that maps noise to samples in a single forward pass, given class, guidance scale and style (A.2).
-
-    image_size, channels, patch_size: samples are [b channels image_size image_size], cut into patches of patch_size x patch_size.
-    num_classes: None for an unconditional generator.
-    num_register_tokens: in-context tokens in front of the patches, made from the condition.
-    num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0 tokens: none).
-    share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    bf16_rotary: rotary positions rounded to bfloat16, in which latent_B_sota and latent_L_sota were trained: only for weights that were, too.
-    checkpointing: recompute each block in the backward pass instead of keeping what is inside.
-    """
-
-    published, published_as = ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), 'gen'
-
-    def __init__(
-        self, *,
-        image_size, channels, patch_size,
-        dim, depth, heads, ff_mult = 4.,
-        num_classes = None, num_register_tokens = 16,
-        num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
-        bf16_rotary = False, checkpointing = False
-    ):
-        super().__init__()
-        sizes = dict(image_size = image_size, channels = channels, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
-        check(min(sizes.values()) > 0 and min(depth, num_register_tokens, num_style_tokens) >= 0, f'sizes must be above 0, and depth and numbers of tokens not negative, got {sizes}')
-        check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
-        check(dim % (2 * heads) == 0 and dim % 4 == 0, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary embeddings turn pairs')
-        check(num_classes is None or num_classes > 0, f'num_classes must be above 0, or None for an unconditional generator, got {num_classes}')
-
-        self.noise_shape = (channels, image_size, image_size)
-        self.num_classes, self.patch_size, self.num_style_tokens, self.checkpointing = num_classes, patch_size, num_style_tokens, checkpointing
-
-        size, dim_patch, dim_head = image_size // patch_size, channels * patch_size ** 2, dim // heads
-        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32                                      # release
-
-        # condition. All style tables are rows of one embedding, each token looks into its own (paper: all into the same)
-
-        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
-        self.style_embed = nn.Embedding(style_codebook_size * (1 if share_style_codebook else num_style_tokens), dim)
-        self.style_codebook_size, self.style_stride = style_codebook_size, 0 if share_style_codebook else style_codebook_size
-        self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
-
-        # tokens: [registers | patches], rotary positions over both (release: 1d)
-
-        self.patch_embed = nn.Linear(dim_patch, dim)
-        self.pos_embed = Parameter(sincos_2d(size, dim))
-        self.register_proj = nn.Linear(dim, dim)
-        self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
-
-        self.num_tokens, self.dim_head, self.bf16_rotary = num_register_tokens + size ** 2, dim_head, bf16_rotary
-        self.set_buffers()
-
-        # transformer
-
-        self.blocks = ModuleList([Block(dim, heads, dim_head, dim_ff) for _ in range(depth)])
-        self.final_modulation = Modulation(dim, 2)
-        self.final_norm = RMSNorm(dim)
-        self.to_patch = nn.Linear(dim, dim_patch)
-
-        self.init_weights()
-
-    @classmethod
-    def from_preset(cls, name, **kwargs):
-        """One of Table 8's sizes by name, see PRESETS; keyword arguments override it."""
-        check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
-        return cls(**{**PRESETS[name], **kwargs})
-
-    def set_buffers(self):
-        rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False).to(torch.bfloat16 if self.bf16_rotary else torch.float32)
-        angles = rotary(torch.arange(self.num_tokens)).detach().float()       # positions, frequencies and their product in that precision
-        self.register_buffer('rotary', rearrange(angles, 'n d -> 1 n d'), persistent = False)
-
-    def init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if exists(module.bias):
-                    nn.init.zeros_(module.bias)
-
-        for block in self.blocks:
-            block.init_weights()
-
-        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
-        for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
-            nn.init.normal_(weight, std = 0.02)
-
-        # every block starts as the identity, and the output as 0
-
-        for linear in (self.to_patch, *(m.linear for m in self.modules() if isinstance(m, Modulation))):
-            nn.init.zeros_(linear.weight)
-
-    def draw_styles(self, num, generator = None):
-        """Random style indices [num s], uniform over the codebook."""
-        device = generator.device if exists(generator) else self.pos_embed.device
-        return torch.randint(self.style_codebook_size, (num, self.num_style_tokens), generator = generator, device = device)
-
-    def condition(self, labels, alpha, styles):
-        """The condition vector [b d]: class + styles + guidance scale."""
-        tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
-        cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
-        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
-        return cond + self.class_embed(labels) if exists(labels) else cond
-
-    def forward(
-        self,
-        noise: Float['b ch h w'],
-        labels: Int['b'] | None = None,         # None when num_classes is None
-        alpha: Float['b'] | float = 1.,         # guidance scale, >= 1
-        styles: Int['b s'] | None = None        # None: drawn
-    ) -> Float['b ch h w']:
-        """Noise to samples, one network evaluation. Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, non-finite values."""
-        (b, *shape), p, size = noise.shape, self.patch_size, self.noise_shape[-1] // self.patch_size
-
-        check(tuple(shape) == self.noise_shape, f'noise has shape {tuple(noise.shape)}, expected (batch, {", ".join(map(str, self.noise_shape))})')
-        check_range('noise', noise, -math.inf)
-
-        check(self.rotary.dtype in (torch.float32, torch.float64), f'the model is {self.rotary.dtype}, positions included: make it again in float32 and run under torch.autocast for half precision')
-        noise = noise.to(self.pos_embed.dtype)
-
-        check(exists(labels) == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {"are needed" if exists(self.num_classes) else "must be None"}')
-        labels = checked_labels(labels, self.num_classes, b) if exists(labels) else None
-
-        alpha = alpha if torch.is_tensor(alpha) else torch.full((b,), float(alpha), device = noise.device)
-        check(alpha.shape == (b,), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({b},)')
-        check_range('alpha', alpha, 1)
-
-        styles = styles if exists(styles) else self.draw_styles(b)
-        check(styles.shape == (b, self.num_style_tokens), f'styles has shape {tuple(styles.shape)}, expected ({b}, {self.num_style_tokens})')
-        check_range('styles', styles, 0, self.style_codebook_size - 1)
-
-        cond = self.condition(labels, alpha, styles)                                                   # b d
-
-        patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
-        x = self.patch_embed(patches) + self.pos_embed                                                 # b n d
-
-        registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
-        x = cat((registers, x), dim = 1)                                                               # b (r + n) d
-
-        for block in self.blocks:
-            x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
-
-        x = x[:, registers.shape[1]:]                                                                  # b n d
-
-        patches = self.to_patch(modulate(self.final_norm(x), *self.final_modulation(cond)))            # b n (p1 p2 ch)
-        return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = size, w = size, p1 = p, p2 = p)
-
-    def sample(self, labels = None, **kwargs):
-        """Samples [b ch h w] for labels [b], see sample_from."""
-        return sample_from(self, self.noise_shape, labels, **kwargs)
-
-@torch.no_grad()
-def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha = 1., seed = None, batch_size = None):
-    """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
-
-    labels [b], a tensor or a list, or num_samples for an unconditional generator; alpha: a number >= 1 or [b].
-    Noise and styles are drawn on the cpu, so a seed gives the same samples on every device; batch_size only bounds the memory.
-    """
-    num_classes, device, training = getattr(model, 'num_classes', None), next(model.parameters()).device, model.training
-    check(exists(labels) == exists(num_classes), f'num_classes is {num_classes}, so pass {"labels" if exists(num_classes) else "num_samples, no labels"}')
-    check(exists(labels) != exists(num_samples), 'pass labels to a class-conditional generator, or num_samples to an unconditional one')
-
-    num = torch.as_tensor(labels).numel() if exists(labels) else num_samples
-    check(num > 0 and default(batch_size, 1) > 0, f'the number of samples and batch_size must be above 0, got {num} and {batch_size}')
-
-    labels = checked_labels(torch.as_tensor(labels), num_classes, num) if exists(labels) else None
-    alpha = torch.as_tensor(alpha, dtype = torch.float32)
-    check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
-
-    generator = torch.Generator()
-    generator.manual_seed(int(seed)) if exists(seed) else generator.seed()
-
-    noise = torch.randn(num, *noise_shape, generator = generator)
-    styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-    model.eval()
-
-    try:
-        starts = range(0, num, default(batch_size, num))
-        batches = [[t[i:i + starts.step].to(device) if exists(t) else None for t in (noise, labels, alpha.expand(num), styles)] for i in starts]
-        return cat([model(*batch) for batch in batches])
-    finally:
-        model.train(training)
-        if hasattr(model, 'reshard'):       # FSDP
-            model.reshard()
-
-PRESETS = {
-    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),       # latent
-    'L/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 1024, depth = 24, heads = 16),      # latent
-    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),    # pixel
-    'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),   # pixel
-}
-
-# ───────────────────────────────────────────────────────────────────────────────
-# 6. data - A.7, A.8
-# ───────────────────────────────────────────────────────────────────────────────
+def seeded(*key, device = 'cpu'):
+    return torch.Generator(device).manual_seed(seed_for(*key))
 
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
 def images_in(folder):
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.name.startswith('.'))
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.'))
 
 def center_crop(picture, size):
-    """The centre [size, size] of a picture as ADM and DiT cut it: halved by box filter while twice too large, then bicubic to the shorter side."""
+    """The centre [size, size] of a picture as ADM and DiT cut it.
+
+    It is halved by a box filter while twice too large, then resized by a bicubic one to the shorter side.
+    """
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
 
@@ -1421,27 +1590,33 @@ def center_crop(picture, size):
     return picture.crop((left, top, left + size, top + size))
 
 class ImageFolder(Dataset):
-    """Images [ch size size] in [-1, 1] of a folder, and their labels: places among its class folders, or 0 where the folder itself holds the images.
+    """Images [ch size size] in [-1, 1] of a folder, and their labels.
 
-    channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random. num_classes: of class folders, None if there are none.
-    Raises ValueError for a folder without images or with images next to class folders, and with its name for an image that cannot be read.
+    A label is the place of the image's folder among the class folders, or 0 where the folder itself holds the images.
+    channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random. num_classes: of class folders, None without.
+    Raises ValueError for a folder without images or with images next to class folders, and with its name for an image
+    that cannot be read.
     """
 
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder: expected one of images, or of class folders of images')
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
-        self.root, self.image_size, self.channels, self.flip = Path(root), image_size, channels, flip
+        self.root, self.image_size = Path(root), image_size
+        self.channels, self.flip = channels, flip
 
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+        self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
-        check(not self.classes or not images_in(root), f'{root} has both class folders and images: move the images into the folder of their class')
+        mixed = self.classes and images_in(root)
+        check(not mixed, f'{root} has both class folders and images: move the images into the folder of their class')
 
-        folders = self.classes or ['']
-        found = [images_in(self.root / name) for name in folders]
-        empty = [str(self.root / name) for name, files in zip(folders, found) if not files]
-        check(not empty, f'{", ".join(empty)} has no images ({", ".join(IMAGE_EXTENSIONS)}): remove it or fill it')
+        self.files = []
 
-        self.files = [(os.path.join(name, file), label) for label, (name, files) in enumerate(zip(folders, found)) for file in files]
+        for label, name in enumerate(self.classes or ['']):
+            found = images_in(self.root / name)
+            kinds = ', '.join(IMAGE_EXTENSIONS)
+            check(found, f'{self.root / name} has no images ({kinds}): remove it or fill it')
+            self.files += [(os.path.join(name, file), label) for file in found]
 
     def __len__(self):
         return len(self.files)
@@ -1457,22 +1632,38 @@ class ImageFolder(Dataset):
             with Image.open(self.root / name) as file:
                 check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
                 picture = file.convert('RGB' if self.channels == 3 else 'L')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:      # all that Pillow raises for broken files
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:       # all that Pillow raises
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
         image = rearrange(torch.from_numpy(pixels), 'h w ch -> ch h w').float() / 127.5 - 1
-        return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
+        mirrored = self.flip and random.random() < 0.5
+        return image.flip(-1) if mirrored else image, label
+
+def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
+    """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
+    uniform, skip = torch.rand(2, num, generator = generator)
+    k = 1 - power
+
+    # inverse of the cumulative density
+
+    if k != 0:
+        alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
+    else:
+        alpha = low * (high / low) ** uniform
+
+    return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class: positives are drawn from it, and unconditional samples from a second one with a single class.
+    """The newest real samples of every class: positives are drawn from it, unconditional samples from one of one class.
 
-    size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come); indices are drawn on the cpu.
+    size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
 
     def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
-        check(num_classes > 0 and size > 0, f'num_classes and size must be above 0, got {num_classes} and {size}')
-        self.num_classes, self.size, self.device, self.dtype = num_classes, size, device, dtype
+        check_positive(num_classes = num_classes, size = size)
+        self.num_classes, self.size = num_classes, size
+        self.device, self.dtype = device, dtype
         self.pushed = torch.zeros(num_classes, dtype = torch.long)      # ever pushed, per class
         self.samples = None                                             # [class slot ...], allocated at the first push
 
@@ -1482,42 +1673,53 @@ class SampleQueue:
         return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
-        """samples [b ...] of labels [b] (None: one class). Raises ValueError for labels out of range, other shapes, non-finite samples."""
-        b, C = len(samples), self.num_classes
-        check(exists(labels) or C == 1, f'a queue of {C} classes needs labels')
-        labels = checked_labels(torch.as_tensor(labels).cpu(), C, b) if exists(labels) else torch.zeros(b, dtype = torch.long)
+        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes and non-finite samples."""
+        num = len(samples)
+        check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
+        labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
+        labels = checked_labels(labels.cpu(), self.num_classes, num)
         check_range('real samples', samples, -math.inf)
 
         if not exists(self.samples):
-            self.samples = torch.zeros(C, self.size, *samples.shape[1:], device = self.device, dtype = default(self.dtype, samples.dtype))
+            shape, dtype = samples.shape[1:], default(self.dtype, samples.dtype)
+            self.samples = torch.zeros(self.num_classes, self.size, *shape, device = self.device, dtype = dtype)
 
-        check(samples.shape[1:] == self.samples.shape[2:], f'samples of shape {tuple(samples.shape[1:])} pushed to a queue of {tuple(self.samples.shape[2:])}')
+        shape, held = tuple(samples.shape[1:]), tuple(self.samples.shape[2:])
+        check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
 
-        # the place of each sample among those of its class in this push; of more than fit only the newest stay
+        # by class; within its class each sample has a place among those of this push
 
         order = labels.argsort(stable = True)
-        labels, counts = labels[order], labels.bincount(minlength = C)
-        place = torch.arange(b) - (counts.cumsum(dim = 0) - counts)[labels]
-        fits = place >= (counts - self.size)[labels]
+        labels = labels[order]
+        counts = labels.bincount(minlength = self.num_classes)
+        starts = counts.cumsum(dim = 0) - counts
+        place = torch.arange(num) - starts[labels]
+
+        # each class is a ring; of more than fit only the newest stay
 
         slot = (self.pushed[labels] + place) % self.size
-        labels, slot, order = (t[fits].to(self.device, non_blocking = True) for t in (labels, slot, order))
+        stays = place >= (counts - self.size)[labels]
+        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in (labels, slot, order))
+
         self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
         self.pushed += counts
 
     def draw(self, labels, num, generator = None):
-        """Samples [c num ...] of the classes labels [c], without replacement within each row."""
+        """Samples [c num ...] of the classes labels [c], without replacement within each row. Indices are drawn on the cpu."""
         labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
-        check((filled >= num).all(), f'{num} samples were asked for, but these classes hold fewer (class: samples): {dict(zip(labels[filled < num].tolist(), filled[filled < num].tolist()))}')
+        short = {int(label): int(count) for label, count in zip(labels, filled, strict = True) if count < num}
+        check(not short, f'{num} samples were asked for, but these classes hold fewer (class: samples): {short}')
 
-        keys = torch.rand(len(filled), self.size, generator = generator)
-        keys.masked_fill_(einx.greater_equal('size, c -> c size', torch.arange(self.size), filled), -1.)
-        labels, slot = (t.to(self.device, non_blocking = True) for t in (rearrange(labels, 'c -> c 1'), keys.topk(num, dim = -1).indices))
-        return self.samples[labels, slot]       # c num ...
+        is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
+        keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
+        slot = keys.topk(num, dim = -1).indices                                     # c num
+        labels = rearrange(labels, 'c -> c 1')
+        return self.samples[labels.to(self.device, non_blocking = True), slot.to(self.device, non_blocking = True)]
 
     def state_dict(self):
-        return dict(pushed = self.pushed, **(dict(samples = self.samples) if exists(self.samples) else {}))
+        state = dict(pushed = self.pushed)
+        return {**state, 'samples': self.samples} if exists(self.samples) else state
 
     def load_state_dict(self, state):
         if 'samples' in state:
@@ -1530,15 +1732,21 @@ class SampleQueue:
 def endless_shuffle(length, *, seed, start = 0):
     """Indices of epoch after epoch, each in an order of its own, from any position on."""
     epoch, offset = divmod(start, length)
+
     while True:
-        yield from torch.randperm(length, generator = seeded(seed, 'epoch', epoch)).tolist()[offset:]
+        order = torch.randperm(length, generator = seeded(seed, 'epoch', epoch)).tolist()
+        yield from order[offset:]
         epoch, offset = epoch + 1, 0
 
-class Replayed(Dataset):
-    """A dataset whose random augmentations are a function of the position in the run, whichever process or worker asks. Without labels: 0."""
+class SeededDataset(Dataset):
+    """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
 
-    def __init__(self, dataset, seed, shape, with_labels):
-        self.dataset, self.seed, self.shape, self.with_labels = dataset, seed, shape, with_labels
+    Its index is (position in the run, index in the dataset). It yields (float32 sample, label), label 0 without labels.
+    """
+
+    def __init__(self, dataset, seed, sample_shape, with_labels):
+        self.dataset, self.seed = dataset, seed
+        self.sample_shape, self.with_labels = sample_shape, with_labels
 
     def __len__(self):
         return len(self.dataset)
@@ -1546,7 +1754,7 @@ class Replayed(Dataset):
     def __getitem__(self, place):
         position, index = place
         seed = seed_for(self.seed, 'sample', position)
-        torch.default_generator.manual_seed(seed)       # of the cpu alone: of all devices it takes longer than many a sample
+        torch.default_generator.manual_seed(seed)       # of the cpu alone: all devices take longer than many a sample
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
 
@@ -1556,29 +1764,21 @@ class Replayed(Dataset):
             raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
 
         shape = tuple(getattr(sample, 'shape', (None,)))
-        check(shape == self.shape, f'sample {index} of the dataset has shape {shape}, the first one has {self.shape}')
+        first = f'the first one has {self.sample_shape}'
+        check(shape == self.sample_shape, f'sample {index} of the dataset has shape {shape}, {first}')
         return sample.float(), label if self.with_labels else 0
 
-def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
-    """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, otherwise of density proportional to alpha^-power on [low, high]."""
-    uniform, skip = torch.rand(2, num, generator = generator)
-    k = 1 - power
-
-    # inverse of the cumulative density
-
-    alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k) if k != 0 else low * (high / low) ** uniform
-    return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
-
 # ───────────────────────────────────────────────────────────────────────────────
-# 7. trainers - A.3, A.8, A.9
+# 9. trainers - A.3, A.8, A.9
 # ───────────────────────────────────────────────────────────────────────────────
 
-# checkpoints: a folder of safetensors and a manifest, complete or not there at all
+# checkpoints: files, nothing of training
 
-def save_tensors(state_dict, path, copy = True):
-    """copy: tensors may share memory. Returns the file's line of the manifest."""
-    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
-    return path.name, dict(bytes = path.stat().st_size, sha256 = sha256(path))
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
 def sha256(path):
     digest = hashlib.sha256()
@@ -1586,6 +1786,12 @@ def sha256(path):
         while block := file.read(2 ** 20):
             digest.update(block)
     return digest.hexdigest()
+
+def save_tensors(state_dict, path, copy = True):
+    """Writes a safetensors file; copy: tensors may share memory. Returns what the manifest says of it."""
+    tensors = {name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}
+    save_file(tensors, path)
+    return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def flush(path):
     """Wait until a file, or where that can be done a folder, is on the disk."""
@@ -1596,44 +1802,129 @@ def flush(path):
         finally:
             os.close(descriptor)
 
-def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first also at everything that is not a queue's."""
-    try:
-        files = json.loads((folder / 'manifest.json').read_text())['files']
-
-        if missing := {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys():
-            return f'its manifest does not have {", ".join(sorted(missing))}'
-
-        for name, expected in files.items():
-            if name == f'queue-{rank}.safetensors' or rank == 0 and not name.startswith('queue-'):
-                size = (folder / name).stat().st_size
-                if size != expected['bytes']:
-                    return f'{name} has {size} bytes instead of {expected["bytes"]}'
-                if sha256(folder / name) != expected['sha256']:
-                    return f'{name} does not have the hash that the manifest gives'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f'it is not complete ({type(error).__name__}: {error})'
-
 def discard(folder):
     """Remove a folder so that it is never seen half removed."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
+def damage(folder, rank = 0):
+    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all but the queues too."""
+    try:
+        files = json.loads((folder / 'manifest.json').read_text())['files']
+        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
+
+        if missing:
+            return f'its manifest does not have {", ".join(sorted(missing))}'
+
+        for name, expected in files.items():
+            is_queue = name.startswith('queue-')
+            if name != f'queue-{rank}.safetensors' if is_queue else rank > 0:
+                continue
+
+            size = (folder / name).stat().st_size
+            if size != expected['bytes']:
+                return f'{name} has {size} bytes instead of {expected["bytes"]}'
+            if sha256(folder / name) != expected['sha256']:
+                return f'{name} does not have the hash that the manifest gives'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f'it is not complete ({type(error).__name__}: {error})'
+
+class Checkpoints:
+    """Folders step-00000100 of safetensors and a manifest, each complete or not there: written aside, then renamed."""
+
+    def __init__(self, root, keep):
+        self.root, self.keep = Path(root), keep
+
+    def folders(self):
+        """Oldest first. What has another name is not ours."""
+        ours = [path for path in self.root.glob('step-*') if re.fullmatch(r'step-\d+', path.name) and path.is_dir()]
+        return sorted(ours, key = self.step_of)
+
+    def step_of(self, folder):
+        return int(folder.name.removeprefix('step-'))
+
+    def newest_good(self):
+        return next((folder for folder in reversed(self.folders()) if not damage(folder)), None)
+
+    def unfinished(self, step):
+        return self.root / f'unfinished-{step:08d}'
+
+    def complete(self, step, manifest):
+        """Once all its files are written: only now has it the name of a checkpoint. The oldest ones go."""
+        unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
+        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
+
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+
+        discard(folder)
+        unfinished.rename(folder)
+        flush(self.root)
+
+        for old in self.folders()[:-self.keep]:
+            discard(old)
+
+    def set_aside(self, step):
+        """Those after step, of a run that was left for an earlier one: they neither count nor are removed."""
+        for folder in self.folders():
+            if self.step_of(folder) > step:
+                aside = folder.with_name(f'left-{folder.name}')
+                discard(aside)
+                folder.rename(aside)
+
+def together(work):
+    """Run work() in every process; an error of one is an error of all. Returns the results of all."""
+    result = problem = None
+
+    try:
+        result = work()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+
+    outcomes = gather_object([(result, problem)])
+    problems = [problem for _, problem in outcomes if exists(problem)]
+
+    if problems:
+        raise OSError(problems[0])
+
+    return [result for result, _ in outcomes]
+
+# states are those of the whole model, also where it is sharded. Not strict: parameters without gradients have no state in
+# an optimizer, and load_checked looks at the names itself
+
+FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
+TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
+
+def check_fits(module, state_dict):
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    both = [(name, tuple(t.shape), tuple(own[name].shape)) for name, t in state_dict.items() if name in own]
+    wrong = [f'{name} {shape} instead of {expected}' for name, shape, expected in both if shape != expected]
+    found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
+    check(not (missing or unknown or wrong), f'the weights do not fit the model: {found}')
+
+def load_checked(module, path):
+    state_dict = read_tensors(path)
+    check_fits(module, state_dict)
+    dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
+
+# signals
+
 @contextmanager
 def interruptions():
-    """The signals that came, Ctrl-C or SIGTERM, as a list: so that the step can end and a checkpoint be written. A second one acts at once."""
-    received = []
+    """The signals that came, Ctrl-C or SIGTERM, as a list, so that the step can end and be saved. A second one acts at once."""
+    received, handlers = [], {}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    main = threading.current_thread() is threading.main_thread()           # others get no signals
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}      # ignored in the background of a script
-
-    for number in handlers:
-        signal.signal(number, remember)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):       # ignored in the background of a script
+            with suppress(ValueError):                  # only the main thread is told of signals
+                signal.signal(number, remember)
+                handlers[number] = handler
 
     try:
         yield received
@@ -1642,26 +1933,24 @@ def interruptions():
             signal.signal(number, handler)
 
 def ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):      # workers end with the process that they read for
+    """Workers end with the process that they read for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 # pictures and records
 
 def image_grid(images, *, min_size = 48):
-    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels, without smoothing."""
+    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels, unsmoothed."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
 
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
-    pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch').clamp(0, 1).mul(255).round().byte().numpy()
+    pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
+    pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
 
     picture = Image.fromarray(pixels[..., 0] if ch == 1 else pixels)
     zoom = math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-
-def settings(arguments):
-    """The arguments of a trainer that are plain values, for its record."""
-    return {name: value for name, value in arguments.items() if name not in ('self', 'model', 'loss_fn', 'dataset', 'to_image', 'kwargs', 'config', '__class__')}
 
 def versions():
     found = {'python': platform.python_version()}
@@ -1672,239 +1961,303 @@ def versions():
 
     return found
 
+# settings
+
+def free(value):
+    """The default of a setting that a resumed run may change and still repeat what it would have been."""
+    return dataclasses.field(default = value, metadata = dict(free = True))
+
+@dataclasses.dataclass(kw_only = True)
+class LoopSettings:
+    """What every trainer is told."""
+
+    num_train_steps: int = free(30_000)
+    seed: int = 0
+
+    learning_rate: float = 2e-4
+    lr_warmup_steps: int = 5_000                    # linear from 1e-6, then constant
+    lr_decay_start: int | None = None               # from this step on it falls as 1 / sqrt(step). None: never (paper)
+    betas: tuple = (0.9, 0.95)                      # of AdamW
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 2.                # None: gradients are not clipped
+    ema_decay: float = 0.999                        # of the averaged weights, from the initial ones and at every step
+
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str | None = None              # None: what accelerate was launched with, or bf16 on a GPU that has it
+    compile: bool = False                           # model, encoders and, on a GPU, the field
+    cpu: bool = False                               # train on the cpu even where there is a GPU
+    num_workers: int = free(0)                      # processes that read data
+
+    log_with: str | None = free(None)               # trackers of accelerate
+    log_every: int = free(10)                       # steps, 0 for never: into metrics.jsonl and the trackers
+    sample_every: int = free(1_000)                 # steps: grids of images, into samples/
+    save_every: int = free(1_000)                   # steps: into checkpoints/
+    keep_checkpoints: int = free(3)                 # the newest
+    progress_bar: bool = free(True)
+
+    results_folder: str | Path = free('./results')
+    resume_from_checkpoint: str | Path | None = free(None)      # a folder, or 'latest' undamaged one, if there is any
+    overwrite: bool = free(False)                   # remove an earlier run from the folder; otherwise that is refused
+
+    def __post_init__(self):
+        names = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
+        check_positive(**{name: getattr(self, name) for name in names})
+
 class BaseTrainer:
-    """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints (A.9).
+    """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints.
 
-    A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
-    the loss () and any details; metrics(details) what to log of them as {name: tensor ()}, and which names go onto the progress bar; pictures() samples
-    for the grid [b ch h w], and its number of rows.
+    A subclass says what is trained:
+    backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns the
+        loss () and details of it; metrics(details) what to log of them, {name: tensor ()}, and which names go onto the
+        progress bar; pictures() samples for the grid, [b ch h w], and its number of rows.
 
-    num_train_steps, learning_rate, lr_warmup_steps (linear from 1e-6, then constant), betas, weight_decay, max_grad_norm, ema_decay: the optimisation.
-    lr_decay_start: the step from which the learning rate falls, as 1 / sqrt(step). None: never (paper).
-    gradient_accumulation_steps, log_with: as in accelerate. mixed_precision: too; None is what accelerate was launched with, or else bf16 on a GPU that has it.
-    compile: torch.compile of the model, and of encoders and loss. cpu: train on the cpu even where there is a GPU. num_workers: processes that read data.
-    max_skipped_steps: so many steps with non-finite gradients are left out, the next one stops the run. Above 0 every step waits for its gradient norm.
-    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples with 1 or 3 channels are in [-1, 1], others give no grid.
-    log_every, sample_every, save_every: in steps, 0 for never. All goes into results_folder: metrics.jsonl, starts.jsonl (configuration, versions and
-        hardware of every start), samples/, checkpoints/ (the newest keep_checkpoints). Ctrl-C and SIGTERM save a checkpoint before they act.
-    resume_from_checkpoint: a checkpoint folder, or 'latest', the newest that is complete and undamaged (from the beginning if there is none). A resumed
-        run repeats what it would have been; settings that prevent that are warned of.
-    overwrite: remove an earlier run's metrics, samples and checkpoints from the folder. Otherwise it is refused.
+    All goes into results_folder: metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/,
+    checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
+    settings that prevent that are warned of.
     """
 
-    shares_batch = True     # batch_size is of all processes together, or else of each
+    def __init__(self, model, dataset, settings, *, samples_per_process = None, samples_per_step = None, to_image = None):
+        """Real samples are read by every process, samples_per_process at a time, or by all together, samples_per_step."""
+        self.settings, self.to_image = settings, to_image
+        self.results_folder = Path(settings.results_folder)
+        self.checkpoints = Checkpoints(self.results_folder / 'checkpoints', settings.keep_checkpoints)
 
-    def __init__(
-        self, model, dataset, *,
-        batch_size, num_train_steps = 30_000, seed = 0,
-        learning_rate = 2e-4, lr_warmup_steps = 5_000, lr_decay_start = None, betas = (0.9, 0.95), weight_decay = 0.01, max_grad_norm = 2., ema_decay = 0.999,
-        gradient_accumulation_steps = 1, mixed_precision = None, compile = False, cpu = False, num_workers = 0, max_skipped_steps = 0,
-        to_image = None, log_with = None, log_every = 10, sample_every = 1_000, save_every = 1_000, keep_checkpoints = 3, progress_bar = True,
-        results_folder = './results', resume_from_checkpoint = None, overwrite = False,
-        config = {}                         # of the subclass
-    ):
-        self.config = settings(locals()) | config
-        vars(self).update(self.config)      # every setting is an attribute
+        self.accelerator = self.make_accelerator()
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.hide_bar = not (settings.progress_bar and self.is_main)
 
-        for name in ('batch_size', 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'):
-            check(default(self.config[name], 1) > 0, f'{name} must be above 0, got {self.config[name]}')
+        if not exists(samples_per_process):
+            fits = samples_per_step % self.world == 0
+            check(fits, f'{samples_per_step} samples read per step cannot be shared by {self.world} processes')
+            samples_per_process = samples_per_step // self.world
+
+        self.samples_per_process = samples_per_process
+        self.samples_per_step = samples_per_process * self.world
+
+        self.num_classes = getattr(model, 'num_classes', None)
+        self.sample_shape = self.check_dataset(dataset)
+        self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
+
+        self.step, self.samples_read, self.queues = 0, 0, {}
+        self.prepare(model)
+        self.claim_folder()
+
+    def make_accelerator(self):
+        settings, mixed_precision = self.settings, self.settings.mixed_precision
 
         if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
-            mixed_precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False) and not cpu else 'no'
+            has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False)
+            mixed_precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
 
-        self.accelerator = accelerator = Accelerator(
-            mixed_precision = mixed_precision, cpu = cpu, log_with = log_with, project_dir = results_folder,
-            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
+        accelerator = Accelerator(
+            mixed_precision = mixed_precision, cpu = settings.cpu, log_with = settings.log_with,
+            project_dir = settings.results_folder, kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
 
         accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
-        check(accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2, 'FSDP is supported in its second version: set fsdp_version to 2')
-        check(hasattr(dataset, '__len__'), f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
+        is_old_fsdp = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        check(not is_old_fsdp, 'FSDP is supported in its second version: set fsdp_version to 2')
+        return accelerator
 
-        world = accelerator.num_processes
-        check(not self.shares_batch or batch_size % world == 0, f'{batch_size} samples read per step cannot be shared by {world} processes')
-        self.read_here = batch_size // world if self.shares_batch else batch_size
-        self.read_in_all = self.read_here * world
-        check(len(dataset) >= self.read_in_all, f'the dataset has {len(dataset)} samples, fewer than the {self.read_in_all} read per step')
+    def check_dataset(self, dataset):
+        """The shape of a sample."""
+        has_length, num = hasattr(dataset, '__len__'), self.samples_per_step
+        check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
+        check(len(dataset) >= num, f'the dataset has {len(dataset)} samples, fewer than the {num} read per step')
 
         first = dataset[0]
-        sample = first[0] if isinstance(first, (tuple, list)) and len(first) == 2 else None
-        is_float = torch.is_tensor(sample) and sample.is_floating_point()
-        given = type(first).__name__ if not exists(sample) else getattr(sample, 'dtype', type(sample).__name__)
+        is_pair = isinstance(first, (tuple, list)) and len(first) == 2
+        sample = first[0] if is_pair else first
+        is_float = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
+        given = getattr(sample, 'dtype', type(sample).__name__)
         check(is_float, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
+        return tuple(sample.shape)
 
-        # release: AdamW on all parameters, and the plain average of the weights from the start and at every step (the library would warm it up)
+    def prepare(self, model):
+        """Release: AdamW on all parameters, and the plain average of the weights from the start and at every step."""
+        settings, is_sharded = self.settings, self.accelerator.is_fsdp2
+        average = deepcopy(model) if is_sharded else None
 
-        fused = accelerator.device.type in ('cuda', 'cpu')
-        optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = betas, weight_decay = weight_decay, fused = fused)
-        average = deepcopy(model) if accelerator.is_fsdp2 else None
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.unwrapped = accelerator.unwrap_model(self.model)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay,
+            fused = self.device.type in ('cuda', 'cpu')
+        )
 
-        average = fsdp2_prepare_model(accelerator, average) if accelerator.is_fsdp2 else deepcopy(self.unwrapped)
-        self.ema = EMA(self.unwrapped, average, beta = ema_decay, min_value = ema_decay, update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not accelerator.is_fsdp2)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.unwrapped = self.accelerator.unwrap_model(self.model)
+        average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
+
+        self.ema = EMA(                     # beta from the first step on: the library would warm it up
+            self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay,
+            update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not is_sharded
+        )
         self.ema.update()
 
-        if compile:
-            self.unwrapped.compile()
+        if settings.compile:
+            self.model = torch.compile(self.model)
 
-        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), tuple(sample.shape)
-        self.dataset = Replayed(dataset, seed, self.sample_shape, with_labels = exists(self.num_classes))
-        self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
-        self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
-        self.samples_per_step, self.to_image = self.read_in_all, to_image
-
-        # a new run does not mix with an earlier one
+    def claim_folder(self):
+        """A new run does not mix with an earlier one."""
+        folder, settings = self.results_folder, self.settings
 
         try:
-            self.results_folder.mkdir(parents = True, exist_ok = True)
-            tempfile.TemporaryFile(dir = self.results_folder).close()
+            folder.mkdir(parents = True, exist_ok = True)
+            probe = folder / f'.probe-{self.rank}'
+            probe.touch()
+            probe.unlink()
         except OSError as error:
-            raise OSError(f'results_folder = {str(results_folder)!r} cannot be written to: {error}') from error
+            raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
 
-        earlier = [path for path in (self.results_folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')) if path.exists()]
-        check(exists(resume_from_checkpoint) or overwrite or not earlier, f"{results_folder} holds an earlier run: pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder")
+        paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
+        earlier = [path for path in paths if path.exists()]
+        resumes = exists(settings.resume_from_checkpoint)
+        ways_out = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
+        check(resumes or settings.overwrite or not earlier, f'{folder} holds an earlier run: {ways_out}')
+        self.accelerator.wait_for_everyone()
 
-        if accelerator.is_main_process:
-            for path in earlier if overwrite and not exists(resume_from_checkpoint) else (self.results_folder / 'checkpoints').glob('unfinished-*'):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self.is_main:
+            leftovers = list(self.checkpoints.root.glob('unfinished-*'))
+            for path in earlier if settings.overwrite and not resumes else leftovers:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
-    @property
-    def waits_for_norm(self):
-        return self.max_skipped_steps > 0 or self.accelerator.device.type == 'cpu'
+    def record(self):
+        """The settings, for the records of a run."""
+        return json.loads(json.dumps(dataclasses.asdict(self.settings), default = str))
+
+    def is_due(self, every, step):
+        return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
 
     @property
     def logs_this_step(self):
-        return self.log_every > 0 and ((self.step + 1) % self.log_every == 0 or self.step + 1 == self.num_train_steps)
+        return self.is_due(self.settings.log_every, self.step + 1)
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
 
-    # the loop. Every random number is drawn from a seed made of its place in the run
+    # a step
 
     def batches(self):
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        indices = endless_shuffle(len(self.dataset), seed = self.seed, start = self.samples_read)
-        places = islice(enumerate(indices, self.samples_read), rank, None, world)
+        indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
+        places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
 
-        pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.read_here, sampler = places, num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
+        return iter(DataLoader(
+            self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
+            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals
+        ))
 
     def read(self, batches):
         samples, labels = next(batches)
-        self.samples_read += self.read_in_all
+        self.samples_read += self.samples_per_step
         self.seed_model()
         return samples, torch.as_tensor(labels)
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
+        seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
+
         for generator in (torch.default_generator, *torch.cuda.default_generators):
-            generator.manual_seed(seed_for(self.seed, self.samples_read, *key, self.accelerator.process_index))
+            generator.manual_seed(seed)
+
+    def learning_rate_at(self, step):
+        settings = self.settings
+        warmup = min(1., step / settings.lr_warmup_steps) if settings.lr_warmup_steps > 0 else 1.
+        decay = min(1., default(settings.lr_decay_start, math.inf) / (step + 1)) ** 0.5
+        return (1e-6 + (settings.learning_rate - 1e-6) * warmup) * decay
+
+    def synced(self, sync):
+        """Whether a backward pass averages gradients over processes."""
+        return nullcontext() if sync else self.accelerator.no_sync(self.model)
+
+    def grad_norms(self):
+        """{'grad_norm': of all parameters, before they are clipped; and where that is logged of every part of the model}."""
+        norms = {}
+
+        for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
+            grads = [p.grad for p in part.parameters() if exists(p.grad)]
+            if grads:
+                norms[f'grad_norm/{name}'] = torch.nn.utils.get_total_norm(grads)
+
+        limit = default(self.settings.max_grad_norm, math.inf)
+        norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
+        return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
 
     def train_step(self, batches):
-        """One optimiser step. Returns the loss and its details, both of the last micro step on this process, and the gradient norms."""
-        accelerator, logs = self.accelerator, self.logs_this_step
+        """One optimiser step. Returns the loss and details of the last micro step on this process, and gradient norms."""
+        num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
 
-        warmup = min(1., self.step / self.lr_warmup_steps) if self.lr_warmup_steps > 0 else 1.
-        decay = min(1., default(self.lr_decay_start, math.inf) / (self.step + 1)) ** 0.5
-
         for group in self.optimizer.param_groups:
-            group['lr'] = (1e-6 + (self.learning_rate - 1e-6) * warmup) * decay
+            group['lr'] = self.learning_rate_at(self.step)
 
-        for micro_step in range(self.gradient_accumulation_steps):
-            loss, details = self.backward(batches, micro_step, sync = micro_step == self.gradient_accumulation_steps - 1)
+        for micro_step in range(num_micro_steps):
+            loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
-        accelerator.unscale_gradients()
-        parts = {name: [p.grad for p in part.parameters() if exists(p.grad)] for name, part in self.unwrapped.named_children()} if logs else {}
-        grad_norms = {f'grad_norm/{name}': torch.nn.utils.get_total_norm(grads) for name, grads in parts.items() if grads}
-        grad_norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), default(self.max_grad_norm, math.inf))
-        grad_norms = {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in grad_norms.items()}      # of a sharded model
-
-        # a broken step is found before it is used, if that was asked for or costs nothing, and at the latest before it is saved
-
+        self.accelerator.unscale_gradients()
+        norms = self.grad_norms()
+        self.optimizer.step()
+        self.ema.update()
         self.step += 1
-        self.unchecked.append((self.step, loss, grad_norms['grad_norm'], details))
+        return loss, details, norms
 
-        if not self.waits_for_norm or self.check_finite():
-            self.optimizer.step()
-            self.ema.update()
-        elif exists(accelerator.scaler):
-            accelerator.scaler.update()
+    def check_finite(self, loss, details, norms):
+        """Stops the run before broken weights are saved. Once applied, a broken gradient stays in them: the newest step tells."""
+        norm, is_scaled = norms['grad_norm'], exists(self.accelerator.scaler)       # fp16 skips broken gradients by itself
+        is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
 
-        return loss, details, grad_norms
+        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:                 # all processes say the same
+            return
 
-    def check_finite(self):
-        """Whether the steps since the last call had finite losses and gradients. The first that had not stops the run, or is one of max_skipped_steps."""
-        steps, self.unchecked = self.unchecked, []
+        values = {name: float(value) for name, value in self.metrics(details)[0].items()}
+        broken = ', '.join(f'{name} is {value}' for name, value in values.items() if not math.isfinite(value))
+        found = broken or 'the loss is finite: the model or the encoder, backwards'
+        good = default(self.checkpoints.newest_good(), 'none')
+        message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
 
-        if not steps:
-            return True
-
-        scaled = exists(self.accelerator.scaler)        # fp16: it skips steps of which the gradient alone is broken
-        finite = stack([loss.isfinite() & (grad_norm.isfinite() | scaled) for _, loss, grad_norm, _ in steps])
-        broken = self.accelerator.reduce(finite.float(), 'mean') < 1        # all processes say the same
-
-        if not broken.any():
-            return True
-
-        self.skipped += 1
-        step, loss, grad_norm, details = steps[broken.tolist().index(True)]
-        found = ', '.join(f'{name} is {float(value)}' for name, value in self.metrics(details)[0].items() if not math.isfinite(value)) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {step}: loss {loss.item():.4g}, gradient norm {grad_norm.item():.4g}; {found}'
-
-        if self.skipped > self.max_skipped_steps:
-            good = next((folder for folder in reversed(self.checkpoints()) if not damage(folder)), 'none')
-            raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
-
-        warnings.warn(f'{message}. Left out, {self.skipped} of at most {self.max_skipped_steps}')
-        return False
+    # the loop
 
     def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Writes metrics, pictures and checkpoints, and seeds the process's random numbers, on the way.
+        """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, naming the step, what went wrong, and the last good checkpoint.
+        Raises FloatingPointError for non-finite losses or gradients: what went wrong, and the last good checkpoint.
         """
-        batches, accelerator = self.batches(), self.accelerator
-        ask_every = 1 if accelerator.num_processes == 1 else 10         # several processes tell each other of signals every tenth step
-        accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.config.items()})
-
-        if accelerator.is_main_process:
-            device = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else str(accelerator.device)
-            hardware = dict(device = device, processes = accelerator.num_processes, cpus = os.cpu_count(), platform = platform.platform())
-            failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory, if that is a repository
-            start = dict(step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else revision, hardware = hardware, precision = accelerator.mixed_precision, config = self.config)
-
-            with open(self.results_folder / 'starts.jsonl', 'a') as file:
-                file.write(json.dumps(start, default = str) + '\n')
+        settings, accelerator, batches = self.settings, self.accelerator, self.batches()
+        ask_every = 1 if self.world == 1 else 10        # several processes tell each other of signals every tenth step
+        look_every = 1 if self.device.type == 'cpu' else 10         # at the loss: an accelerator is waited for
+        accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.record().items()})
+        self.record_start()
 
         if self.step == 0:
             self.before_training(batches)
 
-        self.clock, stopped = (time.perf_counter(), self.step), False
+        num_steps, self.clock, stopped = settings.num_train_steps, (time.perf_counter(), self.step), False
 
-        with interruptions() as received, tqdm(initial = self.step, total = self.num_train_steps, disable = self.hide_bar) as bar:
-            while self.step < self.num_train_steps and not (stopped := self.step % ask_every == 0 and any(gather_object(received))):
+        with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
+            while self.step < num_steps and not stopped:
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
+                stopped = self.step % ask_every == 0 and any(gather_object(received))
+                saves = stopped or self.is_due(settings.save_every, self.step)
 
-                if logs or len(self.unchecked) >= 10 or self.step == self.num_train_steps:
-                    self.check_finite()
-
+                if logs or saves or self.step % look_every == 0 or self.step == num_steps:
+                    self.check_finite(*result)
                 if logs:
                     self.log(bar, *result)
+                if self.is_due(settings.sample_every, self.step):
+                    self.save_pictures()
+                if saves:
+                    self.save()
 
-                for every, action in ((self.sample_every, self.save_pictures), (self.save_every, self.save)):
-                    if every > 0 and (self.step % every == 0 or self.step == self.num_train_steps):
-                        action()
-
-            if stopped and self.step > 0:
-                self.save()
-                accelerator.print(f'stopped by a signal, saved at step {self.step}')
+        if stopped:
+            accelerator.print(f'stopped by a signal, saved at step {self.step}')
 
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -1912,254 +2265,298 @@ class BaseTrainer:
         if received:
             signal.raise_signal(received[0])
 
-    def log(self, bar, loss, details, grad_norms):
+    def record_start(self):
+        """A line of starts.jsonl."""
+        if not self.is_main:
+            return
+
+        device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
+        hardware = dict(device = device, processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
+        failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory, if that is one
+
+        start = dict(
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else revision,
+            hardware = hardware, precision = self.accelerator.mixed_precision, config = self.record()
+        )
+
+        with open(self.results_folder / 'starts.jsonl', 'a') as file:
+            file.write(json.dumps(start) + '\n')
+
+    def log(self, bar, loss, details, norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
-        metrics = dict(loss = loss, **grad_norms, **metrics)
+        metrics = dict(loss = loss, **norms, **metrics)
 
-        device = self.accelerator.device
-        values = self.accelerator.reduce(stack([torch.as_tensor(value, dtype = torch.float32, device = device).detach() for value in metrics.values()]), 'mean')
-        metrics = dict(step = self.step, **dict(zip(metrics, values.tolist())), learning_rate = self.optimizer.param_groups[0]['lr'])
+        values = [torch.as_tensor(value, dtype = torch.float32, device = self.device).detach() for value in metrics.values()]
+        values = self.accelerator.reduce(stack(values), 'mean').tolist()
+        metrics = dict(step = self.step, **dict(zip(metrics, values, strict = True)))
+        metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
         # of the machine, not of the run: these differ when it is repeated
 
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        samples = (self.step - first_step) * self.samples_per_step * self.gradient_accumulation_steps
-        memory = torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else psutil.Process().memory_info().rss
-        metrics |= {'machine/samples_per_second': samples / (self.clock[0] - before), 'machine/memory_mib': memory / 2 ** 20}
+        samples = (self.step - first_step) * self.samples_trained * self.settings.gradient_accumulation_steps
+        metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
+
+        if self.device.type == 'cuda':
+            metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
 
         self.accelerator.log(metrics, step = self.step)
 
-        if self.accelerator.is_main_process:
+        if self.is_main:
             with open(self.results_folder / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(metrics) + '\n')
 
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
 
+    @property
+    def samples_trained(self):
+        """Samples of a micro step, for the speed."""
+        return self.samples_per_step
+
     @torch.no_grad()
     def save_pictures(self):
         has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
-        main = self.accelerator.is_main_process
 
-        if has_images and (main or self.accelerator.is_fsdp2):         # a sharded model needs every process
+        if has_images and (self.is_main or self.accelerator.is_fsdp2):         # a sharded model needs every process
             samples, rows = self.pictures()
             images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+            grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
 
-            path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
-            path.parent.mkdir(exist_ok = True)
-            image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows)).save(path) if main else None
+            if self.is_main:
+                path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
+                path.parent.mkdir(exist_ok = True)
+                grid.save(path)
 
-    def checkpoints(self):
-        """The folders of this run's checkpoints, oldest first."""
-        return sorted((self.results_folder / 'checkpoints').glob('step-*'))
+    # checkpoints
 
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest keep_checkpoints. Until it is complete nothing has that name."""
-        self.check_finite()
-        accelerator, root = self.accelerator, self.results_folder / 'checkpoints'
-        folder, unfinished = root / f'step-{self.step:08d}', root / f'unfinished-{self.step:08d}'
+        """Write results_folder/checkpoints/step-..., and keep the newest. Until it is complete nothing has that name."""
+        try:
+            written = together(self.write_states)
+            together(lambda: self.complete(written) if self.is_main else None)
+        except OSError as error:
+            shutil.rmtree(self.checkpoints.unfinished(self.step), ignore_errors = True)
+            last = [None, *self.checkpoints.folders()][-1]
+            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}. The last one is {last}') from error
 
-        # the main process alone is given states of models and optimizer, each has a queue
+    def write_states(self):
+        """The main process is given the states of models and optimizer, each has a queue. Returns the manifest's lines."""
+        moments = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})
+        own_queue = f'queue-{self.rank}.safetensors'
 
-        moments = get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})
-        own_queue = f'queue-{accelerator.process_index}'
         states = {
-            'model': get_model_state_dict(self.unwrapped, options = FULL_STATE),
-            'ema': get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
-            'optimizer': {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()},
+            'model.safetensors': dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
+            'ema.safetensors': dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
+            'optimizer.safetensors': {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()},
             own_queue: {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
         }
 
-        def in_all(work):
-            """Every process does its part; an error of one is an error of all. Returns what the parts returned."""
-            try:
-                result, problem = work(), None
-            except (OSError, SafetensorError) as error:
-                result, problem = None, str(error)
+        folder = self.checkpoints.unfinished(self.step)
+        folder.mkdir(parents = True, exist_ok = True)
+        return {name: save_tensors(state, folder / name, copy = name != own_queue) for name, state in states.items() if state}
 
-            results, problems = zip(*gather_object([(result, problem)]))
-            problem = next(filter(exists, problems), None)
+    def complete(self, written):
+        scaler = self.accelerator.scaler
+        files = {name: line for lines in written for name, line in lines.items()}
+        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
+        (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
 
-            if exists(problem):
-                shutil.rmtree(unfinished, ignore_errors = True)
-                raise OSError(f'the checkpoint of step {self.step} could not be written: {problem}. The last one is {[None, *self.checkpoints()][-1]}')
-
-            return results
-
-        def write():
-            unfinished.mkdir(parents = True, exist_ok = True)
-            return [save_tensors(state, unfinished / f'{name}.safetensors', copy = name != own_queue) for name, state in states.items() if state]
-
-        def complete(files):
-            scaler = accelerator.scaler.state_dict() if exists(accelerator.scaler) else None
-            state = dict(step = self.step, samples_read = self.samples_read, skipped = self.skipped, num_processes = accelerator.num_processes, scaler = scaler)
-
-            (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
-            (unfinished / 'manifest.json').write_text(json.dumps(dict(state, versions = versions(), config = self.config, files = files), indent = 1, default = str))
-
-            for path in (*unfinished.iterdir(), unfinished):
-                flush(path)
-
-            discard(folder)
-            unfinished.rename(folder)
-            flush(root)
-
-            for old in self.checkpoints()[:-self.keep_checkpoints]:
-                discard(old)
-
-        files = dict(line for lines in in_all(write) for line in lines)
-        in_all(lambda: complete(files) if accelerator.is_main_process else None)
+        self.checkpoints.complete(self.step, dict(
+            step = self.step, samples_read = self.samples_read, num_processes = self.world,
+            scaler = scaler.state_dict() if exists(scaler) else None,
+            versions = versions(), config = self.record(), files = files
+        ))
 
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
-        given, main, metrics = self.resume_from_checkpoint, self.accelerator.is_main_process, self.results_folder / 'metrics.jsonl'
-        latest = given == 'latest'
+        given = self.settings.resume_from_checkpoint
+        folders = [Path(given)] if exists(given) else []
 
-        for folder in reversed(self.checkpoints()) if latest else [Path(given)] if exists(given) else []:
-            problem = next(filter(exists, gather_object([damage(folder, self.accelerator.process_index)])), None)
+        if given == 'latest':
+            folders = self.checkpoints.folders()[::-1]
+
+        for folder in folders:
+            problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
 
             if not exists(problem):
                 self.load(folder)
-
-                for newer in self.checkpoints() if main else []:        # of a run that was left for one of its earlier steps: they neither count nor are removed
-                    if newer.name > f'step-{self.step:08d}':
-                        discard(aside := newer.with_name(f'left-{newer.name}'))
-                        newer.rename(aside)
-
-                self.accelerator.wait_for_everyone()
                 break
 
-            check(latest, f'{folder} cannot be used: {problem}')
-            warnings.warn(f'{folder} cannot be used: {problem}. Going on from an earlier one, if there is any') if main else None
+            check(given == 'latest', f'{folder} cannot be used: {problem}')
 
-        # what was logged after the checkpoint will be logged again; a line cut short by a crash goes too
+            if self.is_main:
+                warnings.warn(f'{folder} cannot be used: {problem}. Going on from an earlier one, if there is any', stacklevel = 2)
+
+        if self.is_main and self.step > 0:
+            self.checkpoints.set_aside(self.step)
+
+        if self.is_main and exists(given):
+            self.trim_metrics()
+
+        self.accelerator.wait_for_everyone()
+
+    def trim_metrics(self):
+        """What was logged after the checkpoint will be logged again; a line cut short by a crash goes too."""
+        path = self.results_folder / 'metrics.jsonl'
 
         def stays(line):
             with suppress(ValueError, TypeError, KeyError):
                 return line.endswith('\n') and json.loads(line)['step'] <= self.step
 
-        if main and metrics.is_file():
-            lines, trimmed = metrics.read_text().splitlines(keepends = True), metrics.with_suffix('.trimmed')
+        if path.is_file():
+            lines, trimmed = path.read_text().splitlines(keepends = True), path.with_suffix('.trimmed')
             trimmed.write_text(''.join(filter(stays, lines)))
-            trimmed.replace(metrics)
+            trimmed.replace(path)
 
     def load(self, folder):
-        accelerator, manifest = self.accelerator, json.loads((folder / 'manifest.json').read_text())
-        check(manifest['num_processes'] == accelerator.num_processes, f'the checkpoint is of {manifest["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        saved, now, world = manifest['config'], self.record(), manifest['num_processes']
+        check(world == self.world, f'the checkpoint is of {world} processes, these are {self.world}: each has a queue of its own')
 
-        own, before = json.loads(json.dumps(self.config, default = str)), manifest['config']
-        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and name not in FREE]
+        may_change = {entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')}
+        differ = [name for name in now if name in saved and now[name] != saved[name] and name not in may_change]
+        changed = ', '.join(f'{name} {saved[name]} -> {now[name]}' for name in differ)
 
-        if changed and accelerator.is_main_process:
-            warnings.warn(f'the run goes on with other settings than it had: {", ".join(changed)}')
+        if changed and self.is_main:
+            warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 2)
 
-        load_checked(self.unwrapped, read_tensors(folder / 'model.safetensors'))
-        load_checked(self.ema.ema_model, read_tensors(folder / 'ema.safetensors'))
+        load_checked(self.unwrapped, folder / 'model.safetensors')
+        load_checked(self.ema.ema_model, folder / 'ema.safetensors')
+        self.load_optimizer(read_tensors(folder / 'optimizer.safetensors'))
 
         if self.queues:
-            saved = read_tensors(folder / f'queue-{accelerator.process_index}.safetensors')
+            states = read_tensors(folder / f'queue-{self.rank}.safetensors')
             for name, queue in self.queues.items():
-                queue.load_state_dict({key.removeprefix(f'{name}.'): t for key, t in saved.items() if key.startswith(f'{name}.')})
+                own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
+                queue.load_state_dict(own)
 
-        optimizer = {**get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer), 'state': {}}
+        self.step, self.samples_read = manifest['step'], manifest['samples_read']
 
-        for name, t in read_tensors(folder / 'optimizer.safetensors').items():
-            name, kind = name.rsplit('.', 1)
-            optimizer['state'].setdefault(name, {})[kind] = t
+        if exists(self.accelerator.scaler) and manifest['scaler']:
+            self.accelerator.scaler.load_state_dict(manifest['scaler'])
 
-        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = TO_LOAD)
+    def load_optimizer(self, tensors):
+        optimizer = self.optimizer.optimizer
+        state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': {}}
 
-        self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
+        for key, t in tensors.items():
+            name, kind = key.rsplit('.', 1)
+            state_dict['state'].setdefault(name, {})[kind] = t
 
-        if exists(accelerator.scaler) and manifest['scaler']:
-            accelerator.scaler.load_state_dict(manifest['scaler'])
+        dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
+
+    def reshard_average(self):
+        if self.accelerator.is_fsdp2:
+            self.ema.ema_model.reshard()
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. On every process, as it may be sharded."""
-        check(isinstance(self.unwrapped, Pretrained), 'save_pretrained is for the models of this package: of others save trainer.ema.ema_model.state_dict()')
-        state_dict, folder = get_model_state_dict(self.ema.ema_model, options = FULL_STATE), Path(folder)
+        is_ours = isinstance(self.unwrapped, PyTorchModelHubMixin)
+        check(is_ours, 'save_pretrained is for the models of this package: of others save trainer.ema.ema_model.state_dict()')
+        state_dict, folder = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE), Path(folder)
 
-        if self.accelerator.is_main_process:
+        if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
             save_tensors(state_dict, folder / 'model.safetensors')
             (folder / 'config.json').write_text(json.dumps(self.unwrapped._hub_mixin_config))
 
-# settings that a resumed run may change and still repeat what it would have been
+@dataclasses.dataclass(kw_only = True)
+class GeneratorSettings(LoopSettings):
+    """Those of Trainer; the defaults are the paper's ablation."""
 
-FREE = (
-    'num_train_steps', 'num_workers', 'max_skipped_steps', 'log_with', 'log_every', 'sample_every', 'save_every', 'keep_checkpoints', 'progress_bar',
-    'results_folder', 'resume_from_checkpoint', 'overwrite'
+    num_groups: int = 64                            # class groups per step, of all processes together
+    num_gen: int = 64                               # generated samples per group
+    num_pos: int = 64                               # real samples per group
+    num_uncond: int = 16                            # unconditional samples per group
+    group_chunk_size: int | None = None             # groups at a time: the same gradient in less memory, 2 to 3 times slower
+
+    alpha_range: tuple = (1., 4.)                   # of the guidance scale, see sample_alpha; (1, 1): without guidance
+    alpha_power: float = 3.
+    no_cfg_frac: float = 0.
+
+    push_size: int = 64                             # real samples read per step by every process (release)
+    class_queue_size: int = 128                     # how many of each class stay
+    uncond_queue_size: int = 1000                   # and of all classes
+    queue_device: str | None = None                 # None: the accelerator
+    queue_dtype: torch.dtype | None = None          # None: float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'
+        check_positive(**{name: getattr(self, name) for name in names})
+        alone = 'a generated sample alone has no others to be pushed away from, it would not move'
+        check(self.num_gen > 1, f'num_gen must be above 1: {alone}')
+
+        low, high = self.alpha_range
+        check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
+        check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')
+        size = self.class_queue_size
+        check(self.num_pos <= size, f'num_pos = {self.num_pos} does not fit into class_queue_size = {size}')
+
+class StepDetails(NamedTuple):
+    breakdown: Breakdown
+    alpha: Tensor               # guidance scales of the step [c]
+    spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives
+
+# Table 8, by the names of the generator's presets: what differs from the ablation; the release's value where P and R differ
+
+LARGE = dict(
+    learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_uncond = 32, push_size = 128
+)
+PIXEL = dict(
+    LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16
 )
 
+TRAINER_PRESETS = {
+    'ablation': {},                                                     # the defaults of Trainer
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),            # paper: num_pos = 128, and one of four ema_decay
+    'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
+    'B/16': {**PIXEL, 'learning_rate': 2e-4},
+    'L/16': PIXEL,
+}
+
 class Trainer(BaseTrainer):
-    """Trains a generator on a map-style dataset of (sample, label) (A.8). The defaults are the paper's ablation setting; keyword arguments of BaseTrainer too.
+    """Trains a generator on a map-style dataset of (sample, label) (A.8).
 
-    model: any module with the call model(noise, labels, alpha, styles), an attribute num_classes (None: unconditional, labels are ignored)
-        and, if noise does not have the shape of a sample, noise_shape.
+    model: any module with the call model(noise, labels, alpha, styles), an attribute num_classes (None: unconditional,
+        labels are ignored) and, if noise does not have the shape of a sample, noise_shape.
     loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None compares raw samples.
+    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples of 1 or 3 channels are in [-1, 1],
+        others give no grid.
+    settings: see GeneratorSettings and LoopSettings.
 
-    num_groups, num_gen, num_pos, num_uncond: class groups per step, and generated, positive and unconditional samples per group.
-    group_chunk_size: class groups at a time, for a step that does not fit into memory: the same gradient for twice to three times the computation.
-    alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
-    push_size: real samples read per step by every process (release); class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
-        (by default on the accelerator, in float32; 'cpu' and torch.float16 for a thousand classes of large pictures).
-
-    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of the real samples that it reads, and
-    takes the labels of its groups from its newest ones. A run on fewer processes than the paper's wants a larger push_size, see the README.
-    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
+    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of the real samples
+    that it reads, and takes the labels of its groups from its newest ones.
+    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them,
+    and classes with too few samples.
     """
 
-    shares_batch = False
+    def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
+        settings = GeneratorSettings(**settings)
+        super().__init__(model, dataset, settings, samples_per_process = settings.push_size, to_image = to_image)
+        chunk_size, num_groups = settings.group_chunk_size, settings.num_groups
+        check(num_groups >= self.world, f'num_groups {num_groups} cannot be shared by {self.world} processes')
 
-    def __init__(
-        self, model, loss_fn, dataset, *,
-        num_groups = 64, num_gen = 64, num_pos = 64, num_uncond = 16, group_chunk_size = None,
-        alpha_range = (1., 4.), alpha_power = 3., no_cfg_frac = 0.,
-        push_size = 64, class_queue_size = 128, uncond_queue_size = 1000, queue_device = None, queue_dtype = None,
-        **kwargs
-    ):
-        config = settings(locals())
+        if exists(chunk_size):
+            is_fp16 = self.accelerator.mixed_precision == 'fp16'
+            check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+            is_even = num_groups % self.world == 0 or not self.accelerator.is_fsdp2
+            wanted = f'the same number of groups in all {self.world} processes'
+            check(is_even, f'a sharded model in chunks needs {wanted}, got num_groups = {num_groups}')
 
-        for name in ('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'):
-            check(default(config[name], 1) > 0, f'{name} must be above 0, got {config[name]}')
+        self.make_queues(len(dataset))
+        self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
+        self.loss_fn = default(loss_fn, FeatureDriftLoss())
+        self.collapsed = False
 
-        check(num_gen > 1, 'num_gen must be above 1: a generated sample alone has no others to be pushed away from, it would not move')
-        super().__init__(model, dataset, batch_size = push_size, config = config, **kwargs)
+        if isinstance(self.loss_fn, FeatureDriftLoss):
+            self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk_size, compile = settings.compile)
 
-        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
+        if isinstance(self.loss_fn, Module):
+            is_cuda = self.device.type == 'cuda'
+            self.loss_fn.to(self.device, memory_format = torch.channels_last if is_cuda else torch.preserve_format)
 
-        check(1 <= alpha_range[0] <= alpha_range[1] < math.inf, f'alpha_range must be 1 <= low <= high, got {alpha_range}')
-        check(0 <= no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {no_cfg_frac}')
-        guided = exists(self.num_classes) and alpha_range[1] > 1
-        check(not guided or 0 < num_uncond <= len(dataset), f'guidance needs 1 to {len(dataset)} (the dataset) unconditional samples, got num_uncond = {num_uncond}; alpha_range = (1, 1) trains without')
-
-        low, high = alpha_range if guided else (1., 1.)
-        self.alpha_kwargs = dict(low = low, high = high, power = alpha_power, no_cfg_frac = no_cfg_frac)
-
-        world, device = self.accelerator.num_processes, self.accelerator.device
-        check(num_groups >= world, f'num_groups {num_groups} cannot be shared by {world} processes')
-        check(not exists(group_chunk_size) or self.accelerator.mixed_precision != 'fp16', 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-        check(not exists(group_chunk_size) or not self.accelerator.is_fsdp2 or num_groups % world == 0, f'a sharded model in chunks needs the same number of groups in all {world} processes, got num_groups = {num_groups}')
-        check(num_pos <= class_queue_size, f'num_pos = {num_pos} does not fit into class_queue_size = {class_queue_size}')
-        check(num_uncond <= uncond_queue_size or not guided, f'num_uncond = {num_uncond} does not fit into uncond_queue_size = {uncond_queue_size}')
-
-        kwargs = dict(device = default(queue_device, device), dtype = queue_dtype)
-        self.num_uncond, self.queues['positives'] = num_uncond if guided else 0, SampleQueue(default(self.num_classes, 1), size = class_queue_size, **kwargs)
-
-        if guided:
-            self.queues['unconditional'] = SampleQueue(size = uncond_queue_size, **kwargs)
-
-        self.loss_fn = loss_fn = loss_fn if exists(loss_fn) else FeatureDriftLoss()
-
-        if isinstance(loss_fn, Module):
-            loss_fn.to(device, memory_format = torch.channels_last if device.type == 'cuda' else torch.preserve_format)
-
-        if isinstance(loss_fn, FeatureDriftLoss):
-            loss_fn.group_chunk_size = default(group_chunk_size, loss_fn.group_chunk_size)
-            loss_fn.compile() if self.compile else None
-
-        self.samples_per_step = num_groups * num_gen
-        self.noise_shape, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), False
         self.resume()
 
     @classmethod
@@ -2167,6 +2564,43 @@ class Trainer(BaseTrainer):
         """With the settings of a column of Table 8, see TRAINER_PRESETS; keyword arguments override them."""
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
+
+    def make_queues(self, num_real):
+        """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
+        settings, num = self.settings, self.settings.num_uncond
+        guided = exists(self.num_classes) and settings.alpha_range[1] > 1
+
+        self.num_uncond = num if guided else 0
+        self.alpha_range = settings.alpha_range if guided else (1., 1.)
+        options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
+        self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = settings.class_queue_size, **options)
+
+        if guided:
+            wanted = f'guidance needs 1 to {num_real} (the dataset) unconditional samples'
+            check(0 < num <= num_real, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
+            size = settings.uncond_queue_size
+            check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
+            self.queues['unconditional'] = SampleQueue(size = size, **options)
+
+    def before_training(self, batches):
+        """Read until every class has enough positives in every process, each at most as many samples as the data have."""
+        num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
+        num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
+
+        for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
+            self.push(batches)
+            held = cat([queue.filled for queue in self.queues.values()])
+            held = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.device)).amin(dim = 0).tolist()
+            short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
+
+            if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
+                return
+
+        some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
+        found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
+        raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
+
+    # what goes into a step
 
     def push(self, batches):
         """The next real samples of this process go into its queues. Returns their labels [n]."""
@@ -2177,52 +2611,50 @@ class Trainer(BaseTrainer):
 
         return labels.long()
 
-    def before_training(self, batches):
-        """Read until every class has enough positives in every process, each at most as many samples as the data have."""
-        num_pos = self.num_pos
-
-        for _ in tqdm(range(math.ceil(len(self.dataset) / self.read_here)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
-            self.push(batches)
-            held = cat([queue.filled for queue in self.queues.values()])
-            filled = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.accelerator.device)).amin(dim = 0).tolist()
-            short = {label: num for label, num in enumerate(filled[:self.queues['positives'].num_classes]) if num < num_pos}
-
-            if not short and (self.num_uncond == 0 or filled[-1] >= self.num_uncond):
-                return
-
-        some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
-        raise ValueError(f'one pass over the data left {len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}. Lower num_pos, or leave them out')
-
-    def mine(self, t):
-        """The part of this process of what was drawn for all groups."""
-        return t.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+    def of_this_process(self, t):
+        """Its part of what was drawn for all groups."""
+        return t.tensor_split(self.world)[self.rank]
 
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
-        key, device = (self.seed, self.step, micro_step), self.accelerator.device
-        generator = seeded(*key, 'queue', self.accelerator.process_index)
-        alpha = self.mine(sample_alpha(self.num_groups, generator = seeded(*key), **self.alpha_kwargs))
+        settings, key = self.settings, (self.settings.seed, self.step, micro_step)
+        generator = seeded(*key, 'queue', self.rank)
 
-        # release: labels of the process's newest real samples, without replacement (in turns, where more groups than samples are asked for)
+        low, high = self.alpha_range
+        alpha = sample_alpha(
+            settings.num_groups, low = low, high = high, power = settings.alpha_power,
+            no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
+        )
+        alpha = self.of_this_process(alpha)
 
-        turns = math.ceil(len(alpha) / len(newest_labels))
-        order = cat([torch.randperm(len(newest_labels), generator = generator) for _ in range(turns)])[:len(alpha)]
-        labels = newest_labels[order]
+        # release: labels of the newest real samples, without replacement; in turns, where there are more groups than samples
 
-        pos = self.queues['positives'].draw(labels, self.num_pos, generator)
-        uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator) if self.num_uncond > 0 else None
+        c, num = len(alpha), len(newest_labels)
+        turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
+        labels = newest_labels[cat(turns)[:c]]
 
-        labels, alpha = (t.to(device, non_blocking = True) for t in (labels, alpha))
-        return (labels, alpha, *(t.to(device, non_blocking = True).float() if exists(t) else None for t in (pos, uncond)))
+        real = [self.queues['positives'].draw(labels, settings.num_pos, generator), None]
+        if self.num_uncond > 0:
+            real[1] = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
+
+        labels, alpha, pos, uncond = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (labels, alpha, *real))
+        return labels, alpha, pos.float(), uncond.float() if exists(uncond) else None
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """What the generator is called with, for each of this process's groups: noise and styles depend on the step and the group alone."""
-        g, device = self.num_gen, self.accelerator.device
-        generators = [seeded(self.seed, self.step, micro_step, which, group, device = device) for group in self.mine(torch.arange(self.num_groups)).tolist()]
+        """noise [c g ...], labels, alpha, styles [c g s]: noise and styles depend on the step and the group alone."""
+        g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
+        groups = self.of_this_process(torch.arange(self.settings.num_groups)).tolist()
+        generators = [seeded(*key, group, device = self.device) for group in groups]
 
-        noise = stack([torch.randn(g, *self.noise_shape, generator = generator, device = device) for generator in generators])
-        styles = stack([self.unwrapped.draw_styles(g, generator) for generator in generators]) if hasattr(self.unwrapped, 'draw_styles') else None
+        noise = stack([torch.randn(g, *self.noise_shape, generator = generator, device = self.device) for generator in generators])
+        styles = None
+
+        if hasattr(self.unwrapped, 'draw_styles'):
+            styles = stack([self.unwrapped.draw_styles(g, generator) for generator in generators])
+
         return noise, labels if exists(self.num_classes) else None, alpha, styles
+
+    # the step
 
     def generate(self, model, noise, labels, alpha, styles):
         """Generated samples [c g ...] of noise [c g ...], labels [c], alpha [c], styles [c g s]."""
@@ -2231,156 +2663,200 @@ class Trainer(BaseTrainer):
         noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
 
         gen = model(noise, labels, alpha, styles)
-        check(gen.shape[1:] == self.sample_shape, f'the generator returns samples of shape {tuple(gen.shape[1:])}, those of the dataset have {self.sample_shape}')
+        shape, expected = tuple(gen.shape[1:]), self.sample_shape
+        check(shape == expected, f'the generator returns samples of shape {shape}, those of the dataset have {expected}')
         return rearrange(gen, '(c g) ... -> c g ...', g = g)
 
-    def replays(self, inputs):
-        """The inputs of the generator in chunks of groups; each chunk draws the same dropout whenever it comes again."""
-        sizes = default(self.group_chunk_size, len(inputs[0]))
-        parts = zip(*(t.split(sizes) if exists(t) else (None for _ in range(len(inputs[0]))) for t in inputs))
+    def chunks(self, inputs):
+        """The generator's inputs, group_chunk_size groups at a time."""
+        num = len(inputs[0])
+        size = default(self.settings.group_chunk_size, num)
+        return [[t[i:i + size] if exists(t) else None for t in inputs] for i in range(0, num, size)]
 
-        for i, part in enumerate(parts):
+    def without_graph(self, chunks):
+        """Generated samples [c g ...] of all chunks. A chunk draws the same dropout whenever it is generated."""
+        samples = []
+
+        for i, chunk in enumerate(chunks):
             self.seed_model(i)
-            yield part
+            with torch.no_grad():
+                samples.append(self.generate(self.unwrapped, *chunk))
 
-    def samples_of(self, inputs):
-        """Generated samples [c g ...] without a graph."""
-        with torch.no_grad():
-            return cat([self.generate(self.unwrapped, *part) for part in self.replays(inputs)])
+        return cat(samples)
 
     def backward(self, batches, micro_step, sync):
-        """The gradient of one micro step. In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk from there to the weights."""
+        """The gradient of one micro step.
+
+        In chunks: samples without a graph, the loss's gradient on them, and chunk by chunk from there to the weights.
+        """
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
-        inputs, kwargs = self.inputs(labels, alpha, micro_step), {}
+        chunks, options = self.chunks(self.inputs(labels, alpha, micro_step)), {}
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
-            kwargs['diagnostics'] = self.logs_this_step
-
+            options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
-            kwargs['neg'] = self.samples_of(self.inputs(labels, alpha, micro_step, 'neg'))
+            options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
 
-        def loss_of(gen):
-            with self.accelerator.autocast():
-                result = self.loss_fn(gen, pos, uncond, alpha, **kwargs)
+        # processes may have unequal numbers of groups
 
-            check(isinstance(result, tuple) and isinstance(result[-1], Breakdown), f'loss_fn must return (loss, Breakdown), it returns {type(result).__name__}: Breakdown({{}}, {{}}) will do')
-            loss, breakdown = result
-            spread = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)] if self.logs_this_step and self.num_pos > 1 else None
-            share = len(labels) * self.accelerator.num_processes / self.num_groups          # processes may have unequal numbers of groups
-            breakdown = breakdown._replace(losses = {name: t.detach() for name, t in breakdown.losses.items()})
-            return loss, loss * share / self.gradient_accumulation_steps, StepDetails(breakdown, alpha, spread[0] / spread[1] if exists(spread) else None)
+        share = len(labels) * self.world / self.settings.num_groups / self.settings.gradient_accumulation_steps
 
-        def synced(last):
-            return nullcontext() if sync and last else self.accelerator.no_sync(self.model)
-
-        if not exists(self.group_chunk_size):
-            with synced(True):
-                gen, = (self.generate(self.model, *part) for part in self.replays(inputs))
-                loss, weighted, details = loss_of(gen)
-                self.accelerator.backward(weighted)
+        if not exists(self.settings.group_chunk_size):
+            self.seed_model(0)
+            with self.synced(sync):
+                gen = self.generate(self.model, *chunks[0])
+                loss, details = self.loss(gen, pos, uncond, alpha, options)
+                self.accelerator.backward(loss * share)
 
             return loss.detach(), details
 
-        gen = self.samples_of(inputs).requires_grad_()
-        loss, weighted, details = loss_of(gen)
-        grads = torch.autograd.grad(weighted, gen)[0].split(self.group_chunk_size)
+        gen = self.without_graph(chunks).requires_grad_()
+        loss, details = self.loss(gen, pos, uncond, alpha, options)
+        grads = torch.autograd.grad(loss * share, gen)[0].split(self.settings.group_chunk_size)
 
-        for i, (part, grad) in enumerate(zip(self.replays(inputs), grads), 1):
-            with synced(i == len(grads)):
-                self.accelerator.backward((self.generate(self.model, *part) * grad).sum())
+        for i, (chunk, grad) in enumerate(zip(chunks, grads, strict = True)):
+            self.seed_model(i)
+            with self.synced(sync and i == len(chunks) - 1):
+                self.accelerator.backward((self.generate(self.model, *chunk) * grad).sum())
 
         return loss.detach(), details
+
+    def loss(self, gen, pos, uncond, alpha, options):
+        """The loss () and StepDetails."""
+        with self.accelerator.autocast():
+            result = self.loss_fn(gen, pos, uncond, alpha, **options)
+
+        fits = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
+        given = type(result).__name__
+        check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
+
+        loss, breakdown = result
+        losses = {name: t.detach() for name, t in breakdown.losses.items()}
+        spread = None
+
+        if self.logs_this_step and self.settings.num_pos > 1:
+            spread_gen, spread_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
+            spread = spread_gen / spread_pos
+
+        return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
+
+    # what is seen of it
 
     def metrics(self, details):
         """On the bar goes what tells progress: the drift before normalisation, per temperature, averaged over features."""
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), 'alpha/share_of_1': (alpha == 1).float().mean()}
-        metrics |= {'spread': spread} if exists(spread) else {}
+        drifts = {}
+
+        if exists(spread):
+            metrics['spread'] = spread
 
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
 
             for kind in ('drift_rms', 'neighbors', 'uncond_share', 'potential'):
-                metrics |= {f'feature/{name}/{kind}/{temperature}': value for temperature, value in getattr(stats, kind).items()}
+                for temperature, value in getattr(stats, kind).items():
+                    metrics[f'feature/{name}/{kind}/{temperature}'] = value
 
-        every = [stats.drift_rms for stats in breakdown.stats.values()]
-        drift = {f'drift/{temperature}': stack([rms[temperature] for rms in every]).mean() for temperature in (every[0] if every else ())}
-        return {**metrics, **drift}, (*drift, 'loss')
+            for temperature, value in stats.drift_rms.items():
+                drifts.setdefault(f'drift/{temperature}', []).append(value)
 
-    def log(self, bar, loss, details, grad_norms):
-        super().log(bar, loss, details, grad_norms)
+        drifts = {name: stack(values).mean() for name, values in drifts.items()}
+        return {**metrics, **drifts}, (*drifts, 'loss')
 
-        if not self.collapsed and exists(details.spread) and self.step >= max(self.lr_warmup_steps, self.num_train_steps // 5) and details.spread < 0.1:
+    def log(self, bar, loss, details, norms):
+        super().log(bar, loss, details, norms)
+        settings, spread = self.settings, details.spread
+        is_early = self.step < max(settings.lr_warmup_steps, settings.num_train_steps // 5)
+
+        if not self.collapsed and exists(spread) and not is_early and spread < 0.1:
             self.collapsed = True
-            warnings.warn(f'step {self.step}: the generated samples of a class spread {float(details.spread):.2g} times as far as the real ones, they collapse. Small data: affinity_floor = 0.; see "Small data" in the README')
+            found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
+            hint = 'Small data: affinity_floor = 0.; see "Small data" in the README'
+            warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
+
+    @property
+    def samples_trained(self):
+        return self.settings.num_groups * self.settings.num_gen
 
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model, see sample_from."""
-        return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
+        try:
+            return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
+        finally:
+            self.reshard_average()
 
     def pictures(self):
         """Ten samples each of the first ten classes, always from the same noise."""
-        rows = min(10, default(self.num_classes, 10))
-        which = dict(labels = torch.arange(rows).repeat_interleave(10)) if exists(self.num_classes) else dict(num_samples = rows * 10)
-        return self.sample(**which, seed = self.seed), rows
+        seed, rows = self.settings.seed, min(10, default(self.num_classes, 10))
 
-class StepDetails(NamedTuple):
-    breakdown: Breakdown
-    alpha: Tensor               # guidance scales of the step [c]
-    spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives: towards 0 they collapse
+        if exists(self.num_classes):
+            return self.sample(torch.arange(rows).repeat_interleave(10), seed = seed), rows
 
-# Table 8, by the names of the generator's presets: what differs from the ablation. Where the paper and the release differ the release's value stands
+        return self.sample(num_samples = rows * 10, seed = seed), rows
 
-LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_uncond = 32, push_size = 128)
-PIXEL = dict(num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16)
+@dataclasses.dataclass(kw_only = True)
+class MAESettings(LoopSettings):
+    """Those of MAETrainer; smaller batches want a smaller learning rate."""
 
-TRAINER_PRESETS = {
-    'ablation': {},                                                                 # the defaults of Trainer
-    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),                        # paper: num_pos = 128, and one of four ema_decay
-    'L/2': dict(LARGE, no_cfg_frac = 0.5, push_size = 64),
-    'B/16': {**LARGE, **PIXEL, 'learning_rate': 2e-4},
-    'L/16': {**LARGE, **PIXEL},
-}
+    batch_size: int = 8192                          # of all processes together
+    learning_rate: float = 4e-3
+    lr_warmup_steps: int = 4_000
+    ema_decay: float = 0.9995
+    finetune_steps: int = free(0)                   # in the last steps the classification's weight lambda rises linearly
+    cls_weight: float = 0.1                         # to this
+    cls_warmup_steps: int = 1_000                   # in so many steps
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(batch_size = self.batch_size)
 
 class MAETrainer(BaseTrainer):
-    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3); keyword arguments of BaseTrainer too. The encoder to use is trainer.ema.ema_model.
+    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is then trainer.ema.ema_model.
 
-    batch_size: the paper's is 8192, with its learning rate of 4e-3; smaller batches want a smaller one.
-    finetune_steps, cls_weight, cls_warmup_steps: in the last finetune_steps the weight lambda of the classification rises linearly to cls_weight.
+    settings: see MAESettings and LoopSettings; to_image: see Trainer.
     The pictures are of samples, of what is left of them, and of reconstructions.
     """
 
-    def __init__(
-        self, model, dataset, *,
-        batch_size = 8192, learning_rate = 4e-3, lr_warmup_steps = 4_000, ema_decay = 0.9995,
-        finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
-        **kwargs
-    ):
-        config = settings(locals())
-        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, lr_warmup_steps = lr_warmup_steps, ema_decay = ema_decay, config = config, **kwargs)
-        check(finetune_steps == 0 or exists(model.num_classes), 'finetune_steps needs a model with a classifier: set num_classes')
-        self.finetune_start = self.config['finetune_start'] = self.num_train_steps - finetune_steps if finetune_steps > 0 else None
+    def __init__(self, model, dataset, *, to_image = None, **settings):
+        settings = MAESettings(**settings)
+        has_head = exists(model.num_classes)
+        check(settings.finetune_steps == 0 or has_head, 'finetune_steps needs a model with a classifier: set num_classes')
+        super().__init__(model, dataset, settings, samples_per_step = settings.batch_size, to_image = to_image)
 
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
 
         self.resume()
 
+    @property
+    def finetune_start(self):
+        return self.settings.num_train_steps - self.settings.finetune_steps if self.settings.finetune_steps > 0 else None
+
+    def record(self):
+        return {**super().record(), 'finetune_start': self.finetune_start}
+
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        return self.cls_weight * min(1., max(0, step - self.finetune_start) / max(1, self.cls_warmup_steps)) if exists(self.finetune_start) else 0.
+        if not exists(self.finetune_start):
+            return 0.
+
+        progress = max(0, step - self.finetune_start) / max(1, self.settings.cls_warmup_steps)
+        return self.settings.cls_weight * min(1., progress)
 
     def backward(self, batches, micro_step, sync):
-        (samples, labels), device = self.read(batches), self.accelerator.device
+        samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
+        samples = samples.to(self.device, non_blocking = True)
 
-        labels = checked_labels(labels, self.num_classes, len(labels)).to(device, non_blocking = True) if exists(self.num_classes) else None
-        samples = samples.to(device, non_blocking = True)
-        mask = self.unwrapped.draw_mask(samples, seeded(self.seed, self.step, micro_step, self.accelerator.process_index, device = samples.device))
+        has_labels = exists(self.num_classes)
+        labels = checked_labels(labels, self.num_classes, len(labels)).to(self.device) if has_labels else None
+        generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
+        mask = self.unwrapped.draw_mask(samples, generator)
 
-        with nullcontext() if sync else self.accelerator.no_sync(self.model):
+        with self.synced(sync):
             loss, details = self.model(samples, labels, cls_weight = self.cls_weight_at(self.step), mask = mask)
-            self.accelerator.backward(loss / self.gradient_accumulation_steps)
+            self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
 
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
@@ -2389,143 +2865,229 @@ class MAETrainer(BaseTrainer):
 
     def pictures(self):
         """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""
-        model = self.ema.ema_model.eval()
-        samples = stack([self.dataset[i, i][0] for i in range(min(10, len(self.dataset)))]).to(self.accelerator.device)
-        mask = model.draw_mask(samples, seeded(self.seed, 'picture', device = samples.device))
+        model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
+        samples = stack([self.dataset[i, i][0] for i in range(num)]).to(self.device)
+        mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
 
         left = samples * (1 - dropped)
         restored = left + model.reconstruct(samples, mask)[0] * dropped
-        model.reshard() if self.accelerator.is_fsdp2 else None
+        self.reshard_average()
         return cat((samples, left, restored)), 3
 
 # ───────────────────────────────────────────────────────────────────────────────
-# 8. published weights - reading the release's artifacts
+# 10. weights - our own, and those that the authors published
 # ───────────────────────────────────────────────────────────────────────────────
 
-def read_release_artifact(metadata, weights):
-    """The model config and the parameters, {'a/b/c': tensor}, of a published artifact: its files metadata.json and ema_params.msgpack."""
+RELEASE = 'Goodeat/drifting'                                            # on the hub
+RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
+OUR_FILES = 'config.json', 'model.safetensors'
+
+# what the release's reader takes where a config does not say it
+
+MAE_DEFAULTS = dict(
+    base_channels = 64, in_channels = 3, input_patch_size = 1, num_classes = 1000, patch_size = 4, layers = (2, 2, 2, 2)
+)
+GENERATOR_DEFAULTS = dict(
+    num_classes = 1001, noise_classes = 0, noise_coords = 1, input_size = 32, in_channels = 3, n_cls_tokens = 0,
+    patch_size = 2, hidden_size = 1152, depth = 28, num_heads = 16, mlp_ratio = 4., use_qknorm = False,
+    use_swiglu = False, use_rope = False, use_rmsnorm = False, use_bf16 = False, attn_fp32 = True
+)
+
+# our names of its options and parameters: patterns, applied one after the other
+
+MAE_OPTIONS = dict(
+    dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes',
+    mask_patch_size = 'patch_size', layers = 'layers'
+)
+GENERATOR_OPTIONS = dict(
+    image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth',
+    heads = 'num_heads', num_classes = 'num_classes', num_register_tokens = 'n_cls_tokens', ff_mult = 'mlp_ratio'
+)
+MAE_NAMES = (
+    (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'),
+    (r'^encoder/stages_(\d+)/layers_(\d+)', r'stages/\1/\2'), (r'^decoder/(up\d+)', r'ups/\1'),
+    (r'^decoder/head', 'to_pixels'), (r'^decoder/bridge', 'bridge'), (r'^fc', 'to_logits'),
+    (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'),
+    (r'concat_norm_fn', 'norm')
+)
+GENERATOR_NAMES = (
+    (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'),
+    (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'), (r'^RMSNorm_0', 'alpha_embed/3'),
+    (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'),
+    (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
+    (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'),
+    (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0', 'final_norm'),
+    (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'),
+    (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
+    (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
+    (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
+)
+OUR_LAYOUT = (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')
+
+def flatten(tree, *path):
+    """{'a/b/c': tensor} of nested maps of tensors."""
+    name = '/'.join(path)
+
+    if torch.is_tensor(tree):
+        return {name: tree}
+
+    check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
+
+    if '__msgpack_chunked_array__' in tree:     # above 1 GiB in pieces. Lists may come as maps {'0': ..., '1': ...}
+        shape, chunks = (tree[key] for key in ('shape', 'chunks'))
+        shape, chunks = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in (shape, chunks))
+        return {name: cat([chunk.flatten() for chunk in chunks]).reshape(shape)}
+
+    flat = {}
+    for key, branch in tree.items():
+        flat |= flatten(branch, *path, key)
+    return flat
+
+def read_msgpack(path):
+    """The parameters {'a/b/c': tensor} of a published artifact."""
     try:
         import msgpack
     except ImportError as error:
         raise ImportError("the release's weights are msgpack files: pip install 'drifting-pytorch[pretrained]'") from error
 
-    check(metadata.is_file() and weights.is_file(), f'{weights.parent} is not an artifact of the release: expected metadata.json and ema_params.msgpack')
-
     def to_tensor(code, data):      # extension type 1 is an array: (shape, dtype name, bytes)
-        shape, dtype, raw = msgpack.unpackb(data, max_bin_len = len(data))
-        check(code == 1 and isinstance(getattr(torch, dtype, None), torch.dtype), f'unknown array type {code}, {dtype!r}')
-        return torch.frombuffer(bytearray(raw), dtype = getattr(torch, dtype)).reshape(shape)
-
-    def flatten(tree, *path):
-        name = '/'.join(path)
-
-        if torch.is_tensor(tree):
-            return {name: tree}
-
-        check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-
-        if '__msgpack_chunked_array__' in tree:     # arrays above 1 GiB come in pieces; lists may come as maps {'0': ..., '1': ...}
-            shape, chunks = (value if isinstance(value, list) else [value[str(i)] for i in range(len(value))] for value in (tree['shape'], tree['chunks']))
-            return {name: cat([chunk.flatten() for chunk in chunks]).reshape(shape)}
-
-        return {name: t for key, branch in tree.items() for name, t in flatten(branch, *path, key).items()}
+        shape, name, raw = msgpack.unpackb(data, max_bin_len = len(data))
+        dtype = getattr(torch, name, None)
+        check(code == 1 and isinstance(dtype, torch.dtype), f'unknown array type {code}, {name!r}')
+        return torch.frombuffer(bytearray(raw), dtype = dtype).reshape(shape)
 
     try:
-        with open(weights, 'rb') as file:           # array by array, never the whole file
+        with open(path, 'rb') as file:          # array by array, never the whole file
             unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
             params = flatten(unpacker.unpack())
-            check(not file.read(1) and unpacker.tell() == weights.stat().st_size, 'there is something behind the last array')
+            at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
+            check(at_end, 'there is something behind the last array')
     except (ValueError, TypeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
-        raise ValueError(f'{weights} is not a msgpack file of arrays: {error or "it ends too early"}') from error
+        raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
-    return json.loads(metadata.read_text())['model_config'], params
+    return params
 
 def translated(params, rules):
     """The parameters under our names and in PyTorch's layout. params is emptied on the way, so that none is held twice."""
     state = {}
 
     for path in list(params):
-        t = params.pop(path)
-        t = rearrange(t, '... i o -> o i ...') if path.endswith('/kernel') else t       # (in, out), or (h, w, in, out)
-        state[renamed(path, (*rules, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')))] = t.float().contiguous()
+        t, name = params.pop(path), path
+
+        for pattern, ours in (*rules, *OUR_LAYOUT):
+            name = re.sub(pattern, ours, name)
+
+        if path.endswith('/kernel'):
+            t = rearrange(t, '... i o -> o i ...')          # (in, out), or (h, w, in, out)
+
+        state[name] = t.float().contiguous()
 
     return state
 
-# what the release's reader takes where a config does not say it
-
-MAE_DEFAULTS = dict(base_channels = 64, in_channels = 3, input_patch_size = 1, num_classes = 1000, patch_size = 4, layers = (2, 2, 2, 2))
-
-GENERATOR_DEFAULTS = dict(
-    num_classes = 1001, noise_classes = 0, noise_coords = 1, input_size = 32, in_channels = 3, n_cls_tokens = 0, patch_size = 2,
-    hidden_size = 1152, depth = 28, num_heads = 16, mlp_ratio = 4., use_qknorm = False, use_swiglu = False, use_rope = False, use_rmsnorm = False,
-    use_bf16 = False, attn_fp32 = True
-)
-
 def mae_from_release(config, params):
-    """The arguments and the state dict of a LatentMAE from the release's config and parameters."""
-    state = translated(params, [
-        (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'), (r'^encoder/stages_(\d+)/layers_(\d+)', r'stages/\1/\2'),
-        (r'^decoder/(up\d+)', r'ups/\1'), (r'^decoder/head', 'to_pixels'), (r'^decoder/bridge', 'bridge'), (r'^fc', 'to_logits'),
-        (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'), (r'concat_norm_fn', 'norm')
-    ])
-
+    """The arguments and the state dict of a LatentMAE."""
     config = {**MAE_DEFAULTS, **config}
-    names = dict(dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes', mask_patch_size = 'patch_size', layers = 'layers')
-    return {ours: config[theirs] for ours, theirs in names.items()}, state
+    return {ours: config[theirs] for ours, theirs in MAE_OPTIONS.items()}, translated(params, MAE_NAMES)
 
 def generator_from_release(config, params):
-    """The arguments and the state dict of a DriftingGenerator from the release's config and parameters."""
+    """The arguments and the state dict of a DriftingGenerator."""
     config = {**GENERATOR_DEFAULTS, **config}
+    refused = 'which this generator does not offer'
 
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
-        check(config[option], f'the published generator has {option} = False, which this generator does not offer')
+        check(config[option], f'the published generator has {option} = False, {refused}')
 
     for name, same in (('out_channels', 'in_channels'), ('cond_dim', 'hidden_size')):
-        check(config.get(name, config[same]) == config[same], f'the published generator has {name} = {config.get(name)} and {same} = {config[same]}, here they are the same')
+        value = config.get(name, config[same])
+        check(value == config[same], f'the published generator has {name} = {value} and {same} = {config[same]}, {refused}')
 
-    num_styles = config['noise_coords'] if config['noise_classes'] > 0 else 0
-
-    state = translated(params, [
-        (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'), (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'),
-        (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'), (r'^RMSNorm_0', 'alpha_embed/3'),
-        (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
-        (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'), (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0', 'final_norm'),
-        (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
-        (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
-        (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
-    ])
+    heads, num_styles = config['num_heads'], config['noise_coords'] if config['noise_classes'] > 0 else 0
+    state = translated(params, GENERATOR_NAMES)
 
     def take(name):
         check(name in state, f'the published weights lack the parameter that becomes {name}')
         return state.pop(name)
 
-    def interleave(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
+    def interleaved(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    heads = config['num_heads']
-    state['style_embed.weight'] = cat([torch.empty(0, config['hidden_size']), *(take(f'style.{i}.weight') for i in range(num_styles))])
-    state['pos_embed'], state['register_embed'] = (rearrange(take(f'dit.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
+    styles = [take(f'style.{i}.weight') for i in range(num_styles)]
+    state['style_embed.weight'] = cat((torch.empty(0, config['hidden_size']), *styles))
+
+    for ours, theirs in (('pos_embed', 'dit.pos_embed'), ('register_embed', 'dit.cls_embed')):
+        state[ours] = rearrange(take(theirs), '1 n d -> n d')
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
-        for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
-            state[f'{block}.attn.to_{name}.weight'], state[f'{block}.{name}_bias'] = (t.clone() if name == 'v' else interleave(t, heads) for t in (weight, bias))
-
-        for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
-            state[name] = interleave(take(name), 1)
-
         for kind in ('weight', 'bias'):
+            q, k, v = take(f'{block}.qkv.{kind}').chunk(3)
+
+            for name, t in dict(q = interleaved(q, heads), k = interleaved(k, heads), v = v.clone()).items():
+                ours = f'attn.to_{name}.weight' if kind == 'weight' else f'{name}_bias'
+                state[f'{block}.{ours}'] = t
+
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
 
-    names = dict(
-        image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads', num_classes = 'num_classes',
-        num_register_tokens = 'n_cls_tokens', ff_mult = 'mlp_ratio'
-    )
-    arguments = {ours: config[theirs] for ours, theirs in names.items()}
+        for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
+            state[name] = interleaved(take(name), 1)
 
-    return dict(
-        **arguments, num_style_tokens = num_styles, style_codebook_size = max(1, config['noise_classes']),
-        bf16_rotary = config['use_bf16'] and not config['attn_fp32']
-    ), state
+    arguments = {ours: config[theirs] for ours, theirs in GENERATOR_OPTIONS.items()}
+    arguments |= dict(num_style_tokens = num_styles, style_codebook_size = max(1, config['noise_classes']))
+    arguments['bf16_rotary'] = config['use_bf16'] and not config['attn_fp32']
+    return arguments, state
 
-FROM_RELEASE = dict(mae = mae_from_release, gen = generator_from_release)
+# of each model: its kind in the authors' repository, the names there, and its translation
+
+PUBLISHED = {
+    DriftingGenerator: (
+        'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), generator_from_release
+    ),
+    LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), mae_from_release)
+}
+
+def from_pretrained(cls, name, *, revision = None):
+    """A model in eval mode, in float32.
+
+    name: of a published model; or of a repository on the hub ('user/name', downloaded once; revision: a commit, tag or
+        branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
+        which need the extra [pretrained]).
+    Raises ValueError for an unknown name, a damaged file, and weights that do not fit, with what is missing, unknown or
+    of another shape.
+    """
+    kind, published, translate = PUBLISHED[cls]
+    folder, is_published = Path(name), name in published
+    known = is_published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
+    check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
+
+    is_release = is_published or (folder / 'metadata.json').is_file()
+    files = RELEASE_FILES if is_release else OUR_FILES
+
+    if folder.is_dir() and not is_published:
+        wanted = 'expected a folder of save_pretrained or a published model'
+        is_model = is_release or (folder / 'config.json').is_file()
+        check(is_model, f'{folder} has neither config.json nor metadata.json: {wanted}')
+        config, weights = (folder / file for file in files)
+        check(weights.is_file(), f'{folder} has no {weights.name}: {wanted}')
+    else:
+        repository, path = (RELEASE, f'models/{kind}/jax/{name}/') if is_published else (str(name), '')
+        config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
+
+    arguments = json.loads(config.read_text())
+
+    if is_release:
+        arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
+    else:
+        state_dict = {name: t.float() for name, t in read_tensors(weights).items()}
+
+    is_ours = arguments.keys() <= inspect.signature(cls).parameters.keys()
+    check(is_ours, f'{name} is not a {cls.__name__}: its config.json has {", ".join(arguments)}')
+
+    with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
+        model = cls(**arguments)
+
+    check_fits(model, state_dict)
+    model.load_state_dict(state_dict, assign = True)
+    return model.eval()
+
+for model_class in PUBLISHED:       # the readers are explained last, so that the models could come first
+    model_class.from_pretrained = classmethod(from_pretrained)
