@@ -61,7 +61,10 @@ def drift(
     gen, pos, uncond, weight, temperatures,
     floor = 1e-6, kind = 'laplace', normalize = 'both', a = 1., b = 1.
 ):
-    """V [b g d] of the loss, S, the unit and {temperature: mean V_tau^2}; A.6 with the release's clamps."""
+    """V [b g d] of the loss, S, the unit and {temperature: mean V_tau^2}.
+
+    A.6 with the release's clamps; in y the positives come first.
+    """
     B, g, d = gen.shape
     p = pos.shape[1]
     y = np.concatenate([t for t in (pos, gen, uncond) if t is not None], axis = 1)

@@ -506,7 +506,7 @@ def test_diagnostics(step):
         assert stats.neighbors[0.02] < stats.neighbors[0.2]      # a small temperature listens to the nearest only
 
     floored = loss_and_gradient(*step)[2].stats['global']
-    assert floored.neighbors[0.02] > 2 * stats.neighbors[0.02]     # the floor makes small temperatures listen to everyone
+    assert floored.neighbors[0.02] > 2 * stats.neighbors[0.02]     # with the floor it listens to everyone
 
     affinity = torch.tensor([[1., 1., 1., 1.], [5., 0., 0., 0.], [2., 2., 0., 0.]])
     assert relative(effective_neighbors(affinity), [4., 1., 2.]) < 1e-6
