@@ -239,7 +239,8 @@ def broken(folder, backwards = False, **kwargs):
 def test_non_finite_numbers_stop_the_run(tmp_path, backwards, found):
     with pytest.raises(FloatingPointError) as error:
         broken(tmp_path, backwards, save_every = 1)
-    message, good = str(error.value), tmp_path / 'checkpoints' / 'step-00000003'
+    message = str(error.value)
+    good = tmp_path / 'checkpoints' / 'step-00000003'
     assert message.startswith('step 4: loss ')
     assert found in message
     assert message.endswith(f'the last good checkpoint is {good}')

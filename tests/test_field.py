@@ -68,7 +68,8 @@ def test_antisymmetry(rng, normalize):
     x, a, b = points(rng, 6, 4), points(rng, 5, 4), points(rng, 8, 4)
     field = DriftField(normalize = normalize)
 
-    forward, backward = field(x, a, b, temperature = 0.5), field(x, b, a, temperature = 0.5)
+    forward = field(x, a, b, temperature = 0.5)
+    backward = field(x, b, a, temperature = 0.5)
     assert relative(forward, -backward) < 1e-9
     assert forward.norm() > 1e-3
 
@@ -104,7 +105,8 @@ def test_attraction_and_repulsion_factors(rng):
 @pytest.mark.parametrize('kernel', ['laplace', 'gaussian'])
 def test_gradient_field_is_the_gradient_of_the_log_kernel_sums(rng, kernel):
     """sum grad k / sum k over positives minus the same over negatives = grad (log sum k+ - log sum k-)."""
-    x, y_pos, y_neg = points(rng, 5, 3).requires_grad_(), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
+    x.requires_grad_()
 
     def log_density(y):
         dist = (x[:, None] - y[None]).norm(dim = -1)
@@ -115,7 +117,7 @@ def test_gradient_field_is_the_gradient_of_the_log_kernel_sums(rng, kernel):
     assert relative(field(x, y_pos, y_neg, temperature = 0.7), expected) < 1e-9
 
 def test_sharp_field_is_the_gradient_of_its_potential(rng):
-    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
     field = DriftField(normalize = 'sharp')
     v = field(x, y_pos, y_neg, temperature = 0.7)
 
@@ -160,7 +162,7 @@ def test_sinkhorn_plans_have_the_marginals(rng):
     assert (sinkhorn(log_kernel, 1).sum(dim = -2) - 1 / 4).abs().max() < 1e-12
 
 def test_sinkhorn_field_moves_to_barycenters(rng):
-    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
     v = DriftField(normalize = 'sinkhorn', sinkhorn_iters = 20)(x, y_pos, y_neg, temperature = 0.8)
 
     targets = []
@@ -177,7 +179,7 @@ def test_sinkhorn_field_moves_to_barycenters(rng):
     assert relative(v, targets[0] - targets[1]) < 1e-9
 
 def test_leading_dimensions_are_independent_problems(rng):
-    x, a, b = points(rng, 2, 3, 6, 4), points(rng, 2, 3, 5, 4), points(rng, 2, 3, 7, 4)
+    x, a, b = (points(rng, 2, 3, n, 4) for n in (6, 5, 7))
     v = DriftField()(x, a, b, temperature = 0.5)
     assert v.shape == x.shape
 

@@ -51,8 +51,8 @@ def test_presets_have_the_release_parameter_counts(name, parameters):
     with torch.device('meta'):
         model = DriftingGenerator.from_preset(name, num_classes = 1000)
 
-    depth, heads, dim_head = PRESETS[name]['depth'], PRESETS[name]['heads'], 64
-    extra_gains = depth * 2 * (heads - 1) * dim_head    # queries and keys: a gain per head, in the release one for all
+    depth, heads = PRESETS[name]['depth'], PRESETS[name]['heads']
+    extra_gains = depth * 2 * (heads - 1) * 64      # queries and keys: a gain per head, in the release one for all
     assert sum(p.numel() for p in model.parameters()) - extra_gains == parameters
 
 # files of the release
@@ -221,7 +221,8 @@ def test_initialisation():
 @pytest.mark.parametrize('heads', [1, 4])
 def test_every_condition_and_all_noise_reach_every_pixel(heads):
     model = awake(tiny(heads = heads)).eval()
-    noise, styles = torch.randn(1, 2, 8, 8), torch.zeros(1, 4, dtype = torch.long)
+    noise = torch.randn(1, 2, 8, 8)
+    styles = torch.zeros(1, 4, dtype = torch.long)
     labels, alpha = torch.tensor([1]), torch.tensor([1.5])
     base = model(noise, labels, alpha, styles)
 
@@ -313,7 +314,8 @@ def test_bad_input_is_one_clear_line(call, says):
 
 def test_other_dtypes_of_the_input_and_no_registers():
     model = awake(tiny(num_register_tokens = 0)).eval()
-    noise, styles = torch.randn(2, 2, 8, 8), torch.zeros(2, 4, dtype = torch.long)
+    noise = torch.randn(2, 2, 8, 8)
+    styles = torch.zeros(2, 4, dtype = torch.long)
     out = model(noise, torch.tensor([1, 2]), styles = styles)
 
     for dtype in (torch.uint8, torch.int16, torch.int32):

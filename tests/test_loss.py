@@ -102,8 +102,8 @@ def ill_conditioned(rng):
     def points(n, scale = 1.):
         return torch.randn(4, n, 160, generator = rng, dtype = torch.float64) * scale
 
-    gen, pos, uncond, far = points(24), points(32), points(8), points(1, 10.)
-    line = points(1)
+    gen, pos, uncond = points(24), points(32), points(8)
+    far, line = points(1, 10.), points(1)
 
     def every_other(n):
         return (torch.arange(n) % 2)[:, None]
@@ -308,7 +308,8 @@ def test_transport_with_guidance_equals_the_formula(rng):
     field = DriftField(normalize = 'sinkhorn')
     loss, stats = drift_loss(gen, pos, uncond, uncond_weight = weight, neg = neg, temperatures = (R,), field = field)
 
-    y, w = torch.cat((pos, neg, uncond), dim = 1), torch.cat((torch.ones(2, 13), weight), dim = 1)
+    y = torch.cat((pos, neg, uncond), dim = 1)
+    w = torch.cat((torch.ones(2, 13), weight), dim = 1)
     dist_sq = ((gen[:, :, None] - y[:, None]) ** 2).sum(dim = -1)
     S = ((dist_sq * w[:, None]).mean() / w.mean()).sqrt()
     unit = S / 3 ** 0.5
@@ -482,7 +483,8 @@ def test_no_guidance_is_no_unconditional_samples(step):
 def test_weights_inside_the_softmax_are_repeated_samples(rng):
     """A weight of 2 counts like the sample twice, over y. That is what 'inside' means."""
     gen, pos, uncond, _ = random_problem(rng)
-    field, twos = DriftField(normalize = 'y'), torch.full((2, 2), 2., dtype = torch.float64)
+    field = DriftField(normalize = 'y')
+    twos = torch.full((2, 2), 2., dtype = torch.float64)
     repeated = torch.cat((uncond, uncond), dim = 1)
 
     weighted, _ = drift_loss(
