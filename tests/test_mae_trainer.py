@@ -51,6 +51,12 @@ def test_lambda_ramps_linearly(tmp_path):
         ramp.append(t.cls_weight_at(t.step))
     assert ramp == pytest.approx([0.] * 6 + [0.05, 0.1, 0.1, 0.1])
 
+def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
+    settings = dict(finetune_steps = 2, save_every = 4)
+    mae_trainer(tmp_path, num_train_steps = 4, **settings).train()
+    with pytest.warns(UserWarning, match = 'other settings than it had: finetune_start 2 -> 6'):
+        mae_trainer(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest', **settings)
+
 def test_pretraining_resumes_exactly(tmp_path):
     straight = mae_trainer(tmp_path / 'a', num_train_steps = 8)
     straight.train()

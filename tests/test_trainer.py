@@ -157,11 +157,16 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
     norm = t.train_step(batches)[2]['grad_norm']
     assert relative(norm, ((gradients[0] + gradients[1]) / 2).norm()) < 1e-5
 
-def test_what_an_aborted_step_left_has_no_effect(tmp_path, monkeypatch):
-    straight = trainer(tmp_path / 'a')
+def test_gradients_of_an_aborted_step_have_no_effect(tmp_path):
+    straight, again = trainer(tmp_path / 'a'), trainer(tmp_path / 'b')
     straight.train()
+    for p in again.unwrapped.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    again.train()
+    assert torch.equal(weights(again), weights(straight))
 
-    again, pushed, push = trainer(tmp_path / 'b'), [], Trainer.push
+def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
+    t, pushed, push = trainer(tmp_path, num_pos = 16), [], Trainer.push
 
     def interrupted(self, batches):
         pushed.append(0)
@@ -171,19 +176,12 @@ def test_what_an_aborted_step_left_has_no_effect(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, 'push', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        again.train()
+        t.train()
     monkeypatch.undo()
+    assert t.queues['positives'].filled.min() < t.num_pos
 
-    # as if nothing had been read
-
-    again.samples_read = 0
-    for queue in ('positives', 'unconditional'):
-        again.queues[queue].pushed[:] = 0
-
-    for p in again.unwrapped.parameters():
-        p.grad = torch.full_like(p, math.nan)
-    again.train()
-    assert torch.equal(weights(again), weights(straight))
+    t.train()
+    assert t.step == 20
 
 def test_two_trainers_at_once_do_not_disturb_each_other(tmp_path):
     settings = dict(num_train_steps = 3, gradient_accumulation_steps = 2)
