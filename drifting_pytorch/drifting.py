@@ -57,7 +57,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from x_transformers.x_transformers import Attention, FeedForward, RMSNorm
+from x_transformers.x_transformers import Attention, FeedForward
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 1. helpers
@@ -194,9 +194,9 @@ def load_checked(module, state_dict, assign = False):
     check(not (missing or unknown or wrong), f'the weights do not fit the model: missing {missing}, unknown {unknown}, wrong shape {wrong}')
     module.load_state_dict(state_dict, assign = True) if assign else set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-# states are those of the whole model, also where it is sharded
+# states are those of the whole model, also where it is sharded. Not strict: load_checked looks at the names itself, and parameters without gradients have no state in an optimizer
 
-FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = True), StateDictOptions(full_state_dict = True)
+FULL_STATE, TO_LOAD = StateDictOptions(full_state_dict = True, cpu_offload = True), StateDictOptions(full_state_dict = True, strict = False)
 
 class Pretrained(Module, PyTorchModelHubMixin):
     """`save_pretrained(folder)` and `push_to_hub(name)` write config.json and model.safetensors, `from_pretrained` reads them, and what the authors published."""
@@ -532,7 +532,9 @@ def drift_loss(
 
     @lru_cache(maxsize = 1)
     def points(i):
-        center = full_precision(pos[chunks[i]]).mean(dim = 1, keepdim = True).to(gen.dtype)
+        # centred on the generated samples: |x|^2 + |y|^2 - 2 x.y keeps the digits of their distances, also where they nearly coincide
+
+        center = x_all[chunks[i]].mean(dim = 1, keepdim = True)
         y = buffer[:len(center)]                                                                       # b y d
 
         for t, part in zip(others, y.split([t.shape[1] for t in others], dim = 1)):
@@ -820,6 +822,12 @@ def group_norm(dim):
 def conv_norm(dim_in, dim_out, kernel = 3, stride = 1):
     return nn.Sequential(nn.Conv2d(dim_in, dim_out, kernel, stride, padding = kernel // 2, bias = False), group_norm(dim_out))
 
+def lecun_normal_(weight):
+    """The release's initialisation of the encoder, flax's: a normal of variance 1 / fan_in, cut at two deviations and widened to keep it."""
+    fan_in = weight[0].numel()
+    std = fan_in ** -0.5 / 0.87962566103423978
+    return nn.init.trunc_normal_(weight, std = std, a = -2 * std, b = 2 * std)
+
 class ResidualBlock(Module):
     def __init__(self, dim_in, dim_out, stride = 1):
         super().__init__()
@@ -896,14 +904,23 @@ class LatentMAE(Pretrained, coders = CODERS):
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
 
-    def check_samples(self, x):
-        multiple = 8 * self.patch_size
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                lecun_normal_(module.weight)
+
+                if exists(module.bias):
+                    nn.init.zeros_(module.bias)
+
+    def check_samples(self, x, multiple = 8):
+        multiple *= self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
         check(fits, f'x has shape {tuple(x.shape)}, expected (batch, {self.channels}, height, width), both multiples of {multiple}')
 
     def mask_shape(self, x):
-        self.check_samples(x)
-        check(x.shape[2] % self.mask_pixels == 0 and x.shape[3] % self.mask_pixels == 0, f'x has shape {tuple(x.shape)}, expected multiples of {self.mask_pixels}, the side of a mask patch')
+        self.check_samples(x, math.lcm(8, self.mask_patch_size))
         return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
@@ -1095,14 +1112,15 @@ class ConvNeXtV2(Module):
 
     def features(self, x):
         """{name: [b f d]} of images x [b 3 h w] in [-1, 1]: each stage standardised over its channels, and the pooled output."""
-        x, features = self.pixel_input(x), {}
+        with torch.autocast(x.device.type, enabled = False):        # release
+            x, features = self.pixel_input(full_precision(x)), {}
 
-        for i, (down, stage) in enumerate(zip(self.downs, self.stages)):
-            x = stage(down(x))
-            std, mean = torch.std_mean(full_precision(x), dim = 1, correction = 0, keepdim = True)
-            features |= map_features(f'convenxt_stage_{i}', (x - mean) / (std + 1e-3), ('locations', 'mean_std') if i > 0 else ('mean_std',))    # the release's spelling
+            for i, (down, stage) in enumerate(zip(self.downs, self.stages)):
+                x = stage(down(x))
+                std, mean = torch.std_mean(x, dim = 1, correction = 0, keepdim = True)
+                features |= map_features(f'convenxt_stage_{i}', (x - mean) / (std + 1e-3), ('locations', 'mean_std') if i > 0 else ('mean_std',))    # the release's spelling
 
-        return {**features, 'global_mean': self.norm(reduce(x, 'b d h w -> b 1 d', 'mean')), 'global_std': features['convenxt_stage_3_std']}
+            return {**features, 'global_mean': self.norm(reduce(x, 'b d h w -> b 1 d', 'mean')), 'global_std': features['convenxt_stage_3_std']}
 
 CONVNEXT_NAMES = (
     (r'^convnextv2\.', ''), (r'^encoder\.', ''), (r'^embeddings\.patch_embeddings', 'downs.0.0'), (r'^embeddings\.layernorm', 'downs.0.1'),
@@ -1129,8 +1147,21 @@ class Modulation(Module):
         with torch.autocast(cond.device.type, enabled = False):
             return self.linear(F.silu(cond.to(self.linear.weight.dtype))).chunk(self.num, dim = -1)      # num times b d
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + 1e-6) times a gain, in full precision under any autocast (release; that of x-transformers has no epsilon)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, eps = 1e-6)
+
+    def forward(self, x):
+        return super().forward(full_precision(x))
+
 class Block(Module):
-    """Attention and SwiGLU of x-transformers inside adaLN-zero. The release has a bias in every linear, so they are added around the attention."""
+    """Attention and SwiGLU of x-transformers inside adaLN-zero.
+
+    As in the release every linear has a bias, so they are added around the attention, and queries and keys have one gain per dimension
+    of a head, shared by the heads (x-transformers: one for each head, stored as gain - 1, which trains and decays otherwise).
+    """
 
     def __init__(self, dim, heads, dim_head, dim_ff):
         super().__init__()
@@ -1138,6 +1169,7 @@ class Block(Module):
 
         self.attn_norm = RMSNorm(dim)
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, qk_rmsnorm = True, flash = True, project_out = True)
+        self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
 
         self.q_bias, self.k_bias, self.v_bias = (Parameter(torch.zeros(heads * dim_head)) for _ in range(3))
         self.out_bias = Parameter(torch.zeros(dim))
@@ -1155,6 +1187,15 @@ class Block(Module):
 
         h = modulate(self.ff_norm(x), ff_shift, ff_scale)
         return x + einx.multiply('b n d, b d -> b n d', self.ff(h), ff_gate)
+
+    def init_weights(self):
+        """Release: queries, keys and values are one xavier matrix, the two halves of SwiGLU's input one each."""
+        for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
+            nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
+
+        with torch.no_grad():
+            for half in self.ff.ff[0].proj.weight.chunk(2):
+                nn.init.xavier_uniform_(half)
 
 def sinusoidal(t, dim):
     """[...] -> [... dim], cosines first, geometric frequencies 1 .. 1/10000."""
@@ -1176,6 +1217,7 @@ class DriftingGenerator(Pretrained, coders = CODERS):
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0 tokens: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
+    bf16_rotary: rotary positions rounded to bfloat16, in which latent_B_sota and latent_L_sota were trained: only for weights that were, too.
     checkpointing: recompute each block in the backward pass instead of keeping what is inside.
     """
 
@@ -1187,7 +1229,7 @@ class DriftingGenerator(Pretrained, coders = CODERS):
         dim, depth, heads, ff_mult = 4.,
         num_classes = None, num_register_tokens = 16,
         num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
-        checkpointing = False
+        bf16_rotary = False, checkpointing = False
     ):
         super().__init__()
         sizes = dict(image_size = image_size, channels = channels, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
@@ -1216,7 +1258,7 @@ class DriftingGenerator(Pretrained, coders = CODERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        self.num_tokens, self.dim_head = num_register_tokens + size ** 2, dim_head
+        self.num_tokens, self.dim_head, self.bf16_rotary = num_register_tokens + size ** 2, dim_head, bf16_rotary
         self.set_buffers()
 
         # transformer
@@ -1235,8 +1277,9 @@ class DriftingGenerator(Pretrained, coders = CODERS):
         return cls(**{**PRESETS[name], **kwargs})
 
     def set_buffers(self):
-        rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False)(torch.arange(self.num_tokens)).detach()
-        self.register_buffer('rotary', rearrange(rotary, 'n d -> 1 n d'), persistent = False)
+        rotary = RotaryEmbedding(self.dim_head, cache_if_possible = False).to(torch.bfloat16 if self.bf16_rotary else torch.float32)
+        angles = rotary(torch.arange(self.num_tokens)).detach().float()       # positions, frequencies and their product in that precision
+        self.register_buffer('rotary', rearrange(angles, 'n d -> 1 n d'), persistent = False)
 
     def init_weights(self):
         for module in self.modules():
@@ -1245,7 +1288,11 @@ class DriftingGenerator(Pretrained, coders = CODERS):
                 if exists(module.bias):
                     nn.init.zeros_(module.bias)
 
-        for weight in (*(m.weight for m in self.modules() if isinstance(m, nn.Embedding)), self.register_embed):
+        for block in self.blocks:
+            block.init_weights()
+
+        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
             nn.init.normal_(weight, std = 0.02)
 
         # every block starts as the identity, and the output as 0
@@ -1508,7 +1555,8 @@ class Replayed(Dataset):
         except Exception as error:
             raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
 
-        check(getattr(sample, 'shape', None) == self.shape, f'sample {index} of the dataset has shape {tuple(getattr(sample, "shape", ()))}, the first one has {tuple(self.shape)}')
+        shape = tuple(getattr(sample, 'shape', (None,)))
+        check(shape == self.shape, f'sample {index} of the dataset has shape {shape}, the first one has {self.shape}')
         return sample.float(), label if self.with_labels else 0
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
@@ -1644,6 +1692,8 @@ class BaseTrainer:
     overwrite: remove an earlier run's metrics, samples and checkpoints from the folder. Otherwise it is refused.
     """
 
+    shares_batch = True     # batch_size is of all processes together, or else of each
+
     def __init__(
         self, model, dataset, *,
         batch_size, num_train_steps = 30_000, seed = 0,
@@ -1669,9 +1719,13 @@ class BaseTrainer:
 
         accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
         check(accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2, 'FSDP is supported in its second version: set fsdp_version to 2')
-        check(batch_size % accelerator.num_processes == 0, f'{batch_size} samples read per step cannot be shared by {accelerator.num_processes} processes')
         check(hasattr(dataset, '__len__'), f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
-        check(len(dataset) >= batch_size, f'the dataset has {len(dataset)} samples, fewer than the {batch_size} read per step')
+
+        world = accelerator.num_processes
+        check(not self.shares_batch or batch_size % world == 0, f'{batch_size} samples read per step cannot be shared by {world} processes')
+        self.read_here = batch_size // world if self.shares_batch else batch_size
+        self.read_in_all = self.read_here * world
+        check(len(dataset) >= self.read_in_all, f'the dataset has {len(dataset)} samples, fewer than the {self.read_in_all} read per step')
 
         first = dataset[0]
         sample = first[0] if isinstance(first, (tuple, list)) and len(first) == 2 else None
@@ -1695,10 +1749,10 @@ class BaseTrainer:
             self.unwrapped.compile()
 
         self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), tuple(sample.shape)
-        self.dataset = Replayed(dataset, seed, sample.shape, with_labels = exists(self.num_classes))
+        self.dataset = Replayed(dataset, seed, self.sample_shape, with_labels = exists(self.num_classes))
         self.results_folder, self.hide_bar = Path(results_folder), not (progress_bar and accelerator.is_main_process)
         self.step, self.samples_read, self.skipped, self.queues, self.unchecked = 0, 0, 0, {}, []
-        self.samples_per_step, self.to_image = batch_size, to_image
+        self.samples_per_step, self.to_image = self.read_in_all, to_image
 
         # a new run does not mix with an earlier one
 
@@ -1737,11 +1791,11 @@ class BaseTrainer:
         places = islice(enumerate(indices, self.samples_read), rank, None, world)
 
         pin_memory = self.accelerator.device.type == 'cuda'
-        return iter(DataLoader(self.dataset, self.batch_size // world, sampler = places, num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
+        return iter(DataLoader(self.dataset, self.read_here, sampler = places, num_workers = self.num_workers, pin_memory = pin_memory, worker_init_fn = ignore_signals))
 
     def read(self, batches):
         samples, labels = next(batches)
-        self.samples_read += self.batch_size
+        self.samples_read += self.read_in_all
         self.seed_model()
         return samples, torch.as_tensor(labels)
 
@@ -1994,7 +2048,7 @@ class BaseTrainer:
         check(manifest['num_processes'] == accelerator.num_processes, f'the checkpoint is of {manifest["num_processes"]} processes, these are {accelerator.num_processes}: each has a queue of its own')
 
         own, before = json.loads(json.dumps(self.config, default = str)), manifest['config']
-        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and (name not in FREE or name == 'num_train_steps' and own.get('finetune_steps'))]
+        changed = [f'{name} {before[name]} -> {value}' for name, value in own.items() if name in before and value != before[name] and name not in FREE]
 
         if changed and accelerator.is_main_process:
             warnings.warn(f'the run goes on with other settings than it had: {", ".join(changed)}')
@@ -2013,9 +2067,7 @@ class BaseTrainer:
             name, kind = name.rsplit('.', 1)
             optimizer['state'].setdefault(name, {})[kind] = t
 
-        # not strict: a parameter without a gradient has no state
-
-        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = StateDictOptions(full_state_dict = True, strict = False))
+        set_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, optimizer, options = TO_LOAD)
 
         self.step, self.samples_read, self.skipped = manifest['step'], manifest['samples_read'], manifest['skipped']
 
@@ -2049,12 +2101,15 @@ class Trainer(BaseTrainer):
     num_groups, num_gen, num_pos, num_uncond: class groups per step, and generated, positive and unconditional samples per group.
     group_chunk_size: class groups at a time, for a step that does not fit into memory: the same gradient for twice to three times the computation.
     alpha_range, alpha_power, no_cfg_frac: the distribution of the guidance scale, see sample_alpha; (1, 1) trains without guidance.
-    push_size: real samples read per step; class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
+    push_size: real samples read per step by every process (release); class_queue_size, uncond_queue_size: how many stay, see SampleQueue; queue_device, queue_dtype: where, and as what
         (by default on the accelerator, in float32; 'cpu' and torch.float16 for a thousand classes of large pictures).
 
-    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of its share of the real samples.
+    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of the real samples that it reads, and
+    takes the labels of its groups from its newest ones. A run on fewer processes than the paper's wants a larger push_size, see the README.
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them, classes with too few samples.
     """
+
+    shares_batch = False
 
     def __init__(
         self, model, loss_fn, dataset, *,
@@ -2104,7 +2159,6 @@ class Trainer(BaseTrainer):
             loss_fn.compile() if self.compile else None
 
         self.samples_per_step = num_groups * num_gen
-        self.host_group = torch.distributed.new_group(backend = 'gloo') if world > 1 else None      # labels are needed on the cpu: no waiting for the GPU
         self.noise_shape, self.collapsed = tuple(getattr(model, 'noise_shape', self.sample_shape)), False
         self.resume()
 
@@ -2115,26 +2169,19 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def push(self, batches):
-        """The next real samples go into the queues. Returns their labels, of all processes, in the order of the data."""
+        """The next real samples of this process go into its queues. Returns their labels [n]."""
         samples, labels = self.read(batches)
 
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
 
-        labels = labels.long().contiguous()
-
-        if self.accelerator.num_processes == 1:
-            return labels
-
-        parts = [torch.empty_like(labels) for _ in range(self.accelerator.num_processes)]
-        torch.distributed.all_gather(parts, labels, group = self.host_group)
-        return rearrange(parts, 'world b -> (b world)')
+        return labels.long()
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most as many samples as the data have."""
-        world, num_pos = self.accelerator.num_processes, self.num_pos
+        """Read until every class has enough positives in every process, each at most as many samples as the data have."""
+        num_pos = self.num_pos
 
-        for _ in tqdm(range(math.ceil(len(self.dataset) * world / self.batch_size)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
+        for _ in tqdm(range(math.ceil(len(self.dataset) / self.read_here)), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
             held = cat([queue.filled for queue in self.queues.values()])
             filled = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.accelerator.device)).amin(dim = 0).tolist()
@@ -2153,17 +2200,17 @@ class Trainer(BaseTrainer):
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
         key, device = (self.seed, self.step, micro_step), self.accelerator.device
-        generator, queue_generator = seeded(*key), seeded(*key, 'queue', self.accelerator.process_index)
+        generator = seeded(*key, 'queue', self.accelerator.process_index)
+        alpha = self.mine(sample_alpha(self.num_groups, generator = seeded(*key), **self.alpha_kwargs))
 
-        # release: labels of the newest real samples, without replacement (in turns, where more groups than samples are asked for)
+        # release: labels of the process's newest real samples, without replacement (in turns, where more groups than samples are asked for)
 
-        turns = math.ceil(self.num_groups / len(newest_labels))
-        order = cat([torch.randperm(len(newest_labels), generator = generator) for _ in range(turns)])[:self.num_groups]
+        turns = math.ceil(len(alpha) / len(newest_labels))
+        order = cat([torch.randperm(len(newest_labels), generator = generator) for _ in range(turns)])[:len(alpha)]
+        labels = newest_labels[order]
 
-        labels, alpha = self.mine(newest_labels[order]), self.mine(sample_alpha(self.num_groups, generator = generator, **self.alpha_kwargs))
-
-        pos = self.queues['positives'].draw(labels, self.num_pos, queue_generator)
-        uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, queue_generator) if self.num_uncond > 0 else None
+        pos = self.queues['positives'].draw(labels, self.num_pos, generator)
+        uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator) if self.num_uncond > 0 else None
 
         labels, alpha = (t.to(device, non_blocking = True) for t in (labels, alpha))
         return (labels, alpha, *(t.to(device, non_blocking = True).float() if exists(t) else None for t in (pos, uncond)))
@@ -2305,13 +2352,14 @@ class MAETrainer(BaseTrainer):
 
     def __init__(
         self, model, dataset, *,
-        batch_size = 8192, learning_rate = 4e-3, ema_decay = 0.9995,
+        batch_size = 8192, learning_rate = 4e-3, lr_warmup_steps = 4_000, ema_decay = 0.9995,
         finetune_steps = 0, cls_weight = 0.1, cls_warmup_steps = 1_000,
         **kwargs
     ):
         config = settings(locals())
-        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, ema_decay = ema_decay, config = config, **kwargs)
+        super().__init__(model, dataset, batch_size = batch_size, learning_rate = learning_rate, lr_warmup_steps = lr_warmup_steps, ema_decay = ema_decay, config = config, **kwargs)
         check(finetune_steps == 0 or exists(model.num_classes), 'finetune_steps needs a model with a classifier: set num_classes')
+        self.finetune_start = self.config['finetune_start'] = self.num_train_steps - finetune_steps if finetune_steps > 0 else None
 
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
@@ -2319,9 +2367,8 @@ class MAETrainer(BaseTrainer):
         self.resume()
 
     def cls_weight_at(self, step):
-        """lambda."""
-        steps = step - (self.num_train_steps - self.finetune_steps) + 1
-        return self.cls_weight * min(1., max(0, steps) / max(1, self.cls_warmup_steps)) if self.finetune_steps > 0 else 0.
+        """lambda, 0 in the first of the finetune_steps (release)."""
+        return self.cls_weight * min(1., max(0, step - self.finetune_start) / max(1, self.cls_warmup_steps)) if exists(self.finetune_start) else 0.
 
     def backward(self, batches, micro_step, sync):
         (samples, labels), device = self.read(batches), self.accelerator.device
@@ -2405,6 +2452,16 @@ def translated(params, rules):
 
     return state
 
+# what the release's reader takes where a config does not say it
+
+MAE_DEFAULTS = dict(base_channels = 64, in_channels = 3, input_patch_size = 1, num_classes = 1000, patch_size = 4, layers = (2, 2, 2, 2))
+
+GENERATOR_DEFAULTS = dict(
+    num_classes = 1001, noise_classes = 0, noise_coords = 1, input_size = 32, in_channels = 3, n_cls_tokens = 0, patch_size = 2,
+    hidden_size = 1152, depth = 28, num_heads = 16, mlp_ratio = 4., use_qknorm = False, use_swiglu = False, use_rope = False, use_rmsnorm = False,
+    use_bf16 = False, attn_fp32 = True
+)
+
 def mae_from_release(config, params):
     """The arguments and the state dict of a LatentMAE from the release's config and parameters."""
     state = translated(params, [
@@ -2413,22 +2470,30 @@ def mae_from_release(config, params):
         (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'), (r'concat_norm_fn', 'norm')
     ])
 
+    config = {**MAE_DEFAULTS, **config}
     names = dict(dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes', mask_patch_size = 'patch_size', layers = 'layers')
     return {ours: config[theirs] for ours, theirs in names.items()}, state
 
 def generator_from_release(config, params):
     """The arguments and the state dict of a DriftingGenerator from the release's config and parameters."""
+    config = {**GENERATOR_DEFAULTS, **config}
+
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
-        check(config.get(option, True), f'the published generator has {option} = False, which this generator does not offer')
+        check(config[option], f'the published generator has {option} = False, which this generator does not offer')
+
+    for name, same in (('out_channels', 'in_channels'), ('cond_dim', 'hidden_size')):
+        check(config.get(name, config[same]) == config[same], f'the published generator has {name} = {config.get(name)} and {same} = {config[same]}, here they are the same')
+
+    num_styles = config['noise_coords'] if config['noise_classes'] > 0 else 0
 
     state = translated(params, [
         (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'), (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'),
-        (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'), (r'^RMSNorm_0/weight', 'alpha_embed/3/g'),
+        (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'), (r'^RMSNorm_0', 'alpha_embed/3'),
         (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
-        (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'), (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0/weight', 'final_norm/g'),
+        (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'), (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0', 'final_norm'),
         (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
         (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
-        (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0/weight', 'attn_norm/g'), (r'RMSNorm_1/weight', 'ff_norm/g')
+        (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
     ])
 
     def take(name):
@@ -2439,24 +2504,28 @@ def generator_from_release(config, params):
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
     heads = config['num_heads']
-    state['style_embed.weight'] = cat([take(f'style.{i}.weight') for i in range(config['noise_coords'])])
+    state['style_embed.weight'] = cat([torch.empty(0, config['hidden_size']), *(take(f'style.{i}.weight') for i in range(num_styles))])
     state['pos_embed'], state['register_embed'] = (rearrange(take(f'dit.{name}'), '1 n d -> n d') for name in ('pos_embed', 'cls_embed'))
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
         for name, weight, bias in zip('qkv', take(f'{block}.qkv.weight').chunk(3), take(f'{block}.qkv.bias').chunk(3)):
             state[f'{block}.attn.to_{name}.weight'], state[f'{block}.{name}_bias'] = (t.clone() if name == 'v' else interleave(t, heads) for t in (weight, bias))
 
-        for name in 'qk':       # one gain for all heads there, here one per head and stored as gain - 1
-            gain = interleave(take(f'{block}.attn.{name}_rmsnorm.weight'), 1)
-            state[f'{block}.attn.{name}_rmsnorm.gamma'] = repeat(gain - 1, 'd -> h 1 d', h = heads).contiguous()
+        for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
+            state[name] = interleave(take(name), 1)
 
         for kind in ('weight', 'bias'):
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
 
     names = dict(
         image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth', heads = 'num_heads', num_classes = 'num_classes',
-        num_register_tokens = 'n_cls_tokens', num_style_tokens = 'noise_coords', style_codebook_size = 'noise_classes', ff_mult = 'mlp_ratio'
+        num_register_tokens = 'n_cls_tokens', ff_mult = 'mlp_ratio'
     )
-    return {ours: config[theirs] for ours, theirs in names.items()}, state
+    arguments = {ours: config[theirs] for ours, theirs in names.items()}
+
+    return dict(
+        **arguments, num_style_tokens = num_styles, style_codebook_size = max(1, config['noise_classes']),
+        bf16_rotary = config['use_bf16'] and not config['attn_fp32']
+    ), state
 
 FROM_RELEASE = dict(mae = mae_from_release, gen = generator_from_release)

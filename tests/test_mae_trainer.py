@@ -49,7 +49,7 @@ def test_lambda_ramps_linearly(tmp_path):
     ramp = []
     for t.step in range(10):
         ramp.append(t.cls_weight_at(t.step))
-    assert ramp == pytest.approx([0.] * 6 + [0.05, 0.1, 0.1, 0.1])
+    assert ramp == pytest.approx([0.] * 7 + [0.05, 0.1, 0.1])
 
 def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
     settings = dict(finetune_steps = 2, save_every = 4)

@@ -25,7 +25,7 @@ def main(argv = None):
     parser.add_argument('--steps', type = int, default = 30_000, help = 'optimiser steps, classifier included')
     parser.add_argument('--batch-size', type = int, default = 8192, help = 'of all GPUs together, times --gradient-accumulation-steps for the batch of a step')
     parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of AdamW')
-    parser.add_argument('--lr-warmup-steps', type = int, default = 5_000, help = 'steps in which the learning rate rises')
+    parser.add_argument('--lr-warmup-steps', type = int, default = 4_000, help = 'steps in which the learning rate rises')
     parser.add_argument('--weight-decay', type = float, default = 0.01, help = 'of AdamW')
     parser.add_argument('--ema-decay', type = float, default = 0.9995, help = 'of the averaged weights, which are exported')
     parser.add_argument('--finetune-steps', type = int, default = 0, help = "last steps, with a classifier: 3,000 in the paper's encoders of width 640")
