@@ -1,12 +1,22 @@
-"""The field and the loss once more, written from the formulas with loops over single pairs in float64: slow, and unlike the code under test."""
+"""The field and the loss once more, written from the formulas with loops over single pairs in float64.
+
+Slow, and unlike the code under test.
+"""
 
 import numpy as np
 
+# the field
+
 def log_kernel(dist, temperature, kind = 'laplace'):
-    return -dist / temperature if kind == 'laplace' else -dist ** 2 / (2 * temperature ** 2)
+    if kind == 'laplace':
+        return -dist / temperature
+    return -dist ** 2 / (2 * temperature ** 2)
 
 def affinities(log_k, normalize, floor = 0.):
-    """log_k [n y], logarithms of the kernel in one problem (-inf: no such pair). k_j / sum_i k_i = 1 / sum_i exp(log k_i - log k_j)"""
+    """log_k [n y]: logarithms of the kernel in one problem (-inf: no such pair).
+
+    k_j / sum_i k_i = 1 / sum_i exp(log k_i - log k_j)
+    """
     n, m = log_k.shape
     A = np.zeros((n, m))
     with np.errstate(over = 'ignore'):
@@ -17,8 +27,8 @@ def affinities(log_k, normalize, floor = 0.):
                     continue
                 over_y = 1 / sum(np.exp(log_k[i, k] - here) for k in range(m))
                 over_x = 1 / sum(np.exp(log_k[k, j] - here) for k in range(n))
-                product = dict(both = over_y * over_x, y = over_y ** 2, none = np.exp(here) ** 2)[normalize]
-                A[i, j] = np.sqrt(max(product, floor))
+                products = dict(both = over_y * over_x, y = over_y ** 2, none = np.exp(here) ** 2)
+                A[i, j] = np.sqrt(max(products[normalize], floor))
     return A
 
 def mean_shift(A, x, y, num_pos, a = 1., b = 1.):
@@ -36,12 +46,25 @@ def field(x, y_pos, y_neg, temperature, kind = 'laplace', normalize = 'both', a 
     log_k = np.zeros((len(x), len(y)))
     for i in range(len(x)):
         for j in range(len(y)):
-            self_pair = y_neg is None and j == len(y_pos) + i
-            log_k[i, j] = -np.inf if self_pair else log_kernel(np.sqrt(((x[i] - y[j]) ** 2).sum()), temperature, kind)
+            dist = np.sqrt(((x[i] - y[j]) ** 2).sum())
+            log_k[i, j] = log_kernel(dist, temperature, kind)
+
+    if y_neg is None:
+        for i in range(len(x)):
+            log_k[i, len(y_pos) + i] = -np.inf                          # not itself
+
     return mean_shift(affinities(log_k, normalize), x, y, len(y_pos), a, b)
 
-def drift(gen, pos, uncond, weight, temperatures, floor = 1e-6, kind = 'laplace', normalize = 'both', a = 1., b = 1.):
-    """V [b g d] of the loss, S and {temperature: mean V_tau^2}; A.6 with the release's clamps, positives first."""
+# the loss
+
+def drift(
+    gen, pos, uncond, weight, temperatures,
+    floor = 1e-6, kind = 'laplace', normalize = 'both', a = 1., b = 1.
+):
+    """V [b g d] of the loss, S, the unit and {temperature: mean V_tau^2}.
+
+    A.6 with the release's clamps; in y the positives come first.
+    """
     B, g, d = gen.shape
     p = pos.shape[1]
     y = np.concatenate([t for t in (pos, gen, uncond) if t is not None], axis = 1)
@@ -63,9 +86,10 @@ def drift(gen, pos, uncond, weight, temperatures, floor = 1e-6, kind = 'laplace'
 
     total, mean_squares = np.zeros_like(gen), {}
     for temperature in temperatures:
-        V = np.stack([
-            mean_shift(affinities(log_kernel(scaled[q], temperature, kind), normalize, floor) * w[q], gen[q] / unit, y[q] / unit, p, a, b) for q in range(B)
-        ])
+        V = np.zeros_like(gen)
+        for q in range(B):
+            A = affinities(log_kernel(scaled[q], temperature, kind), normalize, floor)
+            V[q] = mean_shift(A * w[q], gen[q] / unit, y[q] / unit, p, a, b)
         mean_squares[temperature] = np.mean(V ** 2)
         total += V / np.sqrt(max(mean_squares[temperature], 1e-8))
 

@@ -1,18 +1,34 @@
 """Several processes, several chunks: the gradient is that of one step on one process."""
 
+import json
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, relative
+from accelerate import Accelerator
+from helpers import (
+    DATA,
+    PlainNet,
+    averaged_weights,
+    flat_gradients,
+    flat_parameters,
+    launch,
+    picture_generator,
+    relative,
+    rows,
+    run,
+    trainer,
+    weights,
+)
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drifting
-from test_trainer import Net, X, Y, rows, trainer, weights
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drift_loss, drifting
 
 GROUPS = 5      # neither by two nor by four
 
@@ -36,50 +52,75 @@ def batch():
     return gen, pos, uncond, torch.rand(GROUPS, generator = rng) * 2 + 1
 
 def share(t):
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    """This process's groups."""
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
     return t.tensor_split(world)[rank]
+
+# the loss
+
+def numbers(stats):
+    per_temperature = (*stats.drift_rms.values(), *stats.neighbors.values())
+    return [stats.scale.item(), *(value.item() for value in per_temperature)]
 
 def loss_of_share(chunk):
     """The loss on this process's groups: loss, gradient, statistics."""
-    from accelerate import Accelerator
     Accelerator(cpu = True)
     gen, pos, uncond, alpha = map(share, batch())
     gen.requires_grad_()
-    loss, breakdown = FeatureDriftLoss(Encoder(), affinity_floor = 0., group_chunk_size = chunk)(gen, pos, uncond, alpha)
+    loss_fn = FeatureDriftLoss(Encoder(), affinity_floor = 0., group_chunk_size = chunk)
+    loss, breakdown = loss_fn(gen, pos, uncond, alpha)
     loss.backward()
-    stats = {name: [s.scale.item(), *(v.item() for v in s.drift_rms.values()), *(v.item() for v in s.neighbors.values())] for name, s in breakdown.stats.items()}
+    stats = {name: numbers(stats) for name, stats in breakdown.stats.items()}
     return loss.item() * len(gen), (gen.grad * len(gen)).numpy(), stats
 
 @pytest.mark.parametrize('world, chunk', [(2, None), (4, None), (2, 1), (4, 2)])
 def test_statistics_loss_and_gradient_of_processes_are_those_of_one(world, chunk):
     loss, grad, stats = loss_of_share(None)
-    parts = launch(loss_of_share, world, chunk)
-    assert abs(sum(part[0] for part in parts) / loss - 1) < 1e-5
-    assert relative(torch.cat([torch.from_numpy(part[1]) for part in parts]), grad) < 1e-5
+    losses, grads, all_stats = zip(*launch(loss_of_share, world, chunk), strict = True)
+    assert abs(sum(losses) / loss - 1) < 1e-5
+    assert relative(torch.cat([torch.from_numpy(part) for part in grads]), grad) < 1e-5
 
-    for _, _, part in parts:
+    for part in all_stats:
         assert part.keys() == stats.keys() == {'global', 'locations', 'mean'}
         for name in stats:
             assert relative(part[name], stats[name]) < 1e-5
 
-class Plain(Net):
-    def __init__(self):
-        super().__init__()
-        self.net[2] = nn.Identity()
+def test_own_statistics_of_a_chunk_are_another_loss():
+    step = batch()
+    alone = FeatureDriftLoss(affinity_floor = 0.)
+    shared = FeatureDriftLoss(affinity_floor = 0., group_chunk_size = 2)
+    own = FeatureDriftLoss(affinity_floor = 0., group_chunk_size = 2, chunk_statistics = 'own')
+
+    assert relative(shared(*step)[0], alone(*step)[0]) < 1e-6
+
+    parts = [alone(*(t[i:i + 2] for t in step))[0] for i in (0, 2, 4)]
+    assert relative(own(*step)[0], (2 * parts[0] + 2 * parts[1] + parts[2]) / 5) < 1e-6
+    assert relative(parts[0], parts[1]) > 1e-4
+
+# a step
 
 def gradient_of_step(folder, chunk, accumulation = 1):
     """The gradient of one training step on a fixed real batch, whichever way it is laid out."""
     torch.manual_seed(0)
-    t = trainer(folder, Plain(), loss_fn = FeatureDriftLoss(affinity_floor = 0.), num_groups = GROUPS, push_size = 20, num_pos = 4, group_chunk_size = chunk, gradient_accumulation_steps = accumulation)
+    t = trainer(
+        folder, PlainNet(), num_groups = GROUPS, push_size = 20, num_pos = 4,
+        group_chunk_size = chunk, gradient_accumulation_steps = accumulation
+    )
     rng = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (GROUPS,), generator = rng)
-    real = [labels, torch.rand(GROUPS, generator = rng) * 2 + 1, torch.randn(GROUPS, 9, 2, generator = rng), torch.randn(GROUPS, 4, 2, generator = rng)]
-    t.draw = lambda newest, micro_step: tuple(share(x) for x in real)
+    alpha = torch.rand(GROUPS, generator = rng) * 2 + 1
+    pos, uncond = (torch.randn(GROUPS, n, 2, generator = rng) for n in (9, 4))
+
+    def draw(newest, micro_step):
+        return tuple(map(share, (labels, alpha, pos, uncond)))
+
+    t.draw = draw
     t.model.train()
     batches = t.batches()
     for micro_step in range(accumulation):
         t.backward(batches, micro_step, sync = micro_step == accumulation - 1)
-    return torch.cat([p.grad.flatten() for p in t.unwrapped.parameters()]).numpy()
+    return flat_gradients(t.unwrapped).numpy()
 
 @pytest.mark.parametrize('world, chunk', [(1, 1), (1, 2), (2, None), (4, None), (2, 2)])
 def test_step_has_the_gradient_of_one_process_and_one_chunk(tmp_path, world, chunk):
@@ -92,120 +133,182 @@ def test_step_has_the_gradient_of_one_process_and_one_chunk(tmp_path, world, chu
         assert all(relative(part, whole) < 1e-5 for part in parts)
 
 def test_accumulation_works_on_top_of_chunks(tmp_path):
-    assert relative(gradient_of_step(tmp_path / 'a', 2, accumulation = 3), gradient_of_step(tmp_path / 'b', None, accumulation = 3)) < 1e-5
+    chunks = gradient_of_step(tmp_path / 'a', 2, accumulation = 3)
+    whole = gradient_of_step(tmp_path / 'b', None, accumulation = 3)
+    assert relative(chunks, whole) < 1e-5
 
 def test_chunks_replay_the_same_dropout(tmp_path):
     """Without a graph, and again with one: the gradient belongs to the samples that the loss saw."""
     t = trainer(tmp_path, num_groups = 4, group_chunk_size = 1)
     t.model.train()
     inputs = t.inputs(torch.tensor([0, 1, 2, 0]), torch.ones(4), 0)
-    first, again = (torch.cat([t.generate(t.model, *part) for part in t.replays(inputs)]) for _ in range(2))
-    assert torch.equal(first, again) and torch.equal(first, t.samples_of(inputs))
+
+    def generated():
+        return torch.cat([t.generate(t.model, *part) for part in t.replays(inputs)])
+
+    first = generated()
+    assert torch.equal(first, generated())
+    assert torch.equal(first, t.samples_of(inputs))
     t.seed_model(9)
-    assert not torch.equal(first, torch.cat([t.generate(t.model, *part) for part in [inputs]]))
+    assert not torch.equal(first, t.generate(t.model, *inputs))
 
-def test_own_statistics_of_a_chunk_are_another_loss():
-    gen, pos, uncond, alpha = batch()
-    shared, own, alone = (FeatureDriftLoss(affinity_floor = 0., **kwargs) for kwargs in (dict(group_chunk_size = 2), dict(group_chunk_size = 2, chunk_statistics = 'own'), {}))
-    whole = alone(gen, pos, uncond, alpha)[0]
-    parts = [alone(gen[i:i + 2], pos[i:i + 2], uncond[i:i + 2], alpha[i:i + 2])[0] for i in (0, 2, 4)]
-    assert relative(shared(gen, pos, uncond, alpha)[0], whole) < 1e-6
-    assert relative(own(gen, pos, uncond, alpha)[0], (2 * parts[0] + 2 * parts[1] + parts[2]) / 5) < 1e-6 and relative(parts[0], parts[1]) > 1e-4
+# a run on two processes, forked and as the command line starts them
 
-# a run on several processes
+def loss_between_processes(rank = None):
+    """Two problems, or one of them; the loss of each, and S."""
+    gen, pos = (torch.randn(2, n, 3, generator = torch.Generator().manual_seed(n)) for n in (4, 5))
+    mine = slice(None) if rank is None else slice(rank, rank + 1)
+    loss, stats = drift_loss(gen[mine], pos[mine])
+    return loss.tolist(), stats.scale.item()
 
-DATA = TensorDataset(X[:120], Y[:120])
-
-def run(folder, stop_at = None, **kwargs):
-    """Train; with stop_at the process dies there, as by kill -9. Returns the weights, the averaged ones, and this process's queue."""
-    t = trainer(folder, data = DATA, num_train_steps = 20, num_groups = GROUPS, num_pos = 12, **kwargs)
-
-    if stop_at is not None:
-        step = t.train_step
-
-        def dying(batches):
-            if t.step == stop_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(batches)
-
-        t.train_step = dying
-
+def train_and_resume(folder):
+    settings = dict(data = DATA, num_train_steps = 6, num_pos = 12)
+    t = trainer(folder, save_every = 3, **settings)
     t.train()
-    ema = torch.cat([p.flatten() for p in t.ema.ema_model.parameters()])
-    return weights(t).numpy(), ema.numpy(), t.queues['positives'].samples.numpy()
+    loss, scale = loss_between_processes(t.accelerator.process_index)
+    resumed = trainer(folder, resume_from_checkpoint = folder / 'checkpoints' / 'step-00000003', **settings)
+    resumed.train()
+
+    return dict(
+        world = t.accelerator.num_processes,
+        weights = weights(t).tolist(),
+        resumed = weights(resumed).tolist(),
+        queue = t.queues['positives'].samples.flatten().tolist(),
+        loss = loss,
+        scale = scale,
+    )
+
+def by_launch(folder):
+    return launch(train_and_resume, 2, folder / 'run')
+
+def by_torchrun(folder):
+    """This module as a script, see the end of it."""
+    torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
+    run(*torchrun, __file__, folder, timeout = 200, env = {**os.environ, 'OMP_NUM_THREADS': '1'})
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(2)]
+
+@pytest.mark.parametrize('start', [by_launch, by_torchrun])
+def test_two_processes_train_one_model(tmp_path, start):
+    """Each fills a queue of its own, the groups are shared, the loss's statistics are those of all groups."""
+    a, b = start(tmp_path)
+    assert a['world'] == b['world'] == 2
+    assert a['weights'] == b['weights']
+    assert a['queue'] != b['queue']
+    assert a['resumed'] == a['weights'] == b['resumed']
+
+    loss, scale = loss_between_processes()
+    assert relative(a['loss'] + b['loss'], loss) < 1e-5
+    assert relative(a['scale'], scale) < 1e-5
+    assert a['scale'] == b['scale']
+
+# a run that is killed
+
+def train(folder, stop_at = None, **kwargs):
+    """Train; with stop_at the process dies there, as by kill -9.
+
+    Returns the weights, the averaged ones, and this process's queue.
+    """
+    t = trainer(folder, data = DATA, num_train_steps = 20, num_groups = GROUPS, num_pos = 12, **kwargs)
+    step = t.train_step
+
+    def train_step(batches):
+        if t.step == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(batches)
+
+    t.train_step = train_step
+    t.train()
+    return weights(t).numpy(), averaged_weights(t).numpy(), t.queues['positives'].samples.numpy()
+
+def train_killed(folder):
+    return train(folder, stop_at = 13, save_every = 5)
+
+def train_resumed(folder):
+    return train(folder, save_every = 5, resume_from_checkpoint = 'latest')
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_killed_and_resumed_is_as_if_nothing_had_been(tmp_path, world):
-    straight = launch(run, world, tmp_path / 'a')
-    killed = launch(run_killed, world, tmp_path / 'b')
-    assert all(code != 0 for code in killed) and -signal.SIGKILL in killed
-    resumed = launch(run_resumed, world, tmp_path / 'b')
+    straight = launch(train, world, tmp_path / 'a')
+    killed = launch(train_killed, world, tmp_path / 'b')
+    assert all(code != 0 for code in killed)
+    assert -signal.SIGKILL in killed
+    resumed = launch(train_resumed, world, tmp_path / 'b')
 
-    for before, after in zip(straight, resumed):
-        assert all((a == b).all() for a, b in zip(before, after))
+    for before, after in zip(straight, resumed, strict = True):
+        assert all((a == b).all() for a, b in zip(before, after, strict = True))
 
     assert rows(tmp_path / 'a') == rows(tmp_path / 'b')
 
     # one model, a queue for each
 
-    for result in straight[1:]:
-        assert (result[0] == straight[0][0]).all() and (result[1] == straight[0][1]).all() and (result[2] != straight[0][2]).any()
+    (model, average, queue), *others = straight
 
-def run_killed(folder):
-    return run(folder, stop_at = 13, save_every = 5)
-
-def run_resumed(folder):
-    return run(folder, save_every = 5, resume_from_checkpoint = 'latest')
+    for other_model, other_average, other_queue in others:
+        assert (other_model == model).all()
+        assert (other_average == average).all()
+        assert (other_queue != queue).any()
 
 # sharded models
 
-def sharded_run(folder, precision = 'no', **kwargs):
-    """The same with FSDP2. accelerate turns it on for accelerators alone, so it is told here that this one is, and shards on the cpu."""
+PICTURES = TensorDataset(
+    torch.rand(120, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1,
+    torch.arange(120) % 3
+)
+
+def picture_trainer(folder, **kwargs):
+    settings = dict(num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3)
+    return trainer(folder, picture_generator(depth = 2), PICTURES, **settings, **kwargs)
+
+def plain_run(folder):
+    t = picture_trainer(folder)
+    t.train()
+    return weights(t).numpy(), averaged_weights(t).numpy()
+
+def sharding_accelerator(**kwargs):
+    """With FSDP2. accelerate turns it on for accelerators alone, so it is told here that this cpu is one."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    def sharding(**arguments):
-        accelerator = Accelerator(**arguments)
-        plugin = FullyShardedDataParallelPlugin(fsdp_version = 2, auto_wrap_policy = 'no_wrap', cpu_ram_efficient_loading = False)
-        if precision != 'no':
-            plugin.set_mixed_precision(precision)
-        accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = PartialState._shared_state['distributed_type'] = DistributedType.FSDP
-        return accelerator
+    accelerator = Accelerator(**kwargs)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version = 2, auto_wrap_policy = 'no_wrap', cpu_ram_efficient_loading = False
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state['distributed_type'] = DistributedType.FSDP
+    return accelerator
 
-    Accelerator, drifting.Accelerator = drifting.Accelerator, sharding
-    t = trainer(folder, generator(), PICTURES, num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3, mixed_precision = precision, **kwargs)
+def whole_parameters(model):
+    return torch.cat([p.full_tensor().flatten() for p in model.parameters()]).detach().numpy()
+
+def sharded_run(folder, **kwargs):
+    drifting.Accelerator = sharding_accelerator         # in a process of its own
+    t = picture_trainer(folder, **kwargs)
     assert all(type(p).__name__ == 'DTensor' for p in t.unwrapped.parameters())
     t.train()
     t.save_pretrained(folder / 'model')
-    return [torch.cat([p.full_tensor().flatten() for p in model.parameters()]).detach().numpy() for model in (t.unwrapped, t.ema.ema_model)]
-
-def plain_run(folder):
-    t = trainer(folder, generator(), PICTURES, num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3)
-    t.train()
-    return [torch.cat([p.flatten() for p in model.parameters()]).detach().numpy() for model in (t.unwrapped, t.ema.ema_model)]
-
-PICTURES = TensorDataset(torch.rand(120, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(120) % 3)
-
-def generator():
-    torch.manual_seed(0)
-    return DriftingGenerator(image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = 2, heads = 2, num_classes = 3, num_register_tokens = 1, num_style_tokens = 2)
-
-def test_sharded_training_equals_replicated(tmp_path):
-    whole, _ = launch(plain_run, 2, tmp_path / 'a')
-    for sharded in launch(sharded_run, 2, tmp_path / 'b', 'no'):
-        assert all(relative(a, b) < 1e-5 for a, b in zip(sharded, whole))
-
-    assert (tmp_path / 'b' / 'samples' / 'step-00000003.png').is_file()
-    exported = DriftingGenerator.from_pretrained(tmp_path / 'b' / 'model')
-    assert (torch.cat([p.flatten() for p in exported.parameters()]).detach().numpy() == sharded[1]).all()
-
-    # resumed, and in other hands: the checkpoint is that of the whole model
-
-    shutil.rmtree(tmp_path / 'b' / 'checkpoints' / 'step-00000006')
-    resumed, _ = launch(resumed_sharded_run, 2, tmp_path / 'b')
-    assert all((a == b).all() for a, b in zip(resumed, sharded))
-    generator().load_state_dict(load_file(tmp_path / 'b' / 'checkpoints' / 'step-00000006' / 'ema.safetensors'))
+    return whole_parameters(t.unwrapped), whole_parameters(t.ema.ema_model)
 
 def resumed_sharded_run(folder):
     return sharded_run(folder, resume_from_checkpoint = 'latest')
+
+def test_sharded_training_equals_replicated(tmp_path):
+    whole, _ = launch(plain_run, 2, tmp_path / 'a')
+    for sharded in launch(sharded_run, 2, tmp_path / 'b'):
+        assert all(relative(a, b) < 1e-5 for a, b in zip(sharded, whole, strict = True))
+
+    assert (tmp_path / 'b' / 'samples' / 'step-00000003.png').is_file()
+    exported = DriftingGenerator.from_pretrained(tmp_path / 'b' / 'model')
+    assert (flat_parameters(exported).numpy() == sharded[1]).all()
+
+    # resumed, and in other hands: the checkpoint is that of the whole model
+
+    checkpoint = tmp_path / 'b' / 'checkpoints' / 'step-00000006'
+    shutil.rmtree(checkpoint)
+    resumed, _ = launch(resumed_sharded_run, 2, tmp_path / 'b')
+    assert all((a == b).all() for a, b in zip(resumed, sharded, strict = True))
+    picture_generator(depth = 2).load_state_dict(load_file(checkpoint / 'ema.safetensors'))
+
+if __name__ == '__main__':      # started by torchrun
+    place = Path(sys.argv[1])
+    result = train_and_resume(place / 'run')
+    (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))

@@ -1,63 +1,39 @@
+"""The encoders and their features: the release's, pretraining, any backbone, and what the loss does with them."""
+
 import json
 import re
-import zlib
+from itertools import product
 
-import msgpack
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, relative
 from einops import rearrange
+from helpers import (
+    REFERENCE,
+    by_the_rule,
+    digest,
+    flat_gradients,
+    nchw,
+    raises_one_line,
+    relative,
+    write_artifact,
+)
+from helpers import tiny_mae as tiny
 from safetensors.torch import save_file
+from torch import nn
 
 from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss, drifting
 from drifting_pytorch.drifting import map_features
 
-TINY = dict(dim = 8, channels = 2, layers = (2, 1, 3, 4), num_classes = 5)
-
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return LatentMAE(**{**TINY, **kwargs})
-
-def by_the_rule(path, shape):
-    """The reference's rule for weights that are not stored."""
-    z = np.random.RandomState(zlib.crc32(path.encode()) & 0xffffffff).standard_normal(shape).astype(np.float32)
-    kind = path.split('/')[-1]
-    if kind in ('scale', 'weight', 'gamma'):
-        return 1 + 0.1 * z
-    if kind in ('bias', 'beta'):
-        return 0.05 * z
-    return (z / np.sqrt(np.prod(shape[:-1]))).astype(np.float32) if kind == 'kernel' else 0.1 * z
-
-def digest(t):
-    v = t.double().numpy().flatten()
-    projection = v @ np.random.RandomState(1234).standard_normal(v.size) / np.sqrt(v.size)
-    return np.concatenate((np.pad(v[:8], (0, max(0, 8 - v.size))), (v.mean(), v.std(), projection)))
-
-def nchw(array):
-    return rearrange(torch.from_numpy(array), '... h w ch -> ... ch h w')
-
-def write_artifact(folder, config, params):
-    tree = {}
-    for path, array in params.items():
-        *branches, leaf = path.split('/')
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[leaf] = msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
-    folder.mkdir()
-    (folder / 'metadata.json').write_text(json.dumps(dict(model_config = config)))
-    (folder / 'ema_params.msgpack').write_bytes(msgpack.packb(tree))
-    return folder
+# the release
 
 @pytest.fixture(scope = 'module')
 def mae(tmp_path_factory):
     """The reference's encoder, through a published artifact's layout."""
     description = json.loads((REFERENCE / 'mae_latent.json').read_text())
     params = {path: by_the_rule(path, shape).astype(np.float32) for path, shape in description['params'].items()}
-    return LatentMAE.from_pretrained(write_artifact(tmp_path_factory.mktemp('artifacts') / 'mae', description['config'], params))
-
-# the release
+    folder = tmp_path_factory.mktemp('artifacts') / 'mae'
+    return LatentMAE.from_pretrained(write_artifact(folder, description['config'], params))
 
 def test_features_equal_the_release(mae):
     arrays = np.load(REFERENCE / 'mae_latent.npz')
@@ -65,7 +41,8 @@ def test_features_equal_the_release(mae):
         features = mae.features(nchw(arrays['x']))
 
     names = {key[4:] for key in arrays.files if key.startswith('act/')}
-    assert features.keys() == names and len(names) == 64
+    assert features.keys() == names
+    assert len(names) == 64
 
     for name in names:
         assert features[name].shape == tuple(arrays[f'shape/{name}']), name
@@ -73,7 +50,9 @@ def test_features_equal_the_release(mae):
 
 def test_pretraining_loss_equals_the_release(mae):
     arrays = np.load(REFERENCE / 'mae_latent.npz')
-    x, labels, mask = nchw(arrays['x']), torch.from_numpy(arrays['labels']).long(), torch.from_numpy(arrays['mask'])
+    x = nchw(arrays['x'])
+    labels = torch.from_numpy(arrays['labels']).long()
+    mask = torch.from_numpy(arrays['mask'])
 
     with torch.no_grad():
         loss, breakdown = mae(x, labels, cls_weight = 0.1, mask = mask)
@@ -84,16 +63,17 @@ def test_pretraining_loss_equals_the_release(mae):
     assert relative(torch.stack([s.classification for s in single]), arrays['cls_loss']) < 1e-5
     assert relative(breakdown.reconstruction, arrays['recon_loss'].mean()) < 1e-5
 
-# with 32 channels in 32 groups, stage 1's normalised map has the same mean and deviation for every sample: distances of zero, in which
-# the release's float32 sees its own rounding. Three more features of that stage and of the stem are small against their offset, where
-# the same rounding shows in the third digit. Ours are judged by float64 there
+# with 32 channels in 32 groups, stage 1's normalised map has the same mean and deviation for every sample: distances
+# of zero, in which the release's float32 sees its own rounding. Three more features of that stage and of the stem are
+# small against their offset, where the same rounding shows in the third digit. Ours are judged by float64 there
 
 ROUNDING_ALONE = {'layer1_mean', 'layer1_std'}
 ROUNDING_SHOWS = {'conv1_mean', 'conv1_std', 'layer1_blk2_mean'}
 
 def test_training_loss_through_the_encoder_equals_the_release(mae):
     arrays = np.load(REFERENCE / 'mae_latent_step.npz')
-    gen, pos, uncond, alpha = *(nchw(arrays[name]) for name in ('gen', 'pos', 'neg')), torch.from_numpy(arrays['alpha'])
+    gen, pos, uncond = (nchw(arrays[name]) for name in ('gen', 'pos', 'neg'))
+    alpha = torch.from_numpy(arrays['alpha'])
 
     loss, breakdown = FeatureDriftLoss(mae)(gen.requires_grad_(), pos, uncond, alpha)
     loss.backward()
@@ -101,10 +81,14 @@ def test_training_loss_through_the_encoder_equals_the_release(mae):
     expected = {key[5:]: arrays[key] for key in arrays.files if key.startswith('loss/')}
     assert breakdown.losses.keys() == expected.keys()
 
-    for name in expected.keys() - ROUNDING_ALONE:
-        assert relative(breakdown.losses[name], expected[name]) < (2e-3 if name in ROUNDING_SHOWS else 1e-4), name
+    exact = expected.keys() - ROUNDING_ALONE - ROUNDING_SHOWS
 
-    ours, theirs = (sum(losses[name].item() for name in expected.keys() - ROUNDING_ALONE - ROUNDING_SHOWS) for losses in (breakdown.losses, expected))
+    for name in exact:
+        assert relative(breakdown.losses[name], expected[name]) < 1e-4, name
+    for name in ROUNDING_SHOWS:
+        assert relative(breakdown.losses[name], expected[name]) < 2e-3, name
+
+    ours, theirs = (sum(losses[name].item() for name in exact) for losses in (breakdown.losses, expected))
     assert abs(ours - theirs) < 1e-5 * theirs
     assert relative(rearrange(gen.grad, 'c g ch h w -> c g h w ch'), arrays['grad']) < 2e-3
 
@@ -116,17 +100,20 @@ def test_training_loss_through_the_encoder_equals_the_release(mae):
     for name in ROUNDING_SHOWS:
         points = [rearrange(feature[name], '(c n) f d -> (c f) n d', c = 2) for feature in features]
         weight = ((alpha - 1) * 4 / 3)[:, None].expand(2, 3)
-        exact, _ = drift_loss(*(t.double() for t in points), uncond_weight = weight.double())
-        assert relative(breakdown.losses[name], exact.mean()) < 2e-5, name
+        in_float64, _ = drift_loss(*(t.double() for t in points), uncond_weight = weight.double())
+        assert relative(breakdown.losses[name], in_float64.mean()) < 2e-5, name
 
-@pytest.mark.parametrize('dim, channels, patch_size, parameters', [(256, 4, 1, 431_354_348), (640, 4, 1, 2_687_866_604), (640, 3, 8, 2_689_069_992)])
+@pytest.mark.parametrize('dim, channels, patch_size, parameters', [
+    (256, 4, 1, 431_354_348),
+    (640, 4, 1, 2_687_866_604),
+    (640, 3, 8, 2_689_069_992),
+])
 def test_parameter_counts(dim, channels, patch_size, parameters):
     with torch.device('meta'):
         model = LatentMAE(dim = dim, channels = channels, patch_size = patch_size)
         features = model.features(torch.empty(1, channels, 32 * patch_size, 32 * patch_size))
 
     assert sum(p.numel() for p in model.parameters()) == parameters
-
     assert len(features) == 85
 
     if patch_size == 1:
@@ -134,20 +121,25 @@ def test_parameter_counts(dim, channels, patch_size, parameters):
 
 def convnext_weights():
     """The reference's ConvNeXt-V2 under the names of the original implementation."""
-    description, state = json.loads((REFERENCE / 'convnextv2.json').read_text()), {}
+    description = json.loads((REFERENCE / 'convnextv2.json').read_text())
+    leaves = dict(kernel = 'weight', scale = 'weight')
+    state = {}
 
     for path, shape in description['params'].items():
         t = torch.from_numpy(by_the_rule(path, shape).astype(np.float32))
-        module, leaf = re.sub(r'(stages|_layers)_(\d+)', r'\1.\2', re.sub(r'/layers_(\d+)', r'.\1', path)).replace('/', '.').rsplit('.', 1)
+        name = re.sub(r'/layers_(\d+)', r'.\1', path)
+        name = re.sub(r'(stages|_layers)_(\d+)', r'\1.\2', name)
+        module, leaf = name.replace('/', '.').rsplit('.', 1)
         if leaf == 'kernel':
             t = rearrange(t, '... i o -> o i ...')
-        state[f'{module}.{dict(kernel = "weight", scale = "weight").get(leaf, leaf)}'] = t
+        state[f'{module}.{leaves.get(leaf, leaf)}'] = t
 
     return state
 
 def test_convnext_features_equal_the_release():
     arrays = np.load(REFERENCE / 'convnextv2.npz')
-    model = ConvNeXtV2.from_state_dict(convnext_weights(), mean = (0.5,) * 3, std = (0.5,) * 3)       # the reference's input is normalised already
+    already_normalized = dict(mean = (0.5,) * 3, std = (0.5,) * 3)
+    model = ConvNeXtV2.from_state_dict(convnext_weights(), **already_normalized)
 
     with torch.no_grad():
         features = model.features(nchw(arrays['x']))
@@ -168,20 +160,37 @@ def test_convnext_weights_of_timm_and_transformers():
     expected = ConvNeXtV2.from_state_dict(original).state_dict()
 
     timm = renamed(
-        original, (r'^stages\.(\d+)\.(\d+)', r'stages.\1.blocks.\2'), (r'^downsample_layers\.0', 'stem'), (r'^downsample_layers\.(\d+)', r'stages.\1.downsample'), ('dwconv', 'conv_dw'),
-        ('pwconv', 'mlp.fc'), ('grn.gamma', 'mlp.grn.weight'), ('grn.beta', 'mlp.grn.bias'), (r'^norm', 'head.norm')
+        original,
+        (r'^stages\.(\d+)\.(\d+)', r'stages.\1.blocks.\2'),
+        (r'^downsample_layers\.0', 'stem'),
+        (r'^downsample_layers\.(\d+)', r'stages.\1.downsample'),
+        ('dwconv', 'conv_dw'),
+        ('pwconv', 'mlp.fc'),
+        ('grn.gamma', 'mlp.grn.weight'),
+        ('grn.beta', 'mlp.grn.bias'),
+        (r'^norm', 'head.norm'),
     )
-    timm = {name: t.flatten() if 'grn' in name else t for name, t in timm.items()} | {'head.fc.weight': torch.zeros(10, 128), 'head.fc.bias': torch.zeros(10)}
+    timm = {name: t.flatten() if 'grn' in name else t for name, t in timm.items()}
+    timm |= {'head.fc.weight': torch.zeros(10, 128), 'head.fc.bias': torch.zeros(10)}
 
     transformers = renamed(
-        original, (r'^stages\.(\d+)\.(\d+)\.norm', r'stages.\1.\2.layernorm'), (r'^norm', 'layernorm'), (r'^stages\.(\d+)\.(\d+)', r'encoder.stages.\1.layers.\2'),
-        (r'^downsample_layers\.0\.0', 'embeddings.patch_embeddings'), (r'^downsample_layers\.0\.1', 'embeddings.layernorm'), (r'^downsample_layers\.(\d+)', r'encoder.stages.\1.downsampling_layer'),
-        ('grn.gamma', 'grn.weight'), ('grn.beta', 'grn.bias'), (r'^', 'convnextv2.')
-    ) | {'classifier.weight': torch.zeros(10, 128), 'classifier.bias': torch.zeros(10)}
+        original,
+        (r'^stages\.(\d+)\.(\d+)\.norm', r'stages.\1.\2.layernorm'),
+        (r'^norm', 'layernorm'),
+        (r'^stages\.(\d+)\.(\d+)', r'encoder.stages.\1.layers.\2'),
+        (r'^downsample_layers\.0\.0', 'embeddings.patch_embeddings'),
+        (r'^downsample_layers\.0\.1', 'embeddings.layernorm'),
+        (r'^downsample_layers\.(\d+)', r'encoder.stages.\1.downsampling_layer'),
+        ('grn.gamma', 'grn.weight'),
+        ('grn.beta', 'grn.bias'),
+        (r'^', 'convnextv2.'),
+    )
+    transformers |= {'classifier.weight': torch.zeros(10, 128), 'classifier.bias': torch.zeros(10)}
 
     for state in (timm, transformers):
         loaded = ConvNeXtV2.from_state_dict(state).state_dict()
-        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
     with pytest.raises(ValueError, match = "missing .'norm.bias'"):
         ConvNeXtV2.from_state_dict({name: t for name, t in original.items() if name != 'norm.bias'})
@@ -189,39 +198,52 @@ def test_convnext_weights_of_timm_and_transformers():
         ConvNeXtV2.from_state_dict({'layer1.weight': torch.zeros(1)})
 
 def test_convnext_weights_from_a_folder_or_the_hub(tmp_path, monkeypatch):
-    save_file({name: t.contiguous() for name, t in convnext_weights().items()}, tmp_path / 'model.safetensors')
+    state = {name: t.contiguous() for name, t in convnext_weights().items()}
+    save_file(state, tmp_path / 'model.safetensors')
     expected = ConvNeXtV2.from_state_dict(convnext_weights()).state_dict()
-    monkeypatch.setattr(drifting, 'hf_hub_download', lambda *asked, revision: str(tmp_path / 'model.safetensors') if asked == ('timm/convnextv2_base.fcmae_ft_in22k_in1k', 'model.safetensors') else None)
+
+    def hf_hub_download(*asked, revision):
+        assert asked == ('timm/convnextv2_base.fcmae_ft_in22k_in1k', 'model.safetensors')
+        return str(tmp_path / 'model.safetensors')
+
+    monkeypatch.setattr(drifting, 'hf_hub_download', hf_hub_download)
     for model in (ConvNeXtV2.from_pretrained(tmp_path), ConvNeXtV2.from_pretrained()):
         assert all(torch.equal(model.state_dict()[name], t) for name, t in expected.items())
 
 def test_any_backbone(rng):
     seen = []
 
-    class Backbone(torch.nn.Module):
+    class Backbone(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = torch.nn.Conv2d(3, 6, 8, stride = 8)
+            self.conv = nn.Conv2d(3, 6, 8, stride = 8)
 
         def forward(self, x):
             seen.append(x)
             maps = self.conv(x)
-            tokens = torch.cat((x.new_zeros(len(x), 2, 6), maps.flatten(2).mT), dim = 1)         # two prefix tokens
-            return [maps, tokens]
+            prefix = x.new_zeros(len(x), 2, 6)
+            return [maps, torch.cat((prefix, maps.flatten(2).mT), dim = 1)]
 
-    encoder = BackboneFeatures(Backbone(), image_size = 32, num_prefix_tokens = 2)
+    settings = dict(image_size = 32, num_prefix_tokens = 2)
+    encoder = BackboneFeatures(Backbone(), **settings)
     white = torch.ones(1, 3, 64, 64)
     features = encoder.features(white)
 
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    assert seen[0].shape == (1, 3, 32, 32) and relative(seen[0].mean(dim = (0, 2, 3)), expected) < 1e-6
-    assert torch.equal(features['layer1'], features['layer2']) and features['layer2_mean_4'].shape == (1, 1, 6)
-    assert 'layer1_mean_2' not in BackboneFeatures(Backbone(), image_size = 32, num_prefix_tokens = 2, feature_sets = ('locations',)).features(white)
+    assert seen[0].shape == (1, 3, 32, 32)
+    assert relative(seen[0].mean(dim = (0, 2, 3)), expected) < 1e-6
+    assert torch.equal(features['layer1'], features['layer2'])
+    assert features['layer2_mean_4'].shape == (1, 1, 6)
+
+    locations = BackboneFeatures(Backbone(), **settings, feature_sets = ('locations',))
+    assert 'layer1_mean_2' not in locations.features(white)
 
     gen, pos = (torch.randn(2, n, 3, 16, 16, generator = rng) for n in (3, 4))
-    loss, _ = FeatureDriftLoss([encoder, ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1), image_size = 64)])(gen.requires_grad_(), pos)
+    convnext = ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1), image_size = 64)
+    loss, _ = FeatureDriftLoss([encoder, convnext])(gen.requires_grad_(), pos)
     loss.backward()
-    assert gen.grad.isfinite().all() and gen.grad.abs().sum() > 0
+    assert gen.grad.isfinite().all()
+    assert gen.grad.abs().sum() > 0
 
 # features
 
@@ -231,12 +253,13 @@ def test_map_features_are_means_and_deviations(rng):
     assert list(features) == ['a', 'a_mean', 'a_std', 'a_mean_2', 'a_std_2', 'a_mean_4', 'a_std_4']
 
     array = x.numpy()
-    for i, (row, column) in enumerate((r, c) for r in range(0, 8, 2) for c in range(0, 4, 2)):
+    for i, (row, column) in enumerate(product(range(0, 8, 2), range(0, 4, 2))):
         patch = array[:, :, row:row + 2, column:column + 2].reshape(2, 3, 4)
         assert relative(features['a_mean_2'][:, i], patch.mean(axis = -1)) < 1e-9
         assert relative(features['a_std_2'][:, i], np.sqrt(patch.var(axis = -1) + 1e-6)) < 1e-9
 
-    assert features['a_mean_4'].shape == (2, 2, 3) and relative(features['a_mean'][:, 0], array.mean(axis = (2, 3))) < 1e-9
+    assert features['a_mean_4'].shape == (2, 2, 3)
+    assert relative(features['a_mean'][:, 0], array.mean(axis = (2, 3))) < 1e-9
     assert torch.equal(features['a'][1, 5], x[1, :, 1, 1])
     assert list(map_features('a', x[..., :3])) == ['a', 'a_mean', 'a_std']               # 2 and 4 do not divide 3
     assert list(map_features('a', x, ('mean_std',))) == ['a_mean', 'a_std']
@@ -244,16 +267,21 @@ def test_map_features_are_means_and_deviations(rng):
 def test_feature_names_and_sets():
     x = torch.randn(2, 2, 32, 32)
     names = {name for name in tiny().features(x) if '_mean' not in name and '_std' not in name}
-    assert names == {'norm_x', 'conv1', 'layer1_blk2', 'layer1', 'layer2', 'layer3_blk2', 'layer3', 'layer4_blk2', 'layer4_blk4', 'layer4'}
+    assert names == {
+        'norm_x', 'conv1', 'layer1_blk2', 'layer1', 'layer2', 'layer3_blk2', 'layer3',
+        'layer4_blk2', 'layer4_blk4', 'layer4'
+    }
     assert set(tiny(feature_sets = ('norm_x',)).features(x)) == {'norm_x'}
-    assert relative(tiny().features(x)['norm_x'][:, 0], (x ** 2).mean(dim = (2, 3)).add(1e-6).sqrt()) < 1e-6
+    expected = (x ** 2).mean(dim = (2, 3)).add(1e-6).sqrt()
+    assert relative(tiny().features(x)['norm_x'][:, 0], expected) < 1e-6
 
 def test_pixels_are_folded_into_channels():
     model = tiny(patch_size = 4, channels = 3)
     x = torch.arange(3 * 32 * 32.).view(1, 3, 32, 32)
     folded = model.fold(x)
     assert folded.shape == (1, 48, 8, 8)
-    assert torch.equal(folded[0, :, 1, 2], x[0, :, 4:8, 8:12].permute(1, 2, 0).flatten())      # (row, column, channel)
+    patch = x[0, :, 4:8, 8:12]
+    assert torch.equal(folded[0, :, 1, 2], rearrange(patch, 'ch h w -> (h w ch)'))
 
 # pretraining
 
@@ -261,14 +289,16 @@ def test_only_dropped_positions_count():
     model = tiny(patch_size = 2).eval()
     x = torch.randn(2, 2, 32, 32)
     mask = model.draw_mask(x, torch.Generator().manual_seed(0))
-    assert mask.shape == (2, 8, 8) and set(mask.flatten().tolist()) == {0., 1.}
+    assert mask.shape == (2, 8, 8)
+    assert set(mask.flatten().tolist()) == {0., 1.}
 
     with torch.no_grad():
         loss, _ = model(x, mask = mask)
         picture, _ = model.reconstruct(x, mask)
 
         dropped = mask.repeat_interleave(4, dim = 1).repeat_interleave(4, dim = 2)[:, None]
-        per_sample = ((picture - x) ** 2 * dropped).sum(dim = (1, 2, 3)) / (mask.sum(dim = (1, 2)) * 4)     # positions of the folded map
+        positions = mask.sum(dim = (1, 2)) * 4                          # of the folded map
+        per_sample = ((picture - x) ** 2 * dropped).sum(dim = (1, 2, 3)) / positions
         assert relative(loss, per_sample.mean()) < 1e-5
 
         # what is dropped cannot be seen
@@ -278,24 +308,32 @@ def test_only_dropped_positions_count():
 
 def test_mask_ratio():
     model = tiny(mask_ratio = 0.75)
-    assert abs(model.draw_mask(torch.zeros(64, 2, 64, 64)).mean().item() - 0.75) < 0.01
+    mask = model.draw_mask(torch.zeros(64, 2, 64, 64))
+    assert abs(mask.mean().item() - 0.75) < 0.01
 
 def test_checkpointing_changes_nothing():
-    x, labels, gradients = torch.randn(2, 2, 16, 16), torch.tensor([0, 4]), []
+    x, labels = torch.randn(2, 2, 16, 16), torch.tensor([0, 4])
+    gradients = []
+
     for checkpointing in (False, True):
         model = tiny(checkpointing = checkpointing)
         mask = model.draw_mask(x, torch.Generator().manual_seed(0))
         model(x, labels, cls_weight = 0.5, mask = mask)[0].backward()
         assert all(p.grad is not None for p in model.parameters())
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        gradients.append(flat_gradients(model))
+
     assert relative(*gradients) < 1e-5
 
 def test_half_precision_features_are_computed_as_they_come():
     model = tiny()
+    gen, pos = torch.randn(2, 2, 3, 2, 16, 16)
+
     with torch.autocast('cpu', dtype = torch.bfloat16):
         features = model.features(torch.randn(2, 2, 16, 16))
-        loss, breakdown = FeatureDriftLoss(model)(torch.randn(2, 3, 2, 16, 16), torch.randn(2, 3, 2, 16, 16))
-    assert all(stats.scale.dtype == torch.float32 for stats in breakdown.stats.values()) and loss.isfinite()
+        loss, breakdown = FeatureDriftLoss(model)(gen, pos)
+
+    assert loss.isfinite()
+    assert all(stats.scale.dtype == torch.float32 for stats in breakdown.stats.values())
     assert features['layer4_std'].dtype == torch.float32
 
 # encoders in the loss
@@ -303,34 +341,49 @@ def test_half_precision_features_are_computed_as_they_come():
 def test_several_encoders_and_a_decoder(rng):
     calls = []
 
-    class Decoder(torch.nn.Module):
+    class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = torch.nn.ConvTranspose2d(1, 2, 8, 8)
+            self.conv = nn.ConvTranspose2d(1, 2, 8, 8)
 
         def forward(self, x):
             calls.append(torch.is_grad_enabled())
             return self.conv(x)
 
+    def pooled(x):
+        return dict(pooled = x.mean(dim = (2, 3))[:, None])
+
     decoder, encoder = Decoder(), tiny(feature_sets = ('mean_std',))
-    loss_fn = FeatureDriftLoss([encoder, lambda x: dict(pooled = x.mean(dim = (2, 3))[:, None])], decoder = decoder)
+    loss_fn = FeatureDriftLoss([encoder, pooled], decoder = decoder)
     gen, pos = (torch.randn(2, n, 1, 2, 2, generator = rng) for n in (4, 5))
 
     loss, breakdown = loss_fn(gen.requires_grad_(), pos)
     loss.backward()
 
     assert {'global', 'pooled', 'layer4_mean'} <= breakdown.losses.keys()
-    assert breakdown.stats['global'].scale < 10 and gen.grad.abs().sum() > 0 and calls == [True, False]
-    assert all(not p.requires_grad and p.grad is None for m in (decoder, encoder) for p in m.parameters())
+    assert breakdown.stats['global'].scale < 10
+    assert gen.grad.abs().sum() > 0
+    assert calls == [True, False]
+    for p in (*decoder.parameters(), *encoder.parameters()):
+        assert not p.requires_grad
+        assert p.grad is None
     assert not loss_fn.train().frozen[0].training
 
-    expected = drift_loss(decoder(gen.flatten(0, 1)).mean(dim = (2, 3)).view(2, 4, 2), decoder(pos.flatten(0, 1)).mean(dim = (2, 3)).view(2, 5, 2))[0].mean()
-    assert relative(breakdown.losses['pooled'], expected) < 1e-5
+    points = [pooled(decoder(t.flatten(0, 1)))['pooled'].view(2, -1, 2) for t in (gen, pos)]
+    expected, _ = drift_loss(*points)
+    assert relative(breakdown.losses['pooled'], expected.mean()) < 1e-5
 
 X = torch.zeros(2, 2, 16, 16)
+RGB = torch.zeros(2, 3, 16, 16)
+
+def unchanged(x):
+    return dict(a = x)
 
 @pytest.mark.parametrize('call, says', [
-    (lambda: tiny().features(X[:, :1]), 'x has shape (2, 1, 16, 16), expected (batch, 2, height, width), both multiples of 8'),
+    (
+        lambda: tiny().features(X[:, :1]),
+        'x has shape (2, 1, 16, 16), expected (batch, 2, height, width), both multiples of 8'
+    ),
     (lambda: tiny().features(X[..., :12]), 'both multiples of 8'),
     (lambda: tiny()(X[0]), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X[0], mask = torch.ones(2, 8, 8)), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
@@ -342,14 +395,19 @@ X = torch.zeros(2, 2, 16, 16)
     (lambda: tiny(layers = (1, 1)), 'layers must be'),
     (lambda: tiny(mask_ratio = 1.5), 'mask_ratio must be'),
     (lambda: tiny(feature_sets = ('8x8',)), 'feature_sets must be among'),
-    (lambda: ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1)).features(X), 'expected images (batch, 3, height, width) in [-1, 1]'),
-    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(X.repeat(1, 2, 1, 1)[:, :3]), '5 tokens behind the 0 prefix tokens'),
-    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5)).features(X.repeat(1, 2, 1, 1)[:, :3]), 'layer1 has shape (2, 5)'),
-    (lambda: FeatureDriftLoss([lambda x: dict(a = x), lambda x: dict(a = x)])(X[None], X[None]), "features of the same name: ['a']"),
+    (
+        lambda: ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1)).features(X),
+        'expected images (batch, 3, height, width) in [-1, 1]'
+    ),
+    (
+        lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(RGB),
+        '5 tokens behind the 0 prefix tokens'
+    ),
+    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5)).features(RGB), 'layer1 has shape (2, 5)'),
+    (lambda: FeatureDriftLoss([unchanged, unchanged])(X[None], X[None]), "features of the same name: ['a']"),
     (lambda: FeatureDriftLoss(lambda x: x)(X[None], X[None]), 'an encoder must return a dict'),
     (lambda: FeatureDriftLoss([None]), 'encoder must be'),
 ])
 def test_bad_input_is_one_clear_line(call, says):
-    with pytest.raises(ValueError) as error:
+    with raises_one_line(says):
         call()
-    assert says in str(error.value) and '\n' not in str(error.value)

@@ -1,11 +1,19 @@
+"""The drift field against its formulas, and what must hold of it whatever the points are."""
+
+import os
+import sys
+
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import relative
+from helpers import raises_one_line, relative, run
+from jaxtyping import TypeCheckError
 
 from drifting_pytorch import DriftField
 from drifting_pytorch.drifting import NORMALIZATIONS, sinkhorn
+
+# Algorithm 2
 
 def points(rng, *shape):
     return torch.randn(*shape, generator = rng, dtype = torch.float64)
@@ -15,17 +23,20 @@ def points(rng, *shape):
 @pytest.mark.parametrize('own_negatives', [False, True])
 def test_field_equals_the_formula(rng, kernel, normalize, own_negatives):
     x, y_pos = points(rng, 5, 3), points(rng, 7, 3)
-    y_neg = None if own_negatives else points(rng, 4, 3)
+    y_neg = y_neg_array = None
+    if not own_negatives:
+        y_neg = points(rng, 4, 3)
+        y_neg_array = y_neg.numpy()
 
     v = DriftField(kernel = kernel, normalize = normalize)(x, y_pos, y_neg, temperature = 0.8)
-    expected = oracle.field(x.numpy(), y_pos.numpy(), None if own_negatives else y_neg.numpy(), 0.8, kernel, normalize)
+    expected = oracle.field(x.numpy(), y_pos.numpy(), y_neg_array, 0.8, kernel, normalize)
 
     assert relative(v, expected) < 1e-9
 
 def test_float32_is_as_good_as_float32_gets(rng):
-    x, y_pos = points(rng, 32, 16) + 100., points(rng, 40, 16) + 100.     # a common offset must not cost digits
-    exact = oracle.field(x.float().double().numpy(), y_pos.float().double().numpy(), None, 0.5)
-    assert relative(DriftField()(x.float(), y_pos.float(), temperature = 0.5), exact) < 1e-5
+    x, y_pos = (100. + points(rng, n, 16).float() for n in (32, 40))        # a common offset must not cost digits
+    exact = oracle.field(x.double().numpy(), y_pos.double().numpy(), None, 0.5)
+    assert relative(DriftField()(x, y_pos, temperature = 0.5), exact) < 1e-5
 
 @pytest.mark.parametrize('autocast', [False, True])
 def test_distances_far_above_the_temperature_stay_exact(rng, autocast):
@@ -42,20 +53,23 @@ def test_own_negatives_are_the_points_without_themselves(rng):
 
     # two points: each one's only negative is the other one
 
-    v = DriftField(normalize = 'y')(x, y_pos, temperature = 0.7)
-    alone = torch.cat([DriftField(normalize = 'y')(x[i:i + 1], y_pos, x[1 - i:2 - i], temperature = 0.7) for i in range(2)])
-    assert relative(v, alone) < 1e-9
+    field = DriftField(normalize = 'y')
+    v = field(x, y_pos, temperature = 0.7)
+    alone = [field(x[i:i + 1], y_pos, x[1 - i:2 - i], temperature = 0.7) for i in range(2)]
+    assert relative(v, torch.cat(alone)) < 1e-9
 
     # and x given by hand is not masked
 
-    assert relative(DriftField()(x, y_pos, x, temperature = 0.7), DriftField()(x, y_pos, temperature = 0.7)) > 1e-2
+    field = DriftField()
+    assert relative(field(x, y_pos, x, temperature = 0.7), field(x, y_pos, temperature = 0.7)) > 1e-2
 
 @pytest.mark.parametrize('normalize', NORMALIZATIONS)
 def test_antisymmetry(rng, normalize):
     x, a, b = points(rng, 6, 4), points(rng, 5, 4), points(rng, 8, 4)
     field = DriftField(normalize = normalize)
 
-    forward, backward = field(x, a, b, temperature = 0.5), field(x, b, a, temperature = 0.5)
+    forward = field(x, a, b, temperature = 0.5)
+    backward = field(x, b, a, temperature = 0.5)
     assert relative(forward, -backward) < 1e-9
     assert forward.norm() > 1e-3
 
@@ -83,27 +97,33 @@ def test_attraction_and_repulsion_factors(rng):
     # attraction alone pulls a far away point towards the data
 
     far = torch.full((3, 4), 10., dtype = torch.float64) + x[:3]
-    assert ((a.mean(dim = 0) - far) * DriftField(repulsion = 0.)(far, a, temperature = 5.)).sum(dim = -1).min() > 0
+    pull = DriftField(repulsion = 0.)(far, a, temperature = 5.)
+    assert ((a.mean(dim = 0) - far) * pull).sum(dim = -1).min() > 0
 
 # fields of later work
 
 @pytest.mark.parametrize('kernel', ['laplace', 'gaussian'])
 def test_gradient_field_is_the_gradient_of_the_log_kernel_sums(rng, kernel):
     """sum grad k / sum k over positives minus the same over negatives = grad (log sum k+ - log sum k-)."""
-    x, y_pos, y_neg = points(rng, 5, 3).requires_grad_(), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
+    x.requires_grad_()
 
     def log_density(y):
         dist = (x[:, None] - y[None]).norm(dim = -1)
-        return (-dist / 0.7 if kernel == 'laplace' else -dist ** 2 / (2 * 0.7 ** 2)).logsumexp(dim = -1)
+        return oracle.log_kernel(dist, 0.7, kernel).logsumexp(dim = -1)
 
     expected, = torch.autograd.grad((log_density(y_pos) - log_density(y_neg)).sum(), x)
-    assert relative(DriftField(kernel = kernel, normalize = 'gradient')(x, y_pos, y_neg, temperature = 0.7), expected) < 1e-9
+    field = DriftField(kernel = kernel, normalize = 'gradient')
+    assert relative(field(x, y_pos, y_neg, temperature = 0.7), expected) < 1e-9
 
 def test_sharp_field_is_the_gradient_of_its_potential(rng):
-    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
     field = DriftField(normalize = 'sharp')
     v = field(x, y_pos, y_neg, temperature = 0.7)
-    potential = lambda x, y_neg = y_neg: field.potential(torch.cdist(x, torch.cat((y_pos, y_neg))), 7, 0.7, torch.ones(7 + len(y_neg), dtype = torch.float64))
+
+    def potential(x, y_neg = y_neg):
+        dist = torch.cdist(x, torch.cat((y_pos, y_neg)))
+        return field.potential(dist, 7, 0.7, torch.ones(7 + len(y_neg), dtype = torch.float64))
 
     # the formula, with loops
 
@@ -128,9 +148,10 @@ def test_sharp_field_is_the_gradient_of_its_potential(rng):
 def test_sinkhorn_plans_have_the_marginals(rng):
     log_kernel = -torch.cdist(points(rng, 2, 6, 3), points(rng, 2, 4, 3)) ** 2 / 0.5
     plan = sinkhorn(log_kernel, 200)
-    assert (plan.sum(dim = -1) - 1 / 6).abs().max() < 1e-9 and (plan.sum(dim = -2) - 1 / 4).abs().max() < 1e-9
+    assert (plan.sum(dim = -1) - 1 / 6).abs().max() < 1e-9
+    assert (plan.sum(dim = -2) - 1 / 4).abs().max() < 1e-9
 
-    # the optimal entropic plan is the kernel, scaled by rows and columns: its log is the kernel's plus a sum of two vectors
+    # the optimal entropic plan is the kernel, scaled by rows and columns: its log is the kernel's plus two vectors
 
     residual = plan.log() - log_kernel
     residual = residual - residual[:, :1] - residual[:, :, :1] + residual[:, :1, :1]
@@ -141,12 +162,13 @@ def test_sinkhorn_plans_have_the_marginals(rng):
     assert (sinkhorn(log_kernel, 1).sum(dim = -2) - 1 / 4).abs().max() < 1e-12
 
 def test_sinkhorn_field_moves_to_barycenters(rng):
-    x, y_pos, y_neg = points(rng, 5, 3), points(rng, 7, 3), points(rng, 4, 3)
+    x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
     v = DriftField(normalize = 'sinkhorn', sinkhorn_iters = 20)(x, y_pos, y_neg, temperature = 0.8)
 
     targets = []
     for y in (y_pos, y_neg):
-        K = np.exp(-0.5 * ((x[:, None] - y[None]) ** 2).sum(dim = -1).numpy() / 0.8)
+        dist_sq = ((x[:, None] - y[None]) ** 2).sum(dim = -1).numpy()
+        K = np.exp(-0.5 * dist_sq / 0.8)
         u, w = np.ones(5), np.ones(len(y))
         for _ in range(20):
             u = 1 / 5 / (K @ w)
@@ -157,13 +179,13 @@ def test_sinkhorn_field_moves_to_barycenters(rng):
     assert relative(v, targets[0] - targets[1]) < 1e-9
 
 def test_leading_dimensions_are_independent_problems(rng):
-    x, a, b = points(rng, 2, 3, 6, 4), points(rng, 2, 3, 5, 4), points(rng, 2, 3, 7, 4)
+    x, a, b = (points(rng, 2, 3, n, 4) for n in (6, 5, 7))
     v = DriftField()(x, a, b, temperature = 0.5)
-
     assert v.shape == x.shape
-    for i in range(2):
-        for j in range(3):
-            assert relative(v[i, j], DriftField()(x[i, j], a[i, j], b[i, j], temperature = 0.5)) < 1e-9
+
+    for index in np.ndindex(2, 3):
+        alone = DriftField()(x[index], a[index], b[index], temperature = 0.5)
+        assert relative(v[index], alone) < 1e-9
 
 def test_single_points_duplicates_and_magnitudes_stay_finite(rng):
     x = points(rng, 1, 4)
@@ -173,8 +195,10 @@ def test_single_points_duplicates_and_magnitudes_stay_finite(rng):
     assert DriftField()(same, same, temperature = 0.1).isfinite().all()
 
     for magnitude in (1e-6, 1e6):
-        v = DriftField()(points(rng, 8, 4) * magnitude, points(rng, 8, 4) * magnitude, temperature = 0.5 * magnitude)
-        assert v.isfinite().all() and 1e-3 < v.norm() / magnitude < 1e3
+        x, y_pos = points(rng, 2, 8, 4) * magnitude
+        v = DriftField()(x, y_pos, temperature = 0.5 * magnitude)
+        assert v.isfinite().all()
+        assert 1e-3 < v.norm() / magnitude < 1e3
 
 def test_no_gradient_flows_through_the_field(rng):
     x = points(rng, 4, 2).requires_grad_()
@@ -195,22 +219,25 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField(normalize = 'x'), 'normalize must be one of both, y, none'),
 ])
 def test_bad_input_is_one_clear_line(rng, call, says):
-    with pytest.raises(ValueError) as error:
+    with raises_one_line(says):
         call(points(rng, 5, 3), points(rng, 4, 3))
-    assert says in str(error.value) and '\n' not in str(error.value)
+
+# shapes in signatures
 
 def test_shapes_are_checked_when_switched_on(rng):
-    from jaxtyping import TypeCheckError
-
     with pytest.raises(TypeCheckError):
         DriftField().coefficients(points(rng, 3, 7), 2, 5, 0.5, weight = points(rng, 6))
 
-def test_shape_checks_are_off_by_default():
-    import os
-    import subprocess
-    import sys
+IS_CHECKED = """
+from drifting_pytorch.drifting import DriftField, squared_distances
+print(squared_distances.__module__, hasattr(DriftField.coefficients, '__wrapped__'))
+"""
 
-    code = 'from drifting_pytorch.drifting import squared_distances, DriftField; print(squared_distances.__module__, hasattr(DriftField.coefficients, "__wrapped__"))'
+def test_shape_checks_are_off_by_default():
     env = {name: value for name, value in os.environ.items() if name != 'DRIFTING_TYPECHECK'}
-    run = lambda env: subprocess.run([sys.executable, '-c', code], env = env, capture_output = True, text = True, check = True).stdout.split()
-    assert run(env) == ['drifting_pytorch.drifting', 'False'] and run({**env, 'DRIFTING_TYPECHECK': '1'})[1] == 'True'
+
+    def is_checked(**more):
+        return run(sys.executable, '-c', IS_CHECKED, env = {**env, **more}).split()
+
+    assert is_checked() == ['drifting_pytorch.drifting', 'False']
+    assert is_checked(DRIFTING_TYPECHECK = '1')[1] == 'True'

@@ -1,0 +1,152 @@
+"""Checkpoints, exact resume, and what is exported."""
+
+import json
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Net,
+    X,
+    Y,
+    checkpoint_names,
+    json_lines,
+    picture_generator,
+    rows,
+    trainer,
+    weights,
+)
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from drifting_pytorch import DriftingGenerator
+
+# exact resume
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+def test_resume_is_exact(tmp_path):
+    straight = trainer(tmp_path / 'a')
+    straight.train()
+
+    trainer(tmp_path / 'b', num_train_steps = 12, save_every = 6).train()
+    resumed = trainer(tmp_path / 'b', resume_from_checkpoint = 'latest')
+    assert resumed.step == 12
+    resumed.train()
+
+    assert torch.equal(weights(straight), weights(resumed))
+    assert same_state(straight.ema.ema_model, resumed.ema.ema_model)
+    for name in straight.queues:
+        assert same_state(straight.queues[name], resumed.queues[name]), name
+
+    assert rows(tmp_path / 'a')[-1] == rows(tmp_path / 'b')[-1]
+
+class Augmented(Dataset):
+    """Labels of an odd type, and augmentations from three libraries' random states."""
+
+    def __len__(self):
+        return 240
+
+    def __getitem__(self, i):
+        noise = torch.randn(2) + random.random() + np.random.rand()
+        return (X[i] + 0.01 * noise).double(), np.uint8(Y[i])
+
+def test_resume_is_exact_with_augmentations_and_workers(tmp_path):
+    torch.rand(3)
+    straight = trainer(tmp_path / 'a', data = Augmented(), num_train_steps = 12)
+    straight.train()
+
+    trainer(tmp_path / 'b', data = Augmented(), num_train_steps = 6, save_every = 6, num_workers = 2).train()
+    resumed = trainer(
+        tmp_path / 'b', data = Augmented(), num_train_steps = 12, num_workers = 2, resume_from_checkpoint = 'latest'
+    )
+    resumed.train()
+    assert torch.equal(weights(straight), weights(resumed))
+
+class Unused(Net):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(2))      # has no part in forward
+
+def test_parameter_without_gradient_is_resumed(tmp_path):
+    straight = trainer(tmp_path / 'a', Unused())
+    straight.train()
+    trainer(tmp_path / 'b', Unused(), num_train_steps = 10, save_every = 10).train()
+    resumed = trainer(tmp_path / 'b', Unused(), resume_from_checkpoint = 'latest')
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(straight))
+
+# the folder of a run
+
+def logged_steps(folder):
+    return [row['step'] for row in json_lines(folder / 'metrics.jsonl')]
+
+def test_checkpoints(tmp_path):
+    trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2, log_every = 4).train()
+    checkpoints = tmp_path / 'checkpoints'
+    assert checkpoint_names(tmp_path) == ['step-00000008', 'step-00000010']
+
+    # the averaged weights are plain safetensors of the module
+
+    Net().load_state_dict(load_file(checkpoints / 'step-00000010' / 'ema.safetensors'))
+
+    with pytest.raises(ValueError, match = 'checkpoints cannot be used: it is not complete'):
+        trainer(tmp_path, resume_from_checkpoint = checkpoints)
+    with pytest.raises(ValueError, match = 'the saved queue has'):
+        trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
+    assert trainer(tmp_path / 'empty', resume_from_checkpoint = 'latest').step == 0
+
+    changes = r'other settings than it had: seed 0 -> 1, betas \[0.9, 0.95\] -> \[0.9, 0.99\]$'
+    with pytest.warns(UserWarning, match = changes):
+        trainer(tmp_path, seed = 1, betas = (0.9, 0.99), log_every = 7, resume_from_checkpoint = 'latest')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        trainer(tmp_path, num_train_steps = 12, log_every = 7, resume_from_checkpoint = 'latest')
+
+    # a run that is resumed from further back logs again what came after
+
+    assert logged_steps(tmp_path) == [4, 8, 10]
+    earlier = checkpoints / 'step-00000008'
+    trainer(tmp_path, num_train_steps = 10, log_every = 4, resume_from_checkpoint = earlier).train()
+    assert logged_steps(tmp_path) == [4, 8, 10]
+
+    # a new run does not mix with an earlier one
+
+    with pytest.raises(ValueError, match = 'holds an earlier run'):
+        trainer(tmp_path)
+    trainer(tmp_path, num_train_steps = 5, save_every = 5, overwrite = True).train()
+    assert logged_steps(tmp_path) == [5]
+    assert checkpoint_names(tmp_path) == ['step-00000005']
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path):
+    trainer(tmp_path, num_train_steps = 8, save_every = 2).train()
+    assert checkpoint_names(tmp_path) == ['step-00000004', 'step-00000006', 'step-00000008']
+
+    earlier = tmp_path / 'checkpoints' / 'step-00000004'
+    trainer(tmp_path, num_train_steps = 5, save_every = 1, resume_from_checkpoint = earlier).train()
+    left = ['left-step-00000006', 'left-step-00000008']
+    assert checkpoint_names(tmp_path) == [*left, 'step-00000004', 'step-00000005']
+    assert trainer(tmp_path, resume_from_checkpoint = 'latest').step == 5
+
+# exports
+
+def test_checkpoints_of_a_generator_name_it(tmp_path):
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    t = trainer(tmp_path, picture_generator(), data, num_train_steps = 2, save_every = 2)
+    t.train()
+    checkpoint = tmp_path / 'checkpoints' / 'step-00000002'
+    config = json.loads((checkpoint / 'config.json').read_text())
+    DriftingGenerator(**config).load_state_dict(load_file(checkpoint / 'ema.safetensors'))
+
+    with pytest.raises(ValueError, match = 'save_pretrained is for the models of this package'):
+        trainer(tmp_path / 'other').save_pretrained(tmp_path / 'other')
+
+    t.save_pretrained(tmp_path / 'export')
+    exported = DriftingGenerator.from_pretrained(tmp_path / 'export')
+    assert torch.equal(exported.sample([0, 1], seed = 0), t.sample([0, 1], seed = 0))
