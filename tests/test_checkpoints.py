@@ -7,6 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from drifting_pytorch import DriftingGenerator
 from helpers import (
     Net,
     X,
@@ -18,11 +23,6 @@ from helpers import (
     trainer,
     weights,
 )
-from safetensors.torch import load_file
-from torch import nn
-from torch.utils.data import Dataset, TensorDataset
-
-from drifting_pytorch import DriftingGenerator
 
 # exact resume
 

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drift_loss, drifting
 from helpers import (
     DATA,
     PlainNet,
@@ -24,11 +29,6 @@ from helpers import (
     trainer,
     weights,
 )
-from safetensors.torch import load_file
-from torch import nn
-from torch.utils.data import TensorDataset
-
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drift_loss, drifting
 
 GROUPS = 5      # neither by two nor by four
 

@@ -8,6 +8,11 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from safetensors.torch import save_file
+from torch import nn
+
+from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss, drifting
+from drifting_pytorch.drifting import map_features
 from helpers import (
     REFERENCE,
     by_the_rule,
@@ -16,14 +21,9 @@ from helpers import (
     nchw,
     raises_one_line,
     relative,
+    tiny_mae as tiny,
     write_artifact,
 )
-from helpers import tiny_mae as tiny
-from safetensors.torch import save_file
-from torch import nn
-
-from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss, drifting
-from drifting_pytorch.drifting import map_features
 
 # the release
 

@@ -12,6 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import Dataset, TensorDataset
+
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
 from helpers import (
     DATA,
     Net,
@@ -24,10 +28,6 @@ from helpers import (
     trainer,
     weights,
 )
-from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
-
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
 
 # killed while a checkpoint is written
 

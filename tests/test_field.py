@@ -4,14 +4,14 @@ import os
 import sys
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import raises_one_line, relative, run
 from jaxtyping import TypeCheckError
 
+import oracle
 from drifting_pytorch import DriftField
 from drifting_pytorch.drifting import NORMALIZATIONS, sinkhorn
+from helpers import raises_one_line, relative, run
 
 # Algorithm 2
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+
+from drifting_pytorch import DriftingGenerator, LatentMAE, drifting
 from helpers import (
     REFERENCE,
     awake,
@@ -17,10 +19,8 @@ from helpers import (
     packed_array,
     raises_one_line,
     relative,
+    tiny_generator as tiny,
 )
-from helpers import tiny_generator as tiny
-
-from drifting_pytorch import DriftingGenerator, LatentMAE, drifting
 
 ARTIFACT = REFERENCE / 'artifact_generator'
 

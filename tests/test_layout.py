@@ -8,6 +8,7 @@ import sys
 from textwrap import dedent
 
 import pytest
+
 from helpers import ROOT
 
 SOURCE = (ROOT / 'drifting_pytorch' / 'drifting.py').read_text()

@@ -3,15 +3,15 @@
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from einops import rearrange
-from helpers import REFERENCE, raises_one_line, relative
 from torch import nn
 
+import oracle
 from drifting_pytorch import DriftField, FeatureDriftLoss, drift_loss
 from drifting_pytorch.drifting import effective_neighbors
+from helpers import REFERENCE, raises_one_line, relative
 
 ARRAYS = np.load(REFERENCE / 'drift_loss.npz')
 TEMPERATURES = (0.02, 0.05, 0.2)

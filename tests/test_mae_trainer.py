@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import rows, weights
 from PIL import Image
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import LatentMAE, MAETrainer
+from helpers import rows, weights
 
 # stripes
 

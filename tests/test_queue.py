@@ -6,10 +6,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from helpers import raises_one_line
 
 from drifting_pytorch import SampleQueue
 from drifting_pytorch.drifting import endless_shuffle, image_grid, sample_alpha
+from helpers import raises_one_line
 
 # the queue
 

@@ -5,13 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import REFERENCE, launch, relative
 from einops import rearrange
-from test_encoders import by_the_rule, nchw, write_artifact
-from test_trainer import Net
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer, drift_loss
+from helpers import REFERENCE, Net, by_the_rule, launch, nchw, relative, write_artifact
 
 # a recorded training
 

@@ -5,6 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from drifting_pytorch import DriftField, FeatureDriftLoss, Trainer
 from helpers import (
     CENTERS,
     Net,
@@ -22,10 +26,6 @@ from helpers import (
     trainer,
     weights,
 )
-from PIL import Image
-from torch.utils.data import TensorDataset
-
-from drifting_pytorch import DriftField, FeatureDriftLoss, Trainer
 
 # what is learned
 
