@@ -9,14 +9,27 @@ import torch
 from jaxtyping import TypeCheckError
 
 import oracle
-from drifting_pytorch import DriftField
-from drifting_pytorch.drifting import NORMALIZATIONS, sinkhorn
+from drifting_pytorch import DriftField, GradientField, SharpField, SinkhornField
 from helpers import raises_one_line, relative, run
 
-# Algorithm 2
+FIELDS = [
+    DriftField(),
+    DriftField(normalize = 'y'),
+    DriftField(normalize = 'none'),
+    GradientField(),
+    GradientField(kernel = 'gaussian'),
+    SharpField(),
+    SinkhornField(),
+]
+
+def name_of(field):
+    """As the test's name."""
+    return f'{type(field).__name__}-{field.kernel}-{field.normalize}'
 
 def points(rng, *shape):
     return torch.randn(*shape, generator = rng, dtype = torch.float64)
+
+# Algorithm 2
 
 @pytest.mark.parametrize('kernel', ['laplace', 'gaussian'])
 @pytest.mark.parametrize('normalize', ['both', 'y', 'none'])
@@ -63,20 +76,19 @@ def test_own_negatives_are_the_points_without_themselves(rng):
     field = DriftField()
     assert relative(field(x, y_pos, x, temperature = 0.7), field(x, y_pos, temperature = 0.7)) > 1e-2
 
-@pytest.mark.parametrize('normalize', NORMALIZATIONS)
-def test_antisymmetry(rng, normalize):
+@pytest.mark.parametrize('field', FIELDS, ids = name_of)
+def test_antisymmetry(rng, field):
     x, a, b = points(rng, 6, 4), points(rng, 5, 4), points(rng, 8, 4)
-    field = DriftField(normalize = normalize)
 
     forward = field(x, a, b, temperature = 0.5)
     backward = field(x, b, a, temperature = 0.5)
     assert relative(forward, -backward) < 1e-9
     assert forward.norm() > 1e-3
 
-@pytest.mark.parametrize('normalize', NORMALIZATIONS)
-def test_no_drift_at_equilibrium(rng, normalize):
+@pytest.mark.parametrize('field', FIELDS, ids = name_of)
+def test_no_drift_at_equilibrium(rng, field):
     x, a = points(rng, 6, 4), points(rng, 5, 4)
-    assert DriftField(normalize = normalize)(x, a, a, temperature = 0.5).abs().max() < 1e-9
+    assert field(x, a, a, temperature = 0.5).abs().max() < 1e-9
 
 @pytest.mark.parametrize('factors', [(1., 1.), (2., 1.)])
 def test_translation_invariance(rng, factors):
@@ -113,12 +125,12 @@ def test_gradient_field_is_the_gradient_of_the_log_kernel_sums(rng, kernel):
         return oracle.log_kernel(dist, 0.7, kernel).logsumexp(dim = -1)
 
     expected, = torch.autograd.grad((log_density(y_pos) - log_density(y_neg)).sum(), x)
-    field = DriftField(kernel = kernel, normalize = 'gradient')
+    field = GradientField(kernel = kernel)
     assert relative(field(x, y_pos, y_neg, temperature = 0.7), expected) < 1e-9
 
 def test_sharp_field_is_the_gradient_of_its_potential(rng):
     x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
-    field = DriftField(normalize = 'sharp')
+    field = SharpField()
     v = field(x, y_pos, y_neg, temperature = 0.7)
 
     def potential(x, y_neg = y_neg):
@@ -146,9 +158,11 @@ def test_sharp_field_is_the_gradient_of_its_potential(rng):
     assert potential(x, y_pos).abs().max() < 1e-12
 
 def test_sinkhorn_plans_have_the_marginals(rng):
-    log_kernel = -torch.cdist(points(rng, 2, 6, 3), points(rng, 2, 4, 3)) ** 2 / 0.5
-    plan = sinkhorn(log_kernel, 200)
-    assert (plan.sum(dim = -1) - 1 / 6).abs().max() < 1e-9
+    dist = torch.cdist(points(rng, 2, 6, 3), points(rng, 2, 4, 3))
+    log_kernel = -dist ** 2 / 0.5
+    rows = SinkhornField(iters = 200).barycenter(dist, 0.25)
+    assert (rows.sum(dim = -1) - 1).abs().max() < 1e-9
+    plan = rows / 6
     assert (plan.sum(dim = -2) - 1 / 4).abs().max() < 1e-9
 
     # the optimal entropic plan is the kernel, scaled by rows and columns: its log is the kernel's plus two vectors
@@ -157,23 +171,21 @@ def test_sinkhorn_plans_have_the_marginals(rng):
     residual = residual - residual[:, :1] - residual[:, :, :1] + residual[:, :1, :1]
     assert residual.abs().max() < 1e-9
 
-    # columns are exact after any number of iterations, rows are what the transport divides by
-
-    assert (sinkhorn(log_kernel, 1).sum(dim = -2) - 1 / 4).abs().max() < 1e-12
-
-def test_sinkhorn_field_moves_to_barycenters(rng):
+@pytest.mark.parametrize('iters', [1, 2, 20])
+def test_sinkhorn_field_moves_to_barycenters(rng, iters):
     x, y_pos, y_neg = (points(rng, n, 3) for n in (5, 7, 4))
-    v = DriftField(normalize = 'sinkhorn', sinkhorn_iters = 20)(x, y_pos, y_neg, temperature = 0.8)
+    v = SinkhornField(iters = iters)(x, y_pos, y_neg, temperature = 0.8)
 
     targets = []
     for y in (y_pos, y_neg):
         dist_sq = ((x[:, None] - y[None]) ** 2).sum(dim = -1).numpy()
         K = np.exp(-0.5 * dist_sq / 0.8)
         u, w = np.ones(5), np.ones(len(y))
-        for _ in range(20):
+        for _ in range(iters):
             u = 1 / 5 / (K @ w)
             w = 1 / len(y) / (K.T @ u)
         plan = u[:, None] * K * w
+        assert abs(plan.sum(axis = 0) - 1 / len(y)).max() < 1e-12       # columns are exact, rows are divided by
         targets.append(plan @ y.numpy() / plan.sum(axis = 1, keepdims = True))
 
     assert relative(v, targets[0] - targets[1]) < 1e-9
@@ -216,7 +228,11 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField()(x, a, temperature = float('inf')), 'temperature must be above 0 and finite'),
     (lambda x, a: DriftField()(x, a.tolist(), temperature = 1.), 'y_pos must be a tensor, got list'),
     (lambda x, a: DriftField(kernel = 'cosine'), 'kernel must be'),
-    (lambda x, a: DriftField(normalize = 'x'), 'normalize must be one of both, y, none'),
+    (lambda x, a: DriftField(normalize = 'x'), "normalize must be 'both', 'y' or 'none', got 'x'"),
+    (lambda x, a: DriftField(normalize = 'gradient'), "'gradient' is a class of its own: use GradientField()"),
+    (lambda x, a: DriftField(normalize = 'sharp'), "'sharp' is a class of its own: use SharpField()"),
+    (lambda x, a: DriftField(normalize = 'sinkhorn'), "'sinkhorn' is a class of its own: use SinkhornField()"),
+    (lambda x, a: SinkhornField(iters = 0), 'iters must be above 0'),
 ])
 def test_bad_input_is_one_clear_line(rng, call, says):
     with raises_one_line(says):
