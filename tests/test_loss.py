@@ -9,8 +9,17 @@ from einops import rearrange
 from torch import nn
 
 import oracle
-from drifting_pytorch import DriftField, FeatureDriftLoss, drift_loss
-from drifting_pytorch.drifting import effective_neighbors
+from drifting_pytorch import (
+    DriftField,
+    FeatureDriftLoss,
+    GradientField,
+    SharpField,
+    SinkhornField,
+    drift_loss,
+    drifting,
+    plain_drift_loss,
+)
+from drifting_pytorch.drifting import DriftProblems, effective_neighbors
 from helpers import REFERENCE, raises_one_line, relative
 
 ARRAYS = np.load(REFERENCE / 'drift_loss.npz')
@@ -86,6 +95,56 @@ def test_loss_equals_the_formula(rng, shape, guided, options):
 
     for temperature, mean_square in mean_squares.items():
         assert relative(stats.drift_rms[temperature] ** 2, np.asarray(mean_square)) < 1e-7
+
+# the limit where samples coincide: 1e-11 for fields whose coefficients there are 1e4 and more times the others, so that
+# what is left of sum_y W y - sum_y W x has four digits less
+
+@pytest.mark.parametrize('field, limit', [
+    (DriftField(), 1e-12),
+    (DriftField(kernel = 'gaussian'), 1e-12),
+    (DriftField(normalize = 'y'), 1e-12),
+    (DriftField(normalize = 'none'), 1e-11),
+    (DriftField(attraction = 1.5), 1e-12),
+    (DriftField(kernel = 'gaussian', normalize = 'y', repulsion = 0.5), 1e-12),
+    (GradientField(), 1e-11),
+    (SharpField(), 1e-12),
+])
+@pytest.mark.parametrize('floor', [0., 1e-6])
+@pytest.mark.parametrize('coincident', [False, True])
+@pytest.mark.parametrize('guided', [False, True])
+@pytest.mark.parametrize('d', [3, 21, 22])      # 15 samples, or 11 unguided: 0.7 d is below them, just below, above
+def test_the_fast_loss_is_the_plain_one(rng, monkeypatch, d, guided, coincident, floor, field, limit):
+    gen, pos, uncond, weight = random_problem(rng, b = 7, g = 5, p = 6, u = 4, d = d)
+    options = dict(field = field, affinity_floor = floor, temperatures = (0.05, 0.3))
+
+    if coincident:
+        gen[:, 2:] = gen[:, :1]
+        pos[0, 0] = gen[0, 0]
+        uncond[:, 1] = pos[:, 3]
+    if not guided:
+        uncond, weight = uncond[:, :0], weight[:, :0]
+
+    plain_gen, fast_gen = (gen.clone().requires_grad_() for _ in range(2))
+    plain = plain_drift_loss(plain_gen, pos, uncond, weight, **options)
+    plain.mean().backward()
+
+    if not guided:
+        uncond = weight = None
+
+    # in parts of two problems, the last of one
+
+    num_samples = 15 if guided else 11
+    monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', 2 * num_samples * max(d, 2 * 5))
+    problems = DriftProblems(gen, pos, uncond, **options)
+    assert len(problems.parts) == 4
+    assert problems.in_coefficients == (num_samples < 0.7 * d)
+
+    fast, _ = drift_loss(fast_gen, pos, uncond, uncond_weight = weight, **options)
+    fast.mean().backward()
+
+    most = limit if coincident else 1e-12
+    assert relative(fast, plain) < most
+    assert relative(fast_gen.grad, plain_gen.grad) < most
 
 def test_float32_against_float64(rng):
     gen, pos, uncond, weight = random_problem(rng, torch.float32, b = 4, g = 24, p = 32, u = 8, d = 64)
@@ -186,13 +245,16 @@ def test_backward_can_be_repeated(rng, d):
         loss.backward(retain_graph = i < 2)
         assert relative(gen.grad, (i + 1) * expected) < 1e-12
 
-def test_second_derivatives_are_refused(rng):
-    gen, pos, _, _ = random_problem(rng, torch.float64)
+@pytest.mark.parametrize('group_chunk_size', [None, 1])
+def test_second_derivatives_are_refused(rng, group_chunk_size):
+    gen, pos, *_ = random_problem(rng)
     gen.requires_grad_()
-    grad, = torch.autograd.grad(drift_loss(gen, pos)[0].sum(), gen, create_graph = True)
+    losses = drift_loss(gen, pos)[0], FeatureDriftLoss(group_chunk_size = group_chunk_size)(gen, pos)[0]
 
-    with pytest.raises(RuntimeError, match = 'does not require grad'):
-        grad.sum().backward()
+    for loss in losses:
+        with raises_one_line('the drifting loss has no second derivative'):
+            torch.autograd.grad(loss.sum(), gen, create_graph = True)
+        torch.autograd.grad(loss.sum(), gen)                        # the first one it has
 
 def test_unweighted_unconditional_samples_are_plain_negatives(rng):
     gen, pos, uncond, _ = random_problem(rng)
@@ -305,7 +367,7 @@ def test_transport_with_guidance_equals_the_formula(rng):
     alpha, R = torch.tensor([1.5, 3.], dtype = torch.float64), 0.05
 
     weight = ((alpha - 1) * 4 / 4)[:, None].expand(2, 4)
-    field = DriftField(normalize = 'sinkhorn')
+    field = SinkhornField()
     loss, stats = drift_loss(gen, pos, uncond, uncond_weight = weight, neg = neg, temperatures = (R,), field = field)
 
     y = torch.cat((pos, neg, uncond), dim = 1)
@@ -344,28 +406,26 @@ def test_other_generated_samples_as_negatives(rng):
     assert relative(stats.scale, S) < 1e-5
     assert relative(stats.drift_rms[0.5], V.square().mean().sqrt()) < 1e-4
 
-    options = dict(field = DriftField(normalize = 'sinkhorn'), temperatures = (0.05,))
+    options = dict(field = SinkhornField(), temperatures = (0.05,))
     loss_fn = FeatureDriftLoss(**options)
     assert loss_fn.needs_neg
     assert not FeatureDriftLoss().needs_neg
     direct, _ = drift_loss(gen, pos, neg = neg, **options)
     assert relative(loss_fn(gen, pos, neg = neg)[0], direct.mean()) < 1e-6
 
-@pytest.mark.parametrize('normalize', ['gradient', 'sharp'])
-def test_weights_count_like_repeated_samples_where_positives_and_negatives_are_apart(rng, normalize):
+@pytest.mark.parametrize('field', [GradientField(), SharpField()])
+def test_weights_count_like_repeated_samples_where_positives_and_negatives_are_apart(rng, field):
     gen, pos, uncond, _ = random_problem(rng)
-    field = DriftField(normalize = normalize)
     twos = torch.full((2, 2), 2., dtype = torch.float64)
     weighted, _ = drift_loss(gen, pos, uncond, uncond_weight = twos, field = field)
     twice, _ = drift_loss(gen, pos, torch.cat((uncond, uncond), dim = 1), field = field)
     assert relative(weighted, twice) < 1e-9
 
-@pytest.mark.parametrize('normalize', ['gradient', 'sharp'])
-def test_weightless_samples_are_not_there_where_positives_and_negatives_are_apart(rng, normalize):
+@pytest.mark.parametrize('field', [GradientField(), SharpField()])
+def test_weightless_samples_are_not_there_where_positives_and_negatives_are_apart(rng, field):
     gen, pos = (torch.randn(1, n, 2, generator = rng) for n in (16, 16))
     gen[0, 0] = 8.                                              # an outlier, beside samples without weight
     weightless = gen[:, :1].expand(-1, 4, -1) + 0.1
-    field = DriftField(normalize = normalize)
 
     _, plain = drift_loss(gen, pos, field = field)
     _, stats = drift_loss(gen, pos, weightless, uncond_weight = torch.zeros(1, 4), field = field)
@@ -380,7 +440,7 @@ def test_weightless_samples_are_not_there_where_positives_and_negatives_are_apar
 def test_sharp_potential_is_a_loss_that_falls(rng):
     data = torch.randn(1, 64, 2, generator = rng)
     x = 0.3 * torch.randn(1, 64, 2, generator = rng) + 2.
-    field, potentials = DriftField(normalize = 'sharp'), []
+    field, potentials = SharpField(), []
 
     for _ in range(60):
         x = x.requires_grad_()
@@ -428,21 +488,42 @@ def test_order_does_not_matter(step, rng):
     assert relative(flipped_loss, loss) < 1e-6
     assert relative(flipped_grad, grad.flip(-1)) < 1e-6
 
-@pytest.mark.parametrize('chunk_size', [1, 5, 8, 100])
-def test_chunks_do_not_matter(step, chunk_size):
+def assert_equal_breakdowns(a, b):
+    """In every number."""
+    assert a.stats.keys() == b.stats.keys()
+
+    for name, stats in a.stats.items():
+        assert relative(a.losses[name], b.losses[name]) < 1e-9, name
+
+        for kind, value in stats._asdict().items():
+            other = getattr(b.stats[name], kind)
+            if kind == 'scale':
+                value, other = dict(S = value), dict(S = other)
+
+            assert value.keys() == other.keys(), (name, kind)
+            for key in value:
+                assert relative(value[key], other[key]) < 1e-9, (name, kind, key)
+
+@pytest.mark.parametrize('field', [DriftField(), DriftField(attraction = 1.5), SharpField()])
+@pytest.mark.parametrize('num_problems', [1, 5, 8, 100])
+def test_parts_do_not_matter(step, monkeypatch, field, num_problems):
+    loss, grad, breakdown = loss_and_gradient(*step, field = field)
+
+    of_one_problem = 15 * 15        # of the locations: 15 samples, each with 5 coefficients at 3 temperatures
+    monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', num_problems * of_one_problem)
+    parted_loss, parted_grad, parted = loss_and_gradient(*step, field = field)
+
+    assert relative(parted_loss, loss) < 1e-9
+    assert relative(parted_grad, grad) < 1e-9
+    assert_equal_breakdowns(breakdown, parted)
+
+@pytest.mark.parametrize('group_chunk_size', [1, 2, 100])
+def test_chunks_of_groups_do_not_matter(step, group_chunk_size):
     loss, grad, breakdown = loss_and_gradient(*step)
-    chunked_loss, chunked_grad, chunked = loss_and_gradient(*step, chunk_size = chunk_size)
+    chunked_loss, chunked_grad, chunked = loss_and_gradient(*step, group_chunk_size = group_chunk_size)
     assert relative(chunked_loss, loss) < 1e-9
     assert relative(chunked_grad, grad) < 1e-9
-
-    def numbers(value):
-        return list(value.values()) if isinstance(value, dict) else [value]
-
-    for name, stats in breakdown.stats.items():
-        for field, value in stats._asdict().items():
-            other = getattr(chunked.stats[name], field)
-            for a, b in zip(numbers(value), numbers(other), strict = True):
-                assert relative(a, b) < 1e-9, (name, field)
+    assert_equal_breakdowns(breakdown, chunked)
 
 def test_scale_of_a_feature_does_not_matter(step):
     gen, pos, uncond, _ = (t.flatten(2) if t.ndim > 2 else t for t in step)
@@ -542,9 +623,9 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
         "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"
     ),
     (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha must be a tensor'),
-    (lambda: drift_loss(X, X, chunk_size = 0), 'chunk_size must be above 0'),
-    (lambda: drift_loss(X, X, field = DriftField(normalize = 'sinkhorn')), "normalize = 'sinkhorn' needs neg"),
-    (lambda: DriftField(normalize = 'sharp', kernel = 'gaussian'), 'has a kernel of its own'),
+    (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be above 0'),
+    (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
+    (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
     (lambda: FeatureDriftLoss('resnet'), 'encoder must be'),
     (lambda: FeatureDriftLoss()(X, X[:1]), 'pos has shape (1, 3, 4) but gen has shape (2, 3, 4)'),
