@@ -2,19 +2,21 @@
 
 import json
 import re
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import nn
+from transformers import ConvNextV2Config, ConvNextV2Model
 
-from drifting_pytorch import BackboneFeatures, ConvNeXtV2, FeatureDriftLoss, LatentMAE, drift_loss, drifting
+from drifting_pytorch import BackboneFeatures, ConvNeXtFeatures, FeatureDriftLoss, LatentMAE, drift_loss
 from drifting_pytorch.drifting import map_features
 from helpers import (
     REFERENCE,
+    awake,
     by_the_rule,
     digest,
     flat_gradients,
@@ -119,27 +121,45 @@ def test_parameter_counts(dim, channels, patch_size, parameters):
     if patch_size == 1:
         assert sum(f.numel() for f in features.values()) == {256: 2_470_404, 640: 6_176_004}[dim]
 
-def convnext_weights():
-    """The reference's ConvNeXt-V2 under the names of the original implementation."""
-    description = json.loads((REFERENCE / 'convnextv2.json').read_text())
-    leaves = dict(kernel = 'weight', scale = 'weight')
+# ConvNeXt-V2, of transformers
+
+def convnext(sizes = (4, 8, 8, 8), depths = (1, 1, 1, 1), **kwargs):
+    """Small, with random weights; some parts would start as the identity."""
+    torch.manual_seed(0)
+    model = ConvNextV2Model(ConvNextV2Config(hidden_sizes = sizes, depths = depths))
+    return ConvNeXtFeatures(awake(model.eval()), **kwargs)
+
+CONVNEXT_NAMES = (
+    (r'^stages_(\d)/layers_(\d)/norm', r'encoder/stages/\1/layers/\2/layernorm'),
+    (r'^stages_(\d)/layers_(\d)', r'encoder/stages/\1/layers/\2'),
+    (r'^downsample_layers_0/layers_0', 'embeddings/patch_embeddings'),
+    (r'^downsample_layers_0/layers_1', 'embeddings/layernorm'),
+    (r'^downsample_layers_(\d)/layers_(\d)', r'encoder/stages/\1/downsampling_layer/\2'),
+    (r'^norm', 'layernorm'),
+    (r'gamma$', 'weight'),
+    (r'beta$', 'bias'),
+    (r'(kernel|scale)$', 'weight'),
+    ('/', '.'),
+)
+
+def renamed(name, rules):
+    for pattern, ours in rules:
+        name = re.sub(pattern, ours, name)
+    return name
+
+def test_convnext_features_equal_the_release():
+    arrays, description = np.load(REFERENCE / 'convnextv2.npz'), json.loads((REFERENCE / 'convnextv2.json').read_text())
+    already_normalized = dict(mean = (0.5,) * 3, std = (0.5,) * 3)
+    model = convnext(description['config']['dims'], description['config']['depths'], **already_normalized)
     state = {}
 
     for path, shape in description['params'].items():
         t = torch.from_numpy(by_the_rule(path, shape).astype(np.float32))
-        name = re.sub(r'/layers_(\d+)', r'.\1', path)
-        name = re.sub(r'(stages|_layers)_(\d+)', r'\1.\2', name)
-        module, leaf = name.replace('/', '.').rsplit('.', 1)
-        if leaf == 'kernel':
+        if path.endswith('kernel'):
             t = rearrange(t, '... i o -> o i ...')
-        state[f'{module}.{leaves.get(leaf, leaf)}'] = t
+        state[renamed(path, CONVNEXT_NAMES)] = t
 
-    return state
-
-def test_convnext_features_equal_the_release():
-    arrays = np.load(REFERENCE / 'convnextv2.npz')
-    already_normalized = dict(mean = (0.5,) * 3, std = (0.5,) * 3)
-    model = ConvNeXtV2.from_state_dict(convnext_weights(), **already_normalized)
+    model.model.load_state_dict(state)
 
     with torch.no_grad():
         features = model.features(nchw(arrays['x']))
@@ -150,65 +170,39 @@ def test_convnext_features_equal_the_release():
         assert feature.shape == tuple(arrays[f'shape/{name}']), name
         assert relative(digest(feature), arrays[f'act/{name}']) < 1e-5, name
 
-def renamed(state, *rules):
-    for pattern, name in rules:
-        state = {re.sub(pattern, name, key): t for key, t in state.items()}
-    return state
+def test_convnext_from_a_folder(tmp_path):
+    encoder, x = convnext(), torch.randn(1, 3, 32, 32)
+    encoder.model.save_pretrained(tmp_path)
+    loaded = ConvNeXtFeatures.from_pretrained(tmp_path, image_size = 64)
+    assert not loaded.training
+    assert not loaded.model.training
+    assert loaded.pixel_input.image_size == 64
 
-def test_convnext_weights_of_timm_and_transformers():
-    original = convnext_weights()
-    expected = ConvNeXtV2.from_state_dict(original).state_dict()
+    encoder.pixel_input.image_size = 64
+    expected, found = encoder.features(x), loaded.features(x)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    timm = renamed(
-        original,
-        (r'^stages\.(\d+)\.(\d+)', r'stages.\1.blocks.\2'),
-        (r'^downsample_layers\.0', 'stem'),
-        (r'^downsample_layers\.(\d+)', r'stages.\1.downsample'),
-        ('dwconv', 'conv_dw'),
-        ('pwconv', 'mlp.fc'),
-        ('grn.gamma', 'mlp.grn.weight'),
-        ('grn.beta', 'mlp.grn.bias'),
-        (r'^norm', 'head.norm'),
-    )
-    timm = {name: t.flatten() if 'grn' in name else t for name, t in timm.items()}
-    timm |= {'head.fc.weight': torch.zeros(10, 128), 'head.fc.bias': torch.zeros(10)}
+def test_convnext_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(ImportError, match = r"pip install 'drifting-pytorch\[convnext\]'"):
+        ConvNeXtFeatures.from_pretrained()
 
-    transformers = renamed(
-        original,
-        (r'^stages\.(\d+)\.(\d+)\.norm', r'stages.\1.\2.layernorm'),
-        (r'^norm', 'layernorm'),
-        (r'^stages\.(\d+)\.(\d+)', r'encoder.stages.\1.layers.\2'),
-        (r'^downsample_layers\.0\.0', 'embeddings.patch_embeddings'),
-        (r'^downsample_layers\.0\.1', 'embeddings.layernorm'),
-        (r'^downsample_layers\.(\d+)', r'encoder.stages.\1.downsampling_layer'),
-        ('grn.gamma', 'grn.weight'),
-        ('grn.beta', 'grn.bias'),
-        (r'^', 'convnextv2.'),
-    )
-    transformers |= {'classifier.weight': torch.zeros(10, 128), 'classifier.bias': torch.zeros(10)}
+def test_convnext_stays_in_float32_under_autocast():
+    """As in the release, whatever the precision of the rest."""
+    encoder, x = convnext((8, 16, 16, 16), image_size = 64), torch.randn(2, 3, 32, 32).bfloat16()
+    plain = encoder.features(x.float())
 
-    for state in (timm, transformers):
-        loaded = ConvNeXtV2.from_state_dict(state).state_dict()
-        assert loaded.keys() == expected.keys()
-        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    with torch.autocast('cpu', dtype = torch.bfloat16):
+        features = encoder.features(x.float())
+        half = encoder.features(x)
 
-    with pytest.raises(ValueError, match = "missing .'norm.bias'"):
-        ConvNeXtV2.from_state_dict({name: t for name, t in original.items() if name != 'norm.bias'})
-    with pytest.raises(ValueError, match = 'not the weights of a ConvNeXt-V2'):
-        ConvNeXtV2.from_state_dict({'layer1.weight': torch.zeros(1)})
+    for name in plain:
+        assert features[name].dtype == torch.float32, name
+        assert torch.equal(features[name], half[name]), name
+        assert relative(plain[name], features[name]) < 1e-6, name
 
-def test_convnext_weights_from_a_folder_or_the_hub(tmp_path, monkeypatch):
-    state = {name: t.contiguous() for name, t in convnext_weights().items()}
-    save_file(state, tmp_path / 'model.safetensors')
-    expected = ConvNeXtV2.from_state_dict(convnext_weights()).state_dict()
-
-    def hf_hub_download(*asked, revision):
-        assert asked == ('timm/convnextv2_base.fcmae_ft_in22k_in1k', 'model.safetensors')
-        return str(tmp_path / 'model.safetensors')
-
-    monkeypatch.setattr(drifting, 'hf_hub_download', hf_hub_download)
-    for model in (ConvNeXtV2.from_pretrained(tmp_path), ConvNeXtV2.from_pretrained()):
-        assert all(torch.equal(model.state_dict()[name], t) for name, t in expected.items())
+# any backbone
 
 def test_any_backbone(rng):
     seen = []
@@ -239,8 +233,7 @@ def test_any_backbone(rng):
     assert 'layer1_mean_2' not in locations.features(white)
 
     gen, pos = (torch.randn(2, n, 3, 16, 16, generator = rng) for n in (3, 4))
-    convnext = ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1), image_size = 64)
-    loss, _ = FeatureDriftLoss([encoder, convnext])(gen.requires_grad_(), pos)
+    loss, _ = FeatureDriftLoss([encoder, convnext(image_size = 64)])(gen.requires_grad_(), pos)
     loss.backward()
     assert gen.grad.isfinite().all()
     assert gen.grad.abs().sum() > 0
@@ -396,7 +389,7 @@ def unchanged(x):
     (lambda: tiny(mask_ratio = 1.5), 'mask_ratio must be'),
     (lambda: tiny(feature_sets = ('8x8',)), 'feature_sets must be among'),
     (
-        lambda: ConvNeXtV2(dims = (4, 8, 8, 8), depths = (1, 1, 1, 1)).features(X),
+        lambda: convnext().features(X),
         'expected images (batch, 3, height, width) in [-1, 1]'
     ),
     (
