@@ -2,9 +2,9 @@
 
 Generative Modeling via Drifting, Deng, Li, Li, Du, He, https://arxiv.org/abs/2602.04770
 
-The file is read from top to bottom: every section uses only what stands above it, and sections 1 to 4 are the paper's core.
-Where the paper and the authors' release differ, the release is the default and the line says so (`# release`). A decision
-that both leave open is tagged `# open`.
+Read it from top to bottom: a section uses only what stands above it, and sections 1 to 4 are the core of the paper.
+Where paper and release of the authors differ, the release is the default and the line says so (`# release`). What both
+leave open is tagged `# open`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as reduce_over_processes
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as accelerate_reduce
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -112,7 +112,7 @@ def checked_labels(labels, num_classes, batch):
     return labels.long()
 
 def check_points(ndim = None, **points):
-    """Point sets [... n d] by name (None is left out): floating, not empty, finite, of the same groups and dimension."""
+    """Point sets [... n d] by name (None is left out): floating, not empty, finite, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
     first, reference = next(iter(points.items()))
 
@@ -125,7 +125,8 @@ def check_points(ndim = None, **points):
         check(fits, f'{given}, expected {default(ndim, "at least 2")} dimensions, the last two (samples, feature dim)')
         check(t.numel() > 0, f'{given}: empty set, expected at least one sample and one feature')
 
-        mismatch, same_groups = f'{given} but {first} has shape {tuple(reference.shape)}', t.shape[:-2] == reference.shape[:-2]
+        mismatch = f'{given} but {first} has shape {tuple(reference.shape)}'
+        same_groups = t.shape[:-2] == reference.shape[:-2]
         check(same_groups, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
 
@@ -140,30 +141,26 @@ def full_precision(t):
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
 # ───────────────────────────────────────────────────────────────────────────────
 
-def safe_shift(logits):
-    """The largest logit of every problem, or None if in some row or column all are so far below it that they vanish."""
-    row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
-    top = row.amax(dim = -2, keepdim = True)
-    lowest = min((row - top).min(), (column - top).min())
-    return top if lowest > -50 else None
-
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
-    shift = safe_shift(logits) if can_read(logits) else None
+    if can_read(logits):
+        row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
+        top = row.amax(dim = -2, keepdim = True)
 
-    if exists(shift):               # both softmaxes from one exponential, two to four times faster on a cpu
-        kernel = logits.sub_(shift).exp_()
-        over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
-        return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
+        # both softmaxes from one exponential, 2 to 4 times faster on a cpu, unless a whole row or column would vanish
+
+        if min((row - top).min(), (column - top).min()) > -50:
+            kernel = logits.sub_(top).exp_()
+            over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
+            return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
 
     log_sums = logits.logsumexp(dim = -1, keepdim = True) + logits.logsumexp(dim = -2, keepdim = True)
     return logits.sub_(log_sums / 2).exp_()
 
 class DriftField(Module):
-    """The drifting field V_{p,q}(x): where each point should move, towards positives, away from negatives (Algorithm 2).
+    """The drifting field V_{p,q}(x): where each point should move, to positives, from negatives (Algorithm 2).
 
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
-
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
     normalize: how the kernel becomes an affinity (Table 11). 'both', the geometric mean of the softmax over y and the
         softmax over x (paper); 'y', the softmax over y alone; 'none', the kernel itself (open: the paper does not say
@@ -220,7 +217,8 @@ class DriftField(Module):
             logits = logits + weight.log().clamp(min = -1e6)
             weight = (weight > 0).to(weight)
 
-        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5).mul_(weight)      # release: weights the affinity
+        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5)
+        A *= weight                                                                 # release: behind the softmax
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
@@ -236,7 +234,7 @@ class DriftField(Module):
         return self.attraction == self.repulsion
 
     def apply_coefficients(self, W, x, y):
-        """V [... t n d] = sum_y W (y - x), of coefficients W [... t n y], points x [... n d] and samples y [... y d]."""
+        """V [... t n d] = sum_y W (y - x) of coefficients W [... t n y], points x [... n d], samples y [... y d]."""
         V = rearrange(W, '... t n y -> ... (t n) y') @ y
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
@@ -250,8 +248,8 @@ class DriftField(Module):
 
     @torch.no_grad()
     def forward(
-        self, x: Float[Tensor, '... n d'], y_pos: Float[Tensor, '... p d'], y_neg: Float[Tensor, '... m d'] | None = None,
-        *, temperature: float
+        self, x: Float[Tensor, '... n d'], y_pos: Float[Tensor, '... p d'],
+        y_neg: Float[Tensor, '... m d'] | None = None, *, temperature: float
     ) -> Float[Tensor, '... n d']:
         """Algorithm 2 at one temperature, which is in the units of the distances and above 0.
 
@@ -283,7 +281,7 @@ class DriftField(Module):
 
 class DriftStats(NamedTuple):
     scale: Tensor           # S, the mean distance: temperatures are relative to it
-    drift_rms: dict         # {temperature: lambda}, root mean square of V before it is normalised: this falls
+    drift_rms: dict         # {temperature: lambda}, the root mean square of V before it is normalised: this falls
     neighbors: dict         # {temperature: to how many positives a generated sample listens}, 1 .. p
     uncond_share: dict      # {temperature: the share of unconditional samples in the push}, 0 .. 1
     potential: dict         # {temperature: the scalar that a field with a potential descends}: a loss that falls
@@ -380,9 +378,8 @@ class Block(Module):
         self.modulation = Modulation(dim, 6)
 
         self.attn_norm = RMSNorm(dim)
-        self.attn = Attention(dim, heads = heads, dim_head = dim_head, qk_rmsnorm = True, flash = True, project_out = True)
-        self.attn.q_rmsnorm = RMSNorm(dim_head)
-        self.attn.k_rmsnorm = RMSNorm(dim_head)
+        self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
+        self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
         self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
 
         self.ff_norm = RMSNorm(dim)
@@ -402,10 +399,8 @@ class Block(Module):
     def init_weights(self):
         """Release: queries, keys and values are one xavier matrix, the two halves of SwiGLU's input one each."""
         nn.init.zeros_(self.modulation.linear.weight)
-
         for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
             nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
-
         for half in self.ff.ff[0].proj.weight.detach().chunk(2):
             nn.init.xavier_uniform_(half)
 
@@ -416,7 +411,7 @@ def sinusoidal(t, dim):
     return cat((angles.cos(), angles.sin()), dim = -1)
 
 def sincos_2d(size, dim):
-    """[size * size, dim]: the sine-cosine embedding of a grid, which the learned one starts from; columns, then rows."""
+    """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows, which the learned one starts from."""
     sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
     rows = repeat(sin_first, 'h d -> (h w) d', w = size)
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
@@ -427,7 +422,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
 
     labels [b], a tensor or a list, or num_samples for an unconditional generator; alpha: a number >= 1 or [b].
-    Noise and styles are drawn on the cpu, so a seed gives the same samples on every device; batch_size bounds the memory.
+    Noise and styles are drawn on the cpu: a seed gives the same samples on every device. batch_size bounds the memory.
     """
     num_classes, training = getattr(model, 'num_classes', None), model.training
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
@@ -484,18 +479,19 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check(min(numbers) >= 0, f'depth and numbers of tokens must not be negative, got {numbers}')
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         is_even = dim % (2 * heads) == 0 and dim % 4 == 0
-        check(is_even, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary embeddings turn pairs')
+        check(is_even, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary turns pairs')
 
         self.noise_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32                    # release
 
-        # condition. All style tables are rows of one embedding; each token looks into its own (paper: all into the same)
+        # condition. Style tables are rows of one embedding, each token looks into its own (paper: all into the same)
 
+        num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
-        self.style_embed = nn.Embedding(style_codebook_size * (1 if share_style_codebook else num_style_tokens), dim)
+        self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
@@ -519,7 +515,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.final_norm = RMSNorm(dim)
         self.final_modulation = Modulation(dim, 2)
         self.to_patch = nn.Linear(dim, dim_patch)
-
         self.init_weights()
 
     @classmethod
@@ -544,7 +539,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
         for block in self.blocks:
             block.init_weights()
-
         for linear in (self.final_modulation.linear, self.to_patch):
             nn.init.zeros_(linear.weight)
 
@@ -566,8 +560,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         b, has_classes = len(noise), exists(self.num_classes)
         check_shape('noise', noise, (b, *self.noise_shape))
         check_range('noise', noise, -math.inf)
-        is_full = self.rotary.dtype in (torch.float32, torch.float64)
-        check(is_full, f'the model is {self.rotary.dtype}, positions too: make it in float32 and run it under torch.autocast')
+        dtype, wanted = self.rotary.dtype, 'make it in float32 and run it under torch.autocast'
+        check(dtype in (torch.float32, torch.float64), f'the model is {dtype}, positions too: {wanted}')
 
         wanted = 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
@@ -593,11 +587,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """
         noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
         cond = self.condition(labels, alpha, styles)                                # b d
-
-        p, (_, _, h, w) = self.patch_size, noise.shape
+        p, h = self.patch_size, noise.shape[-2] // self.patch_size
         patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
         x = self.patch_embed(patches) + self.pos_embed                              # b n d
-
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
         x = cat((registers, x), dim = 1)                                            # b (r n) d
 
@@ -605,10 +597,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
 
         x = x[:, registers.shape[1]:]                                               # b n d
-
         shift, scale = self.final_modulation(cond)                                  # b 1 d
         patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)           # b n (p1 p2 ch)
-        return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h // p, p1 = p, p2 = p)
+        return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
 
     def sample(self, labels = None, **kwargs):
         """Samples [b ch h w] for labels [b], see sample_from."""
@@ -624,22 +615,22 @@ class Breakdown(NamedTuple):
 
 @typecheck
 def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
-    """To how many of m samples each of n points really listens: exp of the entropy of its affinities, 1 .. m."""
+    """To how many of m samples each of n points listens: exp of the entropy of its affinities, 1 .. m."""
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product. Centre the points first: it loses the digits of a common offset."""
+    """|x|^2 + |y|^2 - 2 x.y, one matrix product. It loses the digits of a common offset: centre the points."""
     x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
 def sum_over_processes(t):
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return reduce_over_processes(t, 'sum') if is_distributed else t
+    return accelerate_reduce(t, 'sum') if is_distributed else t
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean with respect to x."""
+    """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean by x."""
 
     @staticmethod
     def forward(ctx, x, loss, grad):
@@ -648,7 +639,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative, its target is frozen: leave out create_graph')
+        check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative: leave out create_graph')
         grad, = ctx.saved_tensors
         factor = grad_loss * grad_loss.numel()                                      # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
@@ -656,42 +647,55 @@ class KnownGradient(torch.autograd.Function):
 PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)      # numbers at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
-    """b independent drifting problems of one feature (class group x location), taken in parts that fit a cache.
+    """b independent drifting problems of one feature (class group x location), in parts that fit a cache.
 
-    S and lambda are means over all problems of a step, so the work has three rounds: `sum_distances`, `sum_drift`, `loss`.
-    Between them the caller adds up the sums of whatever else belongs to the step: other processes, other chunks of the
-    batch. For the arguments see `drift_loss`.
+    S and lambda are means over all problems of a step, so there are three rounds: sum_distances, sum_drift, loss.
+    Between them the caller adds up what else belongs to the step: other processes, other chunks of the batch.
     """
 
     def __init__(
-        self, gen, pos, uncond = None, *, uncond_weight = None, neg = None, temperatures = (0.02, 0.05, 0.2), field = None,
-        weight_in_softmax = False, affinity_floor = 1e-6, self_distance = 100., min_scale = 1e-3, min_dist_sq = 1e-8,
-        min_drift_sq = 1e-8, diagnostics = True
+        self,
+        gen: Float[Tensor, 'b g d'],
+        pos: Float[Tensor, 'b p d'],
+        uncond: Float[Tensor, 'b u d'] | None = None,
+        *,
+        uncond_weight: Float[Tensor, 'b u'] | None = None,      # >= 0. None: ones
+        neg: Float[Tensor, 'b m d'] | None = None,      # a second generated batch as negatives, instead of gen
+        temperatures = (0.02, 0.05, 0.2),               # A.6, relative to the mean distance S
+        field: DriftField | None = None,                # Algorithm 2 by default
+        weight_in_softmax = False,                      # guidance weights the affinity (release), or the kernel
+        affinity_floor = 1e-6,                          # release; low-dimensional data want 0, it freezes them
+        self_distance = 100.,                           # release, of a sample to itself, in units of S
+        min_scale = 1e-3,                               # release, of S and of S / sqrt(d)
+        min_dist_sq = 1e-8,                             # release
+        min_drift_sq = 1e-8,                            # release, of the mean of V^2
+        diagnostics = True                              # the last three fields of DriftStats, otherwise empty
     ):
         check_points(3, gen = gen, pos = pos, uncond = uncond, neg = neg)
-        self.temperatures = tuple(map(float, temperatures))
-        fits = self.temperatures and all(0 < temperature < math.inf for temperature in self.temperatures)
-        check(fits, f'temperatures must be one or more finite numbers above 0, got {self.temperatures}')
-
         self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
-        name = type(self.field).__name__
-        check(not (self.field.needs_neg and self.own_negatives), f'{name} needs neg, an independent batch of generated samples')
+        name, has_neg = type(self.field).__name__, exists(neg) or not self.field.needs_neg
+        check(has_neg, f'{name} needs neg, an independent batch of generated samples')
 
-        self.weight_in_softmax, self.affinity_floor, self.diagnostics = weight_in_softmax, affinity_floor, diagnostics
+        self.temperatures = tuple(map(float, temperatures))
+        check(self.temperatures, 'temperatures must be one or more numbers, got none')
+        for temperature in self.temperatures:
+            check(0 < temperature < math.inf, f'temperatures must be above 0 and finite, got {temperature}')
+
+        self.weight_in_softmax, self.affinity_floor = weight_in_softmax, affinity_floor
         self.self_distance, self.min_scale = self_distance, min_scale
         self.min_dist_sq, self.min_drift_sq = min_dist_sq, min_drift_sq
+        self.diagnostics = diagnostics
 
         self.gen = full_precision(gen).detach()
         self.sets = [t for t in (pos, uncond, default(neg, self.gen)) if exists(t)]
         self.sizes = [t.shape[1] for t in self.sets]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-
         self.weight = self.weights_of(uncond, uncond_weight)                        # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype)
         self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
 
-        # in many dimensions W is smaller than V = W y; and where W sums to 0, |V| is had without V, see squared_lengths
+        # in many dimensions W is smaller than V = W y, and |V| can be had without V, see squared_lengths
 
         self.in_coefficients = self.y < 0.7 * self.d
         self.by_distances = self.in_coefficients and self.field.zero_sum and self.own_negatives
@@ -700,8 +704,8 @@ class DriftProblems:
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
 
-        self.kept = {}                                  # what two rounds need: distances and vectors, by part
-        self.newest = None, None, None                  # the part that was worked on last, its W and its distances
+        self.kept = {}                                  # what two rounds need, by part: distances, vectors
+        self.newest = None, None, None                  # the newest part, its W, its distances
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
@@ -709,7 +713,7 @@ class DriftProblems:
         weight = self.gen.new_ones(self.b, 1, self.y)
 
         if exists(uncond_weight):
-            check(exists(uncond), 'uncond_weight was given without uncond: pass the unconditional samples that it weights')
+            check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
             check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
             check_range('uncond_weight', uncond_weight, 0)
             weight[:, 0, self.p:-self.m] = uncond_weight
@@ -721,8 +725,8 @@ class DriftProblems:
     def points(self, part):
         """x [b g d] and y [b y d], in a buffer that is the next part's too.
 
-        They are centred on the generated samples: |x|^2 + |y|^2 - 2 x.y then keeps the digits of the distances between
-        them also where they nearly coincide, as at the start of a training.
+        Centred on the generated samples: the distances between them then keep their digits also where they nearly
+        coincide, as at the start of a training.
         """
         center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
         y = self.buffer[:len(center)]
@@ -733,7 +737,7 @@ class DriftProblems:
         return y[:, -self.g:] if self.own_negatives else self.gen[part] - center, y
 
     def squares(self, part):
-        """Squared distances [b g y], and where |V| comes from them those of the others among themselves [b o o]."""
+        """Squared distances [b g y], and if |V| comes from them those among positives and unconditional [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
             others = y[:, :-self.m]
@@ -746,15 +750,14 @@ class DriftProblems:
         return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
 
     def coefficients(self, part, scale):
-        """W [b t g y] of every temperature, V = W (y - x), and the distances [b 1 g y] where a potential needs them.
+        """W [b t g y] of every temperature, V = W (y - x), and distances [b 1 g y] where a potential needs them.
 
-        Those of the newest part stay: there two rounds meet, and of few problems there is one part alone.
+        Those of the newest part stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] == part:
             return self.newest[1:]
 
         dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
-
         if self.own_negatives:
             dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)        # mask self
 
@@ -762,7 +765,6 @@ class DriftProblems:
         weight = self.weight[part].expand(-1, len(self.temperatures), -1)                       # b t y
         options = self.affinity_floor, self.weight_in_softmax
         W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *options)
-
         self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
         return self.newest[1:]
 
@@ -777,7 +779,7 @@ class DriftProblems:
         return self.kept[key]
 
     def squared_lengths(self, part, W):
-        """|V|^2 summed over problems and samples [t], by |V|^2 = -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2."""
+        """|V|^2 summed over problems and samples [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
@@ -827,19 +829,19 @@ class DriftProblems:
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
 
         if exists(dist):
-            weight = self.weight[part]
-            sums.append(self.field.potential(dist, self.p, self.temperature, weight).sum(dim = (0, 2)))
+            potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
+            sums.append(potential.sum(dim = (0, 2)))
 
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     def stats(self, scale, sums):
         """DriftStats from the scale and the sums of all problems."""
         mean_sq, *diagnosed = sums[:-1] / sums[-1]
-        per_temperature = [dict(zip(self.temperatures, t, strict = True)) for t in (mean_sq.clamp(min = 0).sqrt(), *diagnosed)]
-        not_computed = [{} for _ in range(4 - len(per_temperature))]
-        return DriftStats(scale, *per_temperature, *not_computed)
+        means = [mean_sq.clamp(min = 0).sqrt(), *diagnosed]
+        found = [dict(zip(self.temperatures, mean, strict = True)) for mean in means]
+        return DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
 
-    # round 3: each field normalised to unit root mean square, then their sum V. The loss is V^2, its gradient -2 V
+    # round 3: each field in unit root mean square, V their sum. The loss is V^2, its gradient -2 V
 
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
@@ -852,7 +854,7 @@ class DriftProblems:
     def loss_of(self, part, scale, norms, grad):
         """The loss of a part [b]; its gradient goes into grad [b g d]."""
         fields = self.coefficients(part, scale)[0] if self.in_coefficients else self.vectors(part, scale)
-        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')      # n: y coefficients, or d dimensions
+        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')      # n: coefficients or dimensions
         V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
 
         if self.in_coefficients:
@@ -862,40 +864,21 @@ class DriftProblems:
         torch.mul(V, -2 / (self.b * self.g * self.d * self.unit(scale)), out = grad)
         return V.square_().mean(dim = (1, 2))
 
-def drift_loss(
-    gen: Float[Tensor, 'b g d'],
-    pos: Float[Tensor, 'b p d'],
-    uncond: Float[Tensor, 'b u d'] | None = None,
-    *,
-    uncond_weight: Float[Tensor, 'b u'] | None = None,
-    neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, not gen itself without self pairs
-    temperatures = (0.02, 0.05, 0.2),   # A.6, relative to the mean distance S
-    field: DriftField | None = None,    # Algorithm 2 by default
-    weight_in_softmax = False,          # guidance weights the affinity (release), or the kernel before it is normalised
-    affinity_floor = 1e-6,              # release: of softmax * softmax. 0 for low-dimensional data, which it freezes
-    self_distance = 100.,               # release: added to the distance of a sample to itself, in units of S
-    min_scale = 1e-3,                   # release: of S and of S / sqrt(d)
-    min_dist_sq = 1e-8,                 # release
-    min_drift_sq = 1e-8,                # release: of the mean of V^2
-    diagnostics = True,                 # the last three fields of DriftStats, otherwise empty
-    stats: DriftStats | None = None     # S and lambda, where they were taken over more than these problems
-) -> tuple[Float[Tensor, 'b'], DriftStats]:
-    """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2, features in units of S / sqrt(d).
+def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
+    """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
-    gen generated, pos real, uncond real samples of any class with weights uncond_weight >= 0 (None: ones).
-    b counts independent problems (class group x location); the statistics are shared by all of them and all processes.
+    gen [b g d] generated, pos [b p d] real, uncond [b u d] real samples of any class. b counts independent problems
+    (class group x location); the statistics are shared by all of them and by all processes.
+    options: uncond_weight, neg, temperatures, field, the release's clamps, diagnostics, see DriftProblems.
+    stats: S and lambda, where they were taken over more than these problems.
 
-    Returns the loss of each problem and DriftStats. In value the loss is the mean of V^2; its gradient with respect to
-    gen / (S / sqrt(d)) is -2 V / n, and has no derivative itself. Each temperature's field is divided by its own root
-    mean square, so the loss stays near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
-    Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights, and
-    temperatures that are not above 0.
+    Returns the loss of each problem [b] and DriftStats. The loss has the value V^2 and, with respect to gen in those
+    units, the gradient -2 V / n, which has no derivative. Each temperature's field is divided by its own root mean
+    square, so the loss stays near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
+    Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights
+    and temperatures that are not above 0.
     """
-    problems = DriftProblems(
-        gen, pos, uncond, uncond_weight = uncond_weight, neg = neg, temperatures = temperatures, field = field,
-        weight_in_softmax = weight_in_softmax, affinity_floor = affinity_floor, self_distance = self_distance,
-        min_scale = min_scale, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq, diagnostics = diagnostics
-    )
+    problems = DriftProblems(gen, pos, uncond, **options)
 
     with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
         if not exists(stats):
@@ -909,43 +892,37 @@ def drift_loss(
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
 
-    encoder: None (raw samples), a Module with .features(x), a callable, or a list; each gives {name: [b f d]} of x [b ...].
-    decoder: a callable in front of the encoders, for example from latents to pixels. Modules are frozen here: gradients
-        pass through them, their weights get none.
+    encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
+    decoder: a callable in front of the encoders, from latents to pixels. Modules are frozen, gradients pass through.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
-    group_chunk_size: so many class groups at a time, with the same result: the memory of one chunk, three encoder passes.
+    group_chunk_size: class groups at a time: the same result, the memory of one chunk, three encoder passes.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
     """
 
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
-        encoders = [encoder] if exists(encoder) else []
-        if isinstance(encoder, (list, tuple)):
-            encoders = list(encoder)
-
-        unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(drift_loss).parameters.keys())
+        encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
+        encoders = [] if encoder is None else encoders
+        unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
         check(not unknown, f'unknown arguments {unknown}')
         check(raw or encoders, 'raw = False needs an encoder: there would be no feature at all')
         check_positive(group_chunk_size = group_chunk_size)
 
-        for encoder in encoders:
-            wanted = 'None, a Module with .features(x), a callable, or a list of these'
-            fits = callable(encoder) or hasattr(encoder, 'features')
-            check(fits, f'encoder must be {wanted}, got {type(encoder).__name__}')
+        for part in encoders:
+            fits, given = callable(part) or hasattr(part, 'features'), type(part).__name__
+            check(fits, f'encoder must be None, a Module with .features(x), a callable or a list, got {given}')
 
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
-
         owners = [getattr(part, '__self__', part) for part in (*encoders, decoder)]             # of methods
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     @property
-    def needs_neg(self):
-        """Whether the field wants a second generated batch, see drift_loss."""
-        return default(self.drift_loss_kwargs.get('field'), DriftField()).needs_neg
+    def field(self):
+        return default(self.drift_loss_kwargs.get('field'), DriftField())
 
     def with_options(self, *, group_chunk_size = None, compile = False):
-        """A copy with the same encoders, in chunks or compiled. On a cpu the field's arithmetic in place is faster uncompiled."""
+        """A copy with the same encoders, in chunks or compiled. On a cpu the field in place is faster uncompiled."""
         other = copy(self)
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
 
@@ -953,7 +930,7 @@ class FeatureDriftLoss(Module):
             other.features = torch.compile(self.features)
 
         if compile and torch.accelerator.is_available():
-            field = copy(default(self.drift_loss_kwargs.get('field'), DriftField()))
+            field = copy(self.field)
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
 
@@ -970,24 +947,23 @@ class FeatureDriftLoss(Module):
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
             given = encoded if encoded == {} else type(encoded).__name__
-            check(isinstance(encoded, dict) and encoded, f'an encoder must return a dict {{name: [b f d]}}, got {given}')
-
+            fits = isinstance(encoded, dict) and encoded
+            check(fits, f'an encoder must return a dict {{name: [b f d]}}, got {given}')
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
 
         for name, t in features.items():
-            fits = t.ndim == 3 and len(t) == len(x)
-            check(fits, f'feature {name!r} has shape {tuple(t.shape)}, expected ({len(x)}, locations, feature dim)')
+            given, fits = tuple(t.shape), t.ndim == 3 and len(t) == len(x)
+            check(fits, f'feature {name!r} has shape {given}, expected ({len(x)}, locations, feature dim)')
 
         return features
 
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
-        """The arguments of drift_loss, feature by feature: every location of every group is a problem of its own."""
-        c = len(gen)
-        others = {kind: t for kind, t in dict(pos = pos, uncond = uncond, neg = neg).items() if exists(t)}
+        """The arguments of drift_loss, feature by feature: every location of every group is its own problem."""
+        c, others = len(gen), dict(pos = pos, uncond = uncond, neg = neg)
+        others = {kind: t for kind, t in others.items() if exists(t)}
         sizes = [t.shape[1] for t in others.values()]
-
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
 
         with torch.no_grad():
@@ -995,36 +971,32 @@ class FeatureDriftLoss(Module):
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
 
         for name, t in gen_features.items():
-            f, arguments = t.shape[1], dict(gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
+            arguments = dict(gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c)
-            arguments.update(zip(others, points.split(sizes, dim = 1), strict = True))
+            arguments |= zip(others, points.split(sizes, dim = 1), strict = True)
 
             if exists(uncond_weight):
-                arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = f)
+                arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
 
             yield name, arguments
 
     def check_samples(self, gen, pos, uncond, alpha, neg):
         for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
             if exists(t):
-                given = f'{name} has shape {tuple(t.shape)}'
-                wanted = '[groups, samples per group, ...sample shape], at least one of each'
-                check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected {wanted}')
-
+                given, wanted = f'{name} has shape {tuple(t.shape)}', '[groups, samples per group, ...sample shape]'
+                check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected {wanted}, at least one of each')
                 same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
                 check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
 
-        given = exists(alpha) or not exists(uncond)
-        check(given, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
+        has_alpha = exists(alpha) or not exists(uncond)
+        check(has_alpha, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
 
         if exists(alpha):
             c, shape = len(gen), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
-            wanted = f'alpha must be a tensor of shape ({c},), one guidance scale per group'
-            check(torch.is_tensor(alpha) and shape == (c,), f'{wanted}, got {shape}')
+            check(shape == (c,), f'alpha must be a tensor of shape ({c},), one guidance scale per group, got {shape}')
             check_range('alpha', alpha, 1)
-
-            unguided = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
-            check(unguided, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
+            fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
+            check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
 
     def forward(
         self,
@@ -1035,11 +1007,10 @@ class FeatureDriftLoss(Module):
         neg: Float[Tensor, 'c m ...'] | None = None,    # other generated samples as negatives, see drift_loss
         diagnostics = True                              # see drift_loss
     ) -> tuple[Float[Tensor, ''], Breakdown]:
-        """The loss of a step: c class groups, generated against real samples, and unconditional ones to be guided away from.
+        """The loss of a step, and its Breakdown per feature. Gradients flow to gen, through the encoder.
 
-        Gradients flow to gen, through the encoder. Returns the loss and its Breakdown per feature.
-        Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional samples,
-        and all that drift_loss refuses.
+        Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional
+        samples, and all that drift_loss refuses.
         """
         self.check_samples(gen, pos, uncond, alpha, neg)
         samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg)
@@ -1056,10 +1027,10 @@ class FeatureDriftLoss(Module):
 
         parts = [t.split(self.group_chunk_size) for t in samples.values()]
         chunks = [dict(zip(samples, part, strict = True)) for part in zip(*parts, strict = True)]
-        return self.loss_of_chunks(chunks, self.stats_of(chunks, options), options)
+        return self.loss_of_chunks(chunks, options)
 
     def loss_of(self, samples, options, stats = None):
-        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of all chunks, if there are others."""
+        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
         losses, found, stats = {}, {}, default(stats, {})
 
         for name, arguments in self.problems(**samples):
@@ -1070,27 +1041,11 @@ class FeatureDriftLoss(Module):
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
 
-    @torch.no_grad()
-    def stats_of(self, chunks, options):
-        """{feature: DriftStats} over all chunks and processes."""
-        scales, stats = {}, {}
+    def totals(self, chunks, options, scales = None):
+        """Of every feature its name, its problems in the last chunk, and sums over chunks and processes.
 
-        def distances(name, problems):
-            return problems.sum_distances()
-
-        def drift(name, problems):
-            return problems.sum_drift(scales[name])
-
-        for name, problems, total in self.totals(chunks, options, distances):
-            scales[name] = problems.scale(total)
-
-        for name, problems, total in self.totals(chunks, options, drift):
-            stats[name] = problems.stats(scales[name], total)
-
-        return stats
-
-    def totals(self, chunks, options, sums_of):
-        """Of every feature its name, its problems in the last chunk, and the sums over chunks and processes."""
+        The sums are those of the first round, or with the scales of all features those of the second.
+        """
         totals = {}
 
         for i, chunk in enumerate(chunks, 1):
@@ -1098,14 +1053,28 @@ class FeatureDriftLoss(Module):
                 problems = DriftProblems(**arguments, **options)
 
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    totals[name] = totals.get(name, 0) + sums_of(name, problems)
+                    sums = problems.sum_drift(scales[name]) if exists(scales) else problems.sum_distances()
+                    totals[name] = totals.get(name, 0) + sums
 
                 if i == len(chunks):
                     yield name, problems, sum_over_processes(totals[name])
 
-    def loss_of_chunks(self, chunks, stats, options):
+    @torch.no_grad()
+    def stats_of(self, chunks, options):
+        """{feature: DriftStats} over all chunks and processes."""
+        scales, stats = {}, {}
+
+        for name, problems, total in self.totals(chunks, options):
+            scales[name] = problems.scale(total)
+
+        for name, problems, total in self.totals(chunks, options, scales):
+            stats[name] = problems.stats(scales[name], total)
+
+        return stats
+
+    def loss_of_chunks(self, chunks, options):
+        stats, num_groups = self.stats_of(chunks, options), sum(len(chunk['gen']) for chunk in chunks)
         losses, grads, total = {}, [], 0
-        num_groups = sum(len(chunk['gen']) for chunk in chunks)
 
         for chunk in chunks:
             x = chunk['gen'].detach().requires_grad_()
@@ -1116,7 +1085,6 @@ class FeatureDriftLoss(Module):
 
             grads.append(torch.autograd.grad(loss, x)[0] * share)
             total = total + loss.detach() * share
-
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
 
@@ -1130,8 +1098,7 @@ class FeatureDriftLoss(Module):
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
 
-    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus the same over negatives, with r = |x - y|, or t for a
-    Gaussian kernel.
+    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus the same over negatives; r = |x - y|, or t if Gaussian.
     """
 
     zero_sum = False
@@ -1144,30 +1111,25 @@ class GradientField(DriftField):
         return self.logits(dist, temperature) + rearrange(log_weight, '... y -> ... 1 y')
 
     def log_masses(self, log_kernel, dist, num_pos, temperature):
-        """log of what V is divided by [... n 1], of positives and of negatives."""
+        """log of what V is divided by [... n 1], for positives and for negatives."""
         return [t.logsumexp(dim = -1, keepdim = True) for t in log_kernel.tensor_split((num_pos,), dim = -1)]
 
-    def log_slope(self, dist, temperature):
-        """log of the length of the kernel's gradient, per |y - x| and per k."""
-        if self.kernel == 'gaussian':
-            return -2 * torch.as_tensor(temperature, dtype = dist.dtype, device = dist.device).log()
-
-        return -(dist.clamp(min = 1e-12) * temperature).log()
+    def slope(self, dist, temperature):
+        """Length of the kernel's gradient, per |y - x| and per k."""
+        r = dist.clamp(min = 1e-12) if self.kernel == 'laplace' else temperature
+        return 1 / (r * temperature)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
-        weight = default(weight, dist.new_ones(dist.shape[-1]))
-        log_kernel = self.log_kernel(dist, temperature, weight)
-        mass_pos, mass_neg = self.log_masses(log_kernel, dist, num_pos, temperature)
-
-        log_W = log_kernel + self.log_slope(dist, temperature)
-        W_pos = (log_W[..., :num_pos] - mass_pos).exp()
-        W_neg = (log_W[..., num_pos:] - mass_neg).exp()
-        return cat((self.attraction * W_pos, -self.repulsion * W_neg), dim = -1)
+        log_k = self.log_kernel(dist, temperature, default(weight, dist.new_ones(dist.shape[-1])))
+        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
+        W_pos = self.attraction * (log_k[..., :num_pos] - mass_pos).exp()
+        W_neg = -self.repulsion * (log_k[..., num_pos:] - mass_neg).exp()
+        return cat((W_pos, W_neg), dim = -1) * self.slope(dist, temperature)
 
 class SharpField(GradientField):
     """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
 
-    With that c the gradient of k c is k (y - x). So V is minus the gradient of a scalar, `potential`.
+    With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
 
     has_potential = True
@@ -1179,13 +1141,13 @@ class SharpField(GradientField):
         log_kc = log_kernel + (temperature * (dist + temperature)).log()
         return super().log_masses(log_kc, dist, num_pos, temperature)
 
-    def log_slope(self, dist, temperature):
-        return 0.
+    def slope(self, dist, temperature):
+        return 1.
 
     def potential(self, dist, num_pos, temperature, weight):
         """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
-        log_kernel = self.log_kernel(dist, temperature, weight)
-        mass_pos, mass_neg = self.log_masses(log_kernel, dist, num_pos, temperature)
+        log_k = self.log_kernel(dist, temperature, weight)
+        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
         total_pos, total_neg = (t.sum(dim = -1) for t in weight.tensor_split((num_pos,), dim = -1))
         log_ratio = rearrange(total_neg.log() - total_pos.log(), '... -> ... 1')
         return (mass_neg - mass_pos).squeeze(-1) - log_ratio
@@ -1193,8 +1155,8 @@ class SharpField(GradientField):
 class SinkhornField(DriftField):
     """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).
 
-    T(x) is the barycenter of the transport plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
-    regularisation, and the negatives are a second, independent batch of generated samples.
+    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
+    regularisation; the negatives are a second, independent batch of generated samples.
     """
 
     scale_power = 2
@@ -1206,7 +1168,7 @@ class SinkhornField(DriftField):
         self.iters = iters
 
     def barycenter(self, dist, temperature):
-        """The rows of the plan [... n m], each summing to one: T(x) = sum_y of it times y."""
+        """The plan's rows [... n m], each summing to one, so that T(x) = sum_y of them times y."""
         log_kernel = -0.5 * dist ** 2 / temperature
         n, m = log_kernel.shape[-2:]
         v = 0.
@@ -1218,16 +1180,14 @@ class SinkhornField(DriftField):
         return (log_kernel + v).softmax(dim = -1)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
-        split = num_pos, dist.shape[-1] - num_neg
+        weight, split = default(weight, dist.new_ones(dist.shape[-1])), (num_pos, dist.shape[-1] - num_neg)
         blocks = dist.tensor_split(split, dim = -1)
         T_pos, T_uncond, T_neg = (self.barycenter(block, temperature) for block in blocks)
 
         # alpha - 1 from the weights (alpha - 1) (g - 1) / u
 
-        weight = default(weight, dist.new_ones(dist.shape[-1]))
-        weight_uncond = weight.tensor_split(split, dim = -1)[1]
-        guidance = reduce(weight_uncond, '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
-
+        guidance = reduce(weight.tensor_split(split, dim = -1)[1], '... u -> ... 1 1', 'sum')
+        guidance = guidance / max(1, dist.shape[-2] - 1)
         W_pos = self.attraction * (1 + guidance) * T_pos
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
@@ -1239,9 +1199,9 @@ class SinkhornField(DriftField):
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def map_features(name, x, sets = FEATURE_SETS):
-    """The features of one map x [b d h w] (A.5): 'locations', and mean and deviation of the map, its 2x2 and 4x4 patches.
+    """The features of a map x [b d h w] (A.5): 'locations', mean and deviation of it and of 2x2 and 4x4 patches.
 
-    Returns {name, name_mean, name_std, name_mean_2, name_std_2, ...: [b f d]}; patches that do not fit are skipped.
+    Returns {name, name_mean, name_std, name_mean_2, ...: [b f d]}; patches that do not divide the map are skipped.
     """
     h, w = x.shape[-2:]
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
@@ -1303,7 +1263,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     patch_size: patches of the input that are folded into channels before the stem: 1 for latents, 8 for pixels. The
         folded input must be divisible by 8.
-    layers: residual blocks of the four stages, dim, 2 dim, 4 dim, 8 dim wide; each after the first halves the resolution.
+    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves what the last one gave.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
     feature_sets: what `.features` gives, see map_features, and 'norm_x', the norms of the folded input's channels.
@@ -1313,8 +1273,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     """
 
     def __init__(
-        self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000, mask_patch_size = 2,
-        mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
+        self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
+        mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
         known = (*FEATURE_SETS, 'norm_x')
@@ -1481,7 +1441,7 @@ class PixelInput(Module):
 class BackboneFeatures(Module):
     """Drifting features of any vision backbone, for example of timm with SimCLR's, MoCo's or DINO's weights.
 
-    backbone: images -> maps [b d h w] or tokens [b n d] (the locations of a square map), one, a list, or a dict of them.
+    backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict of them.
     num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
     Everything else goes to PixelInput: image_size, mean and std that the backbone was trained with.
     """
@@ -1536,7 +1496,7 @@ class ConvNeXtFeatures(Module):
         try:
             from transformers import ConvNextV2Model
         except ImportError as error:
-            raise ImportError("ConvNeXt-V2 is that of transformers: pip install 'drifting-pytorch[convnext]'") from error
+            raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
 
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
@@ -1673,7 +1633,7 @@ class SampleQueue:
         return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
-        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes and non-finite samples."""
+        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, non-finite samples."""
         num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
@@ -1705,7 +1665,7 @@ class SampleQueue:
         self.pushed += counts
 
     def draw(self, labels, num, generator = None):
-        """Samples [c num ...] of the classes labels [c], without replacement within each row. Indices are drawn on the cpu."""
+        """Samples [c num ...] of the classes labels [c], without replacement within each row."""
         labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
         short = {int(label): int(count) for label, count in zip(labels, filled, strict = True) if count < num}
@@ -1789,8 +1749,7 @@ def sha256(path):
 
 def save_tensors(state_dict, path, copy = True):
     """Writes a safetensors file; copy: tensors may share memory. Returns what the manifest says of it."""
-    tensors = {name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}
-    save_file(tensors, path)
+    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
     return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def flush(path):
@@ -1808,29 +1767,25 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all but the queues too."""
+    """What is wrong with a checkpoint, or None. Each process looks at its own queue, the first at all else too."""
     try:
         files = json.loads((folder / 'manifest.json').read_text())['files']
         missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
-
         if missing:
             return f'its manifest does not have {", ".join(sorted(missing))}'
 
         for name, expected in files.items():
-            is_queue = name.startswith('queue-')
-            if name != f'queue-{rank}.safetensors' if is_queue else rank > 0:
-                continue
-
-            size = (folder / name).stat().st_size
-            if size != expected['bytes']:
-                return f'{name} has {size} bytes instead of {expected["bytes"]}'
-            if sha256(folder / name) != expected['sha256']:
-                return f'{name} does not have the hash that the manifest gives'
+            if name == f'queue-{rank}.safetensors' or rank == 0 and not name.startswith('queue-'):
+                size = (folder / name).stat().st_size
+                if size != expected['bytes']:
+                    return f'{name} has {size} bytes instead of {expected["bytes"]}'
+                if sha256(folder / name) != expected['sha256']:
+                    return f'{name} does not have the hash that the manifest gives'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is not complete ({type(error).__name__}: {error})'
 
 class Checkpoints:
-    """Folders step-00000100 of safetensors and a manifest, each complete or not there: written aside, then renamed."""
+    """Folders step-00000100 of safetensors and a manifest, complete or not there: written aside, then renamed."""
 
     def __init__(self, root, keep):
         self.root, self.keep = Path(root), keep
@@ -1850,7 +1805,7 @@ class Checkpoints:
         return self.root / f'unfinished-{step:08d}'
 
     def complete(self, step, manifest):
-        """Once all its files are written: only now has it the name of a checkpoint. The oldest ones go."""
+        """Only when all files are written it gets the name of a checkpoint. The oldest ones go."""
         unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
 
@@ -1860,7 +1815,6 @@ class Checkpoints:
         discard(folder)
         unfinished.rename(folder)
         flush(self.root)
-
         for old in self.folders()[:-self.keep]:
             discard(old)
 
@@ -1881,16 +1835,13 @@ def together(work):
     except (OSError, SafetensorError) as error:
         problem = str(error)
 
-    outcomes = gather_object([(result, problem)])
-    problems = [problem for _, problem in outcomes if exists(problem)]
+    results, problems = zip(*gather_object([(result, problem)]), strict = True)
+    for problem in filter(exists, problems):
+        raise OSError(problem)
 
-    if problems:
-        raise OSError(problems[0])
+    return results
 
-    return [result for result, _ in outcomes]
-
-# states are those of the whole model, also where it is sharded. Not strict: parameters without gradients have no state in
-# an optimizer, and load_checked looks at the names itself
+# states are those of the whole model, also where it is sharded; without gradients a parameter has none in an optimizer
 
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
@@ -1898,21 +1849,16 @@ TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 def check_fits(module, state_dict):
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    both = [(name, tuple(t.shape), tuple(own[name].shape)) for name, t in state_dict.items() if name in own]
-    wrong = [f'{name} {shape} instead of {expected}' for name, shape, expected in both if shape != expected]
+    shapes = [(name, tuple(t.shape), tuple(own[name].shape)) for name, t in state_dict.items() if name in own]
+    wrong = [f'{name} {shape} instead of {expected}' for name, shape, expected in shapes if shape != expected]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
     check(not (missing or unknown or wrong), f'the weights do not fit the model: {found}')
-
-def load_checked(module, path):
-    state_dict = read_tensors(path)
-    check_fits(module, state_dict)
-    dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
 # signals
 
 @contextmanager
 def interruptions():
-    """The signals that came, Ctrl-C or SIGTERM, as a list, so that the step can end and be saved. A second one acts at once."""
+    """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
     received, handlers = [], {}
 
     def remember(number, frame):
@@ -1940,7 +1886,7 @@ def ignore_signals(worker):
 # pictures and records
 
 def image_grid(images, *, min_size = 48):
-    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels, unsmoothed."""
+    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
 
@@ -1948,8 +1894,7 @@ def image_grid(images, *, min_size = 48):
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
 
-    picture = Image.fromarray(pixels[..., 0] if ch == 1 else pixels)
-    zoom = math.ceil(min_size / h)
+    picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 def versions():
@@ -1976,14 +1921,14 @@ class LoopSettings:
 
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000                    # linear from 1e-6, then constant
-    lr_decay_start: int | None = None               # from this step on it falls as 1 / sqrt(step). None: never (paper)
+    lr_decay_start: int | None = None               # from here on it falls as 1 / sqrt(step). None: never (paper)
     betas: tuple = (0.9, 0.95)                      # of AdamW
     weight_decay: float = 0.01
-    max_grad_norm: float | None = 2.                # None: gradients are not clipped
-    ema_decay: float = 0.999                        # of the averaged weights, from the initial ones and at every step
+    max_grad_norm: float | None = 2.                # None: no clipping
+    ema_decay: float = 0.999                        # of the averaged weights
 
     gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None              # None: what accelerate was launched with, or bf16 on a GPU that has it
+    mixed_precision: str | None = None              # None: that of accelerate's launch, or bf16 if the GPU has it
     compile: bool = False                           # model, encoders and, on a GPU, the field
     cpu: bool = False                               # train on the cpu even where there is a GPU
     num_workers: int = free(0)                      # processes that read data
@@ -1996,28 +1941,27 @@ class LoopSettings:
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
-    resume_from_checkpoint: str | Path | None = free(None)      # a folder, or 'latest' undamaged one, if there is any
-    overwrite: bool = free(False)                   # remove an earlier run from the folder; otherwise that is refused
+    resume_from_checkpoint: str | Path | None = free(None)      # a folder, or 'latest', if there is any
+    overwrite: bool = free(False)                   # remove an earlier run from the folder; or else it is refused
 
     def __post_init__(self):
         names = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
         check_positive(**{name: getattr(self, name) for name in names})
 
 class BaseTrainer:
-    """The training loop through accelerate, for any model: AdamW, warmup, averaged weights, metrics, pictures, checkpoints.
+    """The training loop through accelerate, for any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
     A subclass says what is trained:
-    backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns the
-        loss () and details of it; metrics(details) what to log of them, {name: tensor ()}, and which names go onto the
-        progress bar; pictures() samples for the grid, [b ch h w], and its number of rows.
+    backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
+        the loss () and details of it; metrics(details) what to log of them, {name: tensor ()}, and which names go onto
+        the progress bar; pictures() samples for the grid, [b ch h w], and its number of rows.
 
-    All goes into results_folder: metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/,
+    results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
     settings that prevent that are warned of.
     """
 
-    def __init__(self, model, dataset, settings, *, samples_per_process = None, samples_per_step = None, to_image = None):
-        """Real samples are read by every process, samples_per_process at a time, or by all together, samples_per_step."""
+    def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = Checkpoints(self.results_folder / 'checkpoints', settings.keep_checkpoints)
@@ -2027,18 +1971,8 @@ class BaseTrainer:
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
-        if not exists(samples_per_process):
-            fits = samples_per_step % self.world == 0
-            check(fits, f'{samples_per_step} samples read per step cannot be shared by {self.world} processes')
-            samples_per_process = samples_per_step // self.world
-
-        self.samples_per_process = samples_per_process
-        self.samples_per_step = samples_per_process * self.world
-
-        self.num_classes = getattr(model, 'num_classes', None)
-        self.sample_shape = self.check_dataset(dataset)
+        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
-
         self.step, self.samples_read, self.queues = 0, 0, {}
         self.prepare(model)
         self.claim_folder()
@@ -2052,45 +1986,43 @@ class BaseTrainer:
 
         accelerator = Accelerator(
             mixed_precision = mixed_precision, cpu = settings.cpu, log_with = settings.log_with,
-            project_dir = settings.results_folder, kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
+            project_dir = settings.results_folder,
+            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
 
         accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
-        is_old_fsdp = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
-        check(not is_old_fsdp, 'FSDP is supported in its second version: set fsdp_version to 2')
+        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
 
     def check_dataset(self, dataset):
         """The shape of a sample."""
-        has_length, num = hasattr(dataset, '__len__'), self.samples_per_step
-        check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
+        given, num = type(dataset).__name__, self.samples_per_process * self.world
+        check(hasattr(dataset, '__len__'), f'the dataset must be map-style, with a length, got {given}')
         check(len(dataset) >= num, f'the dataset has {len(dataset)} samples, fewer than the {num} read per step')
 
         first = dataset[0]
         is_pair = isinstance(first, (tuple, list)) and len(first) == 2
         sample = first[0] if is_pair else first
-        is_float = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
         given = getattr(sample, 'dtype', type(sample).__name__)
-        check(is_float, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
+        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
+        check(fits, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
         return tuple(sample.shape)
 
     def prepare(self, model):
-        """Release: AdamW on all parameters, and the plain average of the weights from the start and at every step."""
+        """Release: AdamW on all parameters, and the plain average of the weights from the start, at every step."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
         average = deepcopy(model) if is_sharded else None
-
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay,
-            fused = self.device.type in ('cuda', 'cpu')
-        )
+        options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
+        optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
 
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
 
-        self.ema = EMA(                     # beta from the first step on: the library would warm it up
-            self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay,
-            update_after_step = -1, update_every = 1, include_online_model = False, use_foreach = not is_sharded
+        self.ema = EMA(                     # which would warm its decay up otherwise
+            self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay, update_every = 1,
+            update_after_step = -1, include_online_model = False, use_foreach = not is_sharded
         )
         self.ema.update()
 
@@ -2102,27 +2034,24 @@ class BaseTrainer:
         folder, settings = self.results_folder, self.settings
 
         try:
-            folder.mkdir(parents = True, exist_ok = True)
             probe = folder / f'.probe-{self.rank}'
+            folder.mkdir(parents = True, exist_ok = True)
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
 
         paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
-        earlier = [path for path in paths if path.exists()]
-        resumes = exists(settings.resume_from_checkpoint)
-        ways_out = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
-        check(resumes or settings.overwrite or not earlier, f'{folder} holds an earlier run: {ways_out}')
+        earlier, resumes = [path for path in paths if path.exists()], exists(settings.resume_from_checkpoint)
+        wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
+        check(resumes or settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
         self.accelerator.wait_for_everyone()
 
         if self.is_main:
-            leftovers = list(self.checkpoints.root.glob('unfinished-*'))
-            for path in earlier if settings.overwrite and not resumes else leftovers:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            leftovers = self.checkpoints.root.glob('unfinished-*')
+            for path in earlier if settings.overwrite and not resumes else list(leftovers):
+                remove = shutil.rmtree if path.is_dir() else os.unlink
+                remove(path)
 
         self.accelerator.wait_for_everyone()
 
@@ -2136,6 +2065,18 @@ class BaseTrainer:
     @property
     def logs_this_step(self):
         return self.is_due(self.settings.log_every, self.step + 1)
+
+    @property
+    def samples_per_process(self):
+        """Real samples that each process reads in a micro step."""
+        num = self.settings.batch_size
+        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        return num // self.world
+
+    @property
+    def samples_trained(self):
+        """Samples of a micro step, for the speed."""
+        return self.samples_per_process * self.world
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -2154,14 +2095,13 @@ class BaseTrainer:
 
     def read(self, batches):
         samples, labels = next(batches)
-        self.samples_read += self.samples_per_step
+        self.samples_read += self.samples_per_process * self.world
         self.seed_model()
         return samples, torch.as_tensor(labels)
 
     def seed_model(self, *key):
         """For a model with dropout: what it draws next is a function of the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
-
         for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed)
 
@@ -2172,11 +2112,11 @@ class BaseTrainer:
         return (1e-6 + (settings.learning_rate - 1e-6) * warmup) * decay
 
     def synced(self, sync):
-        """Whether a backward pass averages gradients over processes."""
+        """Around a backward pass: whether it averages gradients over processes."""
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
-    def grad_norms(self):
-        """{'grad_norm': of all parameters, before they are clipped; and where that is logged of every part of the model}."""
+    def clip_gradients(self):
+        """{'grad_norm': of all parameters before it, and in a step that is logged of every part of the model}."""
         norms = {}
 
         for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
@@ -2189,37 +2129,36 @@ class BaseTrainer:
         return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
 
     def train_step(self, batches):
-        """One optimiser step. Returns the loss and details of the last micro step on this process, and gradient norms."""
+        """One optimiser step. Returns loss and details of the last micro step on this process, and gradient norms."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
 
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate_at(self.step)
-
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
         self.accelerator.unscale_gradients()
-        norms = self.grad_norms()
+        norms = self.clip_gradients()
         self.optimizer.step()
         self.ema.update()
         self.step += 1
         return loss, details, norms
 
     def check_finite(self, loss, details, norms):
-        """Stops the run before broken weights are saved. Once applied, a broken gradient stays in them: the newest step tells."""
-        norm, is_scaled = norms['grad_norm'], exists(self.accelerator.scaler)       # fp16 skips broken gradients by itself
+        """Stops the run before broken weights are saved. A broken gradient stays in them: the newest step tells."""
+        norm = norms['grad_norm']
+        is_scaled = exists(self.accelerator.scaler)         # fp16: it leaves steps with broken gradients out itself
         is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
-
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:                 # all processes say the same
             return
 
         values = {name: float(value) for name, value in self.metrics(details)[0].items()}
         broken = ', '.join(f'{name} is {value}' for name, value in values.items() if not math.isfinite(value))
         found = broken or 'the loss is finite: the model or the encoder, backwards'
-        good = default(self.checkpoints.newest_good(), 'none')
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
+        good = default(self.checkpoints.newest_good(), 'none')
         raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
 
     # the loop
@@ -2232,7 +2171,8 @@ class BaseTrainer:
         settings, accelerator, batches = self.settings, self.accelerator, self.batches()
         ask_every = 1 if self.world == 1 else 10        # several processes tell each other of signals every tenth step
         look_every = 1 if self.device.type == 'cpu' else 10         # at the loss: an accelerator is waited for
-        accelerator.init_trackers('drifting-pytorch', config = {name: str(value) for name, value in self.record().items()})
+        config = {name: str(value) for name, value in self.record().items()}
+        accelerator.init_trackers('drifting-pytorch', config = config)
         self.record_start()
 
         if self.step == 0:
@@ -2258,38 +2198,34 @@ class BaseTrainer:
 
         if stopped:
             accelerator.print(f'stopped by a signal, saved at step {self.step}')
-
         for tracker in accelerator.trackers:
             tracker.finish()
-
         if received:
             signal.raise_signal(received[0])
 
     def record_start(self):
         """A line of starts.jsonl."""
-        if not self.is_main:
-            return
+        if self.is_main:
+            device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
+            failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory
+            machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
 
-        device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        hardware = dict(device = device, processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
-        failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory, if that is one
+            start = dict(
+                step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
+                git = None if failed else revision, hardware = dict(device = device, **machine),
+                precision = self.accelerator.mixed_precision, config = self.record()
+            )
 
-        start = dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(), git = None if failed else revision,
-            hardware = hardware, precision = self.accelerator.mixed_precision, config = self.record()
-        )
-
-        with open(self.results_folder / 'starts.jsonl', 'a') as file:
-            file.write(json.dumps(start) + '\n')
+            with open(self.results_folder / 'starts.jsonl', 'a') as file:
+                file.write(json.dumps(start) + '\n')
 
     def log(self, bar, loss, details, norms):
         """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
-        metrics = dict(loss = loss, **norms, **metrics)
-
-        values = [torch.as_tensor(value, dtype = torch.float32, device = self.device).detach() for value in metrics.values()]
-        values = self.accelerator.reduce(stack(values), 'mean').tolist()
-        metrics = dict(step = self.step, **dict(zip(metrics, values, strict = True)))
+        metrics = {'loss': loss, **norms, **metrics}
+        values = [torch.as_tensor(value, dtype = torch.float32, device = self.device) for value in metrics.values()]
+        values = self.accelerator.reduce(stack(values).detach(), 'mean').tolist()
+        metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
         # of the machine, not of the run: these differ when it is repeated
@@ -2297,22 +2233,15 @@ class BaseTrainer:
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
         samples = (self.step - first_step) * self.samples_trained * self.settings.gradient_accumulation_steps
         metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
-
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
 
         self.accelerator.log(metrics, step = self.step)
 
         if self.is_main:
+            bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
             with open(self.results_folder / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(metrics) + '\n')
-
-            bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
-
-    @property
-    def samples_trained(self):
-        """Samples of a micro step, for the speed."""
-        return self.samples_per_step
 
     @torch.no_grad()
     def save_pictures(self):
@@ -2331,34 +2260,43 @@ class BaseTrainer:
     # checkpoints
 
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest. Until it is complete nothing has that name."""
+        """Write results_folder/checkpoints/step-..., and keep the newest. Until it is complete nothing is named so."""
         try:
             written = together(self.write_states)
             together(lambda: self.complete(written) if self.is_main else None)
         except OSError as error:
             shutil.rmtree(self.checkpoints.unfinished(self.step), ignore_errors = True)
-            last = [None, *self.checkpoints.folders()][-1]
-            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}. The last one is {last}') from error
+            problem = f'the checkpoint of step {self.step} could not be written: {error}'
+            raise OSError(f'{problem}. The last one is {[None, *self.checkpoints.folders()][-1]}') from error
 
     def write_states(self):
-        """The main process is given the states of models and optimizer, each has a queue. Returns the manifest's lines."""
-        moments = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE).get('state', {})
-        own_queue = f'queue-{self.rank}.safetensors'
+        """Models and optimizer by the main process, which alone is given them, and each one's queue."""
+        optimizer = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
+        moments = optimizer.get('state', {}).items()
+        queues = {name: queue.state_dict().items() for name, queue in self.queues.items()}
 
-        states = {
-            'model.safetensors': dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
-            'ema.safetensors': dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
-            'optimizer.safetensors': {f'{name}.{kind}': t for name, kinds in moments.items() for kind, t in kinds.items()},
-            own_queue: {f'{name}.{key}': t for name, queue in self.queues.items() for key, t in queue.state_dict().items()}
-        }
+        states = dict(
+            model = dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
+            ema = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
+            optimizer = {f'{name}.{kind}': t for name, state in moments for kind, t in state.items()}
+        )
+        states[f'queue-{self.rank}'] = {f'{name}.{key}': t for name, state in queues.items() for key, t in state}
 
-        folder = self.checkpoints.unfinished(self.step)
+        folder, written = self.checkpoints.unfinished(self.step), {}
         folder.mkdir(parents = True, exist_ok = True)
-        return {name: save_tensors(state, folder / name, copy = name != own_queue) for name, state in states.items() if state}
+
+        for name, state in states.items():
+            if state:
+                file, copy = f'{name}.safetensors', not name.startswith('queue')
+                written[file] = save_tensors(state, folder / file, copy)
+
+        return written
 
     def complete(self, written):
-        scaler = self.accelerator.scaler
-        files = {name: line for lines in written for name, line in lines.items()}
+        scaler, files = self.accelerator.scaler, {}
+        for lines in written:
+            files |= lines
+
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
 
@@ -2371,28 +2309,24 @@ class BaseTrainer:
     def resume(self):
         """Go on from resume_from_checkpoint, if that was given and is there."""
         given = self.settings.resume_from_checkpoint
-        folders = [Path(given)] if exists(given) else []
+        if not exists(given):
+            return
 
-        if given == 'latest':
-            folders = self.checkpoints.folders()[::-1]
-
-        for folder in folders:
+        for folder in self.checkpoints.folders()[::-1] if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
-
             if not exists(problem):
                 self.load(folder)
                 break
 
-            check(given == 'latest', f'{folder} cannot be used: {problem}')
-
+            message = f'{folder} cannot be used: {problem}'
+            check(given == 'latest', message)
             if self.is_main:
-                warnings.warn(f'{folder} cannot be used: {problem}. Going on from an earlier one, if there is any', stacklevel = 2)
+                warnings.warn(f'{message}. Going on from an earlier one, if there is any', stacklevel = 2)
 
+        if self.is_main:
+            self.trim_metrics()
         if self.is_main and self.step > 0:
             self.checkpoints.set_aside(self.step)
-
-        if self.is_main and exists(given):
-            self.trim_metrics()
 
         self.accelerator.wait_for_everyone()
 
@@ -2411,28 +2345,29 @@ class BaseTrainer:
 
     def load(self, folder):
         manifest = json.loads((folder / 'manifest.json').read_text())
-        saved, now, world = manifest['config'], self.record(), manifest['num_processes']
-        check(world == self.world, f'the checkpoint is of {world} processes, these are {self.world}: each has a queue of its own')
+        before, now, world = manifest['config'], self.record(), manifest['num_processes']
+        wanted = f'these are {self.world}: each has a queue of its own'
+        check(world == self.world, f'the checkpoint is of {world} processes, {wanted}')
 
-        may_change = {entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')}
-        differ = [name for name in now if name in saved and now[name] != saved[name] and name not in may_change]
-        changed = ', '.join(f'{name} {saved[name]} -> {now[name]}' for name in differ)
+        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
+        names = [name for name in now if name in before and before[name] != now[name] and name not in may_change]
+        if names and self.is_main:
+            changed = ', '.join(f'{name} {before[name]} -> {now[name]}' for name in names)
+            warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 3)
 
-        if changed and self.is_main:
-            warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 2)
+        for name, module in dict(model = self.unwrapped, ema = self.ema.ema_model).items():
+            state_dict = read_tensors(folder / f'{name}.safetensors')
+            check_fits(module, state_dict)
+            dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        load_checked(self.unwrapped, folder / 'model.safetensors')
-        load_checked(self.ema.ema_model, folder / 'ema.safetensors')
         self.load_optimizer(read_tensors(folder / 'optimizer.safetensors'))
 
-        if self.queues:
-            states = read_tensors(folder / f'queue-{self.rank}.safetensors')
-            for name, queue in self.queues.items():
-                own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
-                queue.load_state_dict(own)
+        states = read_tensors(folder / f'queue-{self.rank}.safetensors') if self.queues else {}
+        for name, queue in self.queues.items():
+            own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
+            queue.load_state_dict(own)
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
-
         if exists(self.accelerator.scaler) and manifest['scaler']:
             self.accelerator.scaler.load_state_dict(manifest['scaler'])
 
@@ -2451,10 +2386,11 @@ class BaseTrainer:
             self.ema.ema_model.reshard()
 
     def save_pretrained(self, folder):
-        """Write the averaged model into a folder, for its from_pretrained. On every process, as it may be sharded."""
-        is_ours = isinstance(self.unwrapped, PyTorchModelHubMixin)
-        check(is_ours, 'save_pretrained is for the models of this package: of others save trainer.ema.ema_model.state_dict()')
-        state_dict, folder = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE), Path(folder)
+        """Write the averaged model into a folder, for its from_pretrained. On every process, it may be sharded."""
+        is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
+        wanted = 'of others save trainer.ema.ema_model.state_dict()'
+        check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
+        state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
 
         if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
@@ -2463,20 +2399,20 @@ class BaseTrainer:
 
 @dataclasses.dataclass(kw_only = True)
 class GeneratorSettings(LoopSettings):
-    """Those of Trainer; the defaults are the paper's ablation."""
+    """What Trainer is told, besides; the defaults are the paper's ablation."""
 
     num_groups: int = 64                            # class groups per step, of all processes together
     num_gen: int = 64                               # generated samples per group
     num_pos: int = 64                               # real samples per group
     num_uncond: int = 16                            # unconditional samples per group
-    group_chunk_size: int | None = None             # groups at a time: the same gradient in less memory, 2 to 3 times slower
+    group_chunk_size: int | None = None             # groups at a time: the same gradient in less memory, but slower
 
-    alpha_range: tuple = (1., 4.)                   # of the guidance scale, see sample_alpha; (1, 1): without guidance
+    alpha_range: tuple = (1., 4.)                   # of the guidance scale, see sample_alpha; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
     push_size: int = 64                             # real samples read per step by every process (release)
-    class_queue_size: int = 128                     # how many of each class stay
+    class_queue_size: int = 128                     # real samples that stay, of each class
     uncond_queue_size: int = 1000                   # and of all classes
     queue_device: str | None = None                 # None: the accelerator
     queue_dtype: torch.dtype | None = None          # None: float32
@@ -2485,73 +2421,58 @@ class GeneratorSettings(LoopSettings):
         super().__post_init__()
         names = 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'
         check_positive(**{name: getattr(self, name) for name in names})
-        alone = 'a generated sample alone has no others to be pushed away from, it would not move'
-        check(self.num_gen > 1, f'num_gen must be above 1: {alone}')
+        check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
 
-        low, high = self.alpha_range
+        (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')
-        size = self.class_queue_size
-        check(self.num_pos <= size, f'num_pos = {self.num_pos} does not fit into class_queue_size = {size}')
+        check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
+
+# Table 8, what differs from the ablation; where paper and release differ, the release's value
+
+LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
+LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
+PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
+PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)
+
+TRAINER_PRESETS = {
+    'ablation': {},
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),        # paper: num_pos = 128, one of four ema_decay
+    'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
+    'B/16': {**PIXEL, 'learning_rate': 2e-4},
+    'L/16': PIXEL,
+}
 
 class StepDetails(NamedTuple):
     breakdown: Breakdown
     alpha: Tensor               # guidance scales of the step [c]
     spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives
 
-# Table 8, by the names of the generator's presets: what differs from the ablation; the release's value where P and R differ
-
-LARGE = dict(
-    learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000, num_groups = 128, num_uncond = 32, push_size = 128
-)
-PIXEL = dict(
-    LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5., queue_device = 'cpu', queue_dtype = torch.float16
-)
-
-TRAINER_PRESETS = {
-    'ablation': {},                                                     # the defaults of Trainer
-    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),            # paper: num_pos = 128, and one of four ema_decay
-    'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
-    'B/16': {**PIXEL, 'learning_rate': 2e-4},
-    'L/16': PIXEL,
-}
-
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8).
 
     model: any module with the call model(noise, labels, alpha, styles), an attribute num_classes (None: unconditional,
         labels are ignored) and, if noise does not have the shape of a sample, noise_shape.
-    loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None compares raw samples.
-    to_image: maps samples to images [b 1|3 h w] in [0, 1] for the grids. None: samples of 1 or 3 channels are in [-1, 1],
-        others give no grid.
+    loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
+    to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups; the loss is that of all of them. Each has a queue of its own, of the real samples
-    that it reads, and takes the labels of its groups from its newest ones.
-    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit them,
-    and classes with too few samples.
+    Several processes share the groups, and the loss is that of all of them. Each has a queue of its own, of the real
+    samples that it reads, and takes the labels of its groups from its newest ones.
+    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
+    them, and classes with too few samples.
     """
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
-        settings = GeneratorSettings(**settings)
-        super().__init__(model, dataset, settings, samples_per_process = settings.push_size, to_image = to_image)
-        chunk_size, num_groups = settings.group_chunk_size, settings.num_groups
-        check(num_groups >= self.world, f'num_groups {num_groups} cannot be shared by {self.world} processes')
-
-        if exists(chunk_size):
-            is_fp16 = self.accelerator.mixed_precision == 'fp16'
-            check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-            is_even = num_groups % self.world == 0 or not self.accelerator.is_fsdp2
-            wanted = f'the same number of groups in all {self.world} processes'
-            check(is_even, f'a sharded model in chunks needs {wanted}, got num_groups = {num_groups}')
-
-        self.make_queues(len(dataset))
+        super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
-        self.loss_fn = default(loss_fn, FeatureDriftLoss())
-        self.collapsed = False
+        self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
+        self.check_groups()
+        self.make_queues(len(dataset))
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
-            self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk_size, compile = settings.compile)
+            options = dict(group_chunk_size = self.settings.group_chunk_size, compile = self.settings.compile)
+            self.loss_fn = self.loss_fn.with_options(**options)
 
         if isinstance(self.loss_fn, Module):
             is_cuda = self.device.type == 'cuda'
@@ -2565,33 +2486,51 @@ class Trainer(BaseTrainer):
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
+    def check_groups(self):
+        num, world = self.settings.num_groups, self.world
+        check(num >= world, f'num_groups {num} cannot be shared by {world} processes')
+
+        if exists(self.settings.group_chunk_size):
+            is_fp16 = self.accelerator.mixed_precision == 'fp16'
+            check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+            is_even = num % world == 0 or not self.accelerator.is_fsdp2
+            check(is_even, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
+
     def make_queues(self, num_real):
         """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
         settings, num = self.settings, self.settings.num_uncond
-        guided = exists(self.num_classes) and settings.alpha_range[1] > 1
+        is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
+        self.alpha_range, self.num_uncond = (settings.alpha_range, num) if is_guided else ((1., 1.), 0)
 
-        self.num_uncond = num if guided else 0
-        self.alpha_range = settings.alpha_range if guided else (1., 1.)
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
-        self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = settings.class_queue_size, **options)
+        num_classes, size = default(self.num_classes, 1), settings.class_queue_size
+        self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
 
-        if guided:
+        if is_guided:
             wanted = f'guidance needs 1 to {num_real} (the dataset) unconditional samples'
             check(0 < num <= num_real, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
             size = settings.uncond_queue_size
             check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
             self.queues['unconditional'] = SampleQueue(size = size, **options)
 
+    @property
+    def samples_per_process(self):
+        return self.settings.push_size
+
+    @property
+    def samples_trained(self):
+        return self.settings.num_groups * self.settings.num_gen
+
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, each at most as many samples as the data have."""
-        num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
+        """Read until every class has enough positives in every process, each at most one pass over the data."""
+        num_pos, positives = self.settings.num_pos, self.queues['positives']
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
 
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
             held = cat([queue.filled for queue in self.queues.values()])
             held = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.device)).amin(dim = 0).tolist()
-            short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
+            short = {label: num for label, num in enumerate(held[:positives.num_classes]) if num < num_pos}
 
             if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
                 return
@@ -2618,41 +2557,38 @@ class Trainer(BaseTrainer):
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
-        generator = seeded(*key, 'queue', self.rank)
+        (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
 
-        low, high = self.alpha_range
-        alpha = sample_alpha(
-            settings.num_groups, low = low, high = high, power = settings.alpha_power,
-            no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
-        )
-        alpha = self.of_this_process(alpha)
+        options = dict(low = low, high = high, power = settings.alpha_power, no_cfg_frac = settings.no_cfg_frac)
+        alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
 
-        # release: labels of the newest real samples, without replacement; in turns, where there are more groups than samples
+        # release: labels of the newest real samples, without replacement; in turns, where more are asked for
 
         c, num = len(alpha), len(newest_labels)
         turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
         labels = newest_labels[cat(turns)[:c]]
 
-        real = [self.queues['positives'].draw(labels, settings.num_pos, generator), None]
+        pos, uncond = self.queues['positives'].draw(labels, settings.num_pos, generator), None
         if self.num_uncond > 0:
-            real[1] = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
+            uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
+            uncond = uncond.to(self.device, non_blocking = True).float()
 
-        labels, alpha, pos, uncond = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (labels, alpha, *real))
-        return labels, alpha, pos.float(), uncond.float() if exists(uncond) else None
+        labels, alpha, pos = (t.to(self.device, non_blocking = True) for t in (labels, alpha, pos))
+        return labels, alpha, pos.float(), uncond
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s]: noise and styles depend on the step and the group alone."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
-        groups = self.of_this_process(torch.arange(self.settings.num_groups)).tolist()
-        generators = [seeded(*key, group, device = self.device) for group in groups]
+        noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
 
-        noise = stack([torch.randn(g, *self.noise_shape, generator = generator, device = self.device) for generator in generators])
-        styles = None
+        for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
+            generator = seeded(*key, group, device = self.device)
+            noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
+            if has_styles:
+                styles.append(self.unwrapped.draw_styles(g, generator))
 
-        if hasattr(self.unwrapped, 'draw_styles'):
-            styles = stack([self.unwrapped.draw_styles(g, generator) for generator in generators])
-
-        return noise, labels if exists(self.num_classes) else None, alpha, styles
+        labels = labels if exists(self.num_classes) else None
+        return stack(noise), labels, alpha, stack(styles) if has_styles else None
 
     # the step
 
@@ -2663,9 +2599,9 @@ class Trainer(BaseTrainer):
         noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
 
         gen = model(noise, labels, alpha, styles)
-        shape, expected = tuple(gen.shape[1:]), self.sample_shape
-        check(shape == expected, f'the generator returns samples of shape {shape}, those of the dataset have {expected}')
-        return rearrange(gen, '(c g) ... -> c g ...', g = g)
+        shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
+        check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
+        return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     def chunks(self, inputs):
         """The generator's inputs, group_chunk_size groups at a time."""
@@ -2674,7 +2610,7 @@ class Trainer(BaseTrainer):
         return [[t[i:i + size] if exists(t) else None for t in inputs] for i in range(0, num, size)]
 
     def without_graph(self, chunks):
-        """Generated samples [c g ...] of all chunks. A chunk draws the same dropout whenever it is generated."""
+        """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
         samples = []
 
         for i, chunk in enumerate(chunks):
@@ -2689,19 +2625,19 @@ class Trainer(BaseTrainer):
 
         In chunks: samples without a graph, the loss's gradient on them, and chunk by chunk from there to the weights.
         """
+        settings = self.settings
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
         chunks, options = self.chunks(self.inputs(labels, alpha, micro_step)), {}
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
-        if getattr(self.loss_fn, 'needs_neg', False):
+        if isinstance(self.loss_fn, FeatureDriftLoss) and self.loss_fn.field.needs_neg:
             options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
 
-        # processes may have unequal numbers of groups
+        share = len(labels) * self.world / settings.num_groups      # processes may have unequal numbers of groups
+        share = share / settings.gradient_accumulation_steps
 
-        share = len(labels) * self.world / self.settings.num_groups / self.settings.gradient_accumulation_steps
-
-        if not exists(self.settings.group_chunk_size):
+        if not exists(settings.group_chunk_size):
             self.seed_model(0)
             with self.synced(sync):
                 gen = self.generate(self.model, *chunks[0])
@@ -2712,7 +2648,7 @@ class Trainer(BaseTrainer):
 
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
-        grads = torch.autograd.grad(loss * share, gen)[0].split(self.settings.group_chunk_size)
+        grads = torch.autograd.grad(loss * share, gen)[0].split(settings.group_chunk_size)
 
         for i, (chunk, grad) in enumerate(zip(chunks, grads, strict = True)):
             self.seed_model(i)
@@ -2726,30 +2662,26 @@ class Trainer(BaseTrainer):
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
 
-        fits = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
-        given = type(result).__name__
+        fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
         check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
-
         loss, breakdown = result
-        losses = {name: t.detach() for name, t in breakdown.losses.items()}
-        spread = None
+        losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
 
         if self.logs_this_step and self.settings.num_pos > 1:
-            spread_gen, spread_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
-            spread = spread_gen / spread_pos
+            spreads = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)]
+            spread = spreads[0] / spreads[1]
 
         return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
 
     def metrics(self, details):
-        """On the bar goes what tells progress: the drift before normalisation, per temperature, averaged over features."""
+        """On the bar goes what tells progress: the drift before it is normalised, averaged over features."""
         breakdown, alpha, spread = details
-        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), 'alpha/share_of_1': (alpha == 1).float().mean()}
+        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max()}
+        metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
+        metrics |= {'spread': spread} if exists(spread) else {}
         drifts = {}
-
-        if exists(spread):
-            metrics['spread'] = spread
 
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
@@ -2766,18 +2698,14 @@ class Trainer(BaseTrainer):
 
     def log(self, bar, loss, details, norms):
         super().log(bar, loss, details, norms)
-        settings, spread = self.settings, details.spread
-        is_early = self.step < max(settings.lr_warmup_steps, settings.num_train_steps // 5)
+        first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
+        spread = details.spread
 
-        if not self.collapsed and exists(spread) and not is_early and spread < 0.1:
+        if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
             hint = 'Small data: affinity_floor = 0.; see "Small data" in the README'
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
-
-    @property
-    def samples_trained(self):
-        return self.settings.num_groups * self.settings.num_gen
 
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model, see sample_from."""
@@ -2789,22 +2717,21 @@ class Trainer(BaseTrainer):
     def pictures(self):
         """Ten samples each of the first ten classes, always from the same noise."""
         seed, rows = self.settings.seed, min(10, default(self.num_classes, 10))
+        if not exists(self.num_classes):
+            return self.sample(num_samples = rows * 10, seed = seed), rows
 
-        if exists(self.num_classes):
-            return self.sample(torch.arange(rows).repeat_interleave(10), seed = seed), rows
-
-        return self.sample(num_samples = rows * 10, seed = seed), rows
+        return self.sample(repeat(torch.arange(rows), 'rows -> (rows 10)'), seed = seed), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
-    """Those of MAETrainer; smaller batches want a smaller learning rate."""
+    """What MAETrainer is told, besides. Smaller batches want a smaller learning rate."""
 
     batch_size: int = 8192                          # of all processes together
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
     ema_decay: float = 0.9995
-    finetune_steps: int = free(0)                   # in the last steps the classification's weight lambda rises linearly
-    cls_weight: float = 0.1                         # to this
+    finetune_steps: int = free(0)                   # the last ones: the weight of the classification, lambda, rises
+    cls_weight: float = 0.1                         # linearly to this
     cls_warmup_steps: int = 1_000                   # in so many steps
 
     def __post_init__(self):
@@ -2812,45 +2739,40 @@ class MAESettings(LoopSettings):
         check_positive(batch_size = self.batch_size)
 
 class MAETrainer(BaseTrainer):
-    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is then trainer.ema.ema_model.
+    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
 
-    settings: see MAESettings and LoopSettings; to_image: see Trainer.
+    settings: see MAESettings and LoopSettings. to_image: see Trainer.
     The pictures are of samples, of what is left of them, and of reconstructions.
     """
 
     def __init__(self, model, dataset, *, to_image = None, **settings):
         settings = MAESettings(**settings)
-        has_head = exists(model.num_classes)
-        check(settings.finetune_steps == 0 or has_head, 'finetune_steps needs a model with a classifier: set num_classes')
-        super().__init__(model, dataset, settings, samples_per_step = settings.batch_size, to_image = to_image)
+        fits = settings.finetune_steps == 0 or exists(model.num_classes)
+        check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
+
+        steps = settings.num_train_steps - settings.finetune_steps
+        self.finetune_start = steps if settings.finetune_steps > 0 else None
+        super().__init__(model, dataset, settings, to_image)
 
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
 
         self.resume()
 
-    @property
-    def finetune_start(self):
-        return self.settings.num_train_steps - self.settings.finetune_steps if self.settings.finetune_steps > 0 else None
-
     def record(self):
         return {**super().record(), 'finetune_start': self.finetune_start}
 
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        if not exists(self.finetune_start):
-            return 0.
-
-        progress = max(0, step - self.finetune_start) / max(1, self.settings.cls_warmup_steps)
-        return self.settings.cls_weight * min(1., progress)
+        progress = (step - default(self.finetune_start, step)) / max(1, self.settings.cls_warmup_steps)
+        return self.settings.cls_weight * min(1., max(0., progress))
 
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
-        samples = samples.to(self.device, non_blocking = True)
+        labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
+        samples, labels = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (samples, labels))
 
-        has_labels = exists(self.num_classes)
-        labels = checked_labels(labels, self.num_classes, len(labels)).to(self.device) if has_labels else None
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
         mask = self.unwrapped.draw_mask(samples, generator)
 
@@ -2861,7 +2783,8 @@ class MAETrainer(BaseTrainer):
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
     def metrics(self, details):
-        return {**details._asdict(), 'cls_weight': self.cls_weight_at(self.step - 1)}, ('reconstruction', 'accuracy')
+        metrics = {**details._asdict(), 'cls_weight': self.cls_weight_at(self.step - 1)}
+        return metrics, ('reconstruction', 'accuracy')
 
     def pictures(self):
         """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""
@@ -2901,8 +2824,9 @@ MAE_OPTIONS = dict(
     mask_patch_size = 'patch_size', layers = 'layers'
 )
 GENERATOR_OPTIONS = dict(
-    image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size', depth = 'depth',
-    heads = 'num_heads', num_classes = 'num_classes', num_register_tokens = 'n_cls_tokens', ff_mult = 'mlp_ratio'
+    image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size',
+    depth = 'depth', heads = 'num_heads', num_classes = 'num_classes', num_register_tokens = 'n_cls_tokens',
+    ff_mult = 'mlp_ratio'
 )
 MAE_NAMES = (
     (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'),
@@ -2920,8 +2844,8 @@ GENERATOR_NAMES = (
     (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0', 'final_norm'),
     (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'),
     (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
-    (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'), (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'),
-    (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
+    (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'),
+    (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'), (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
 )
 OUR_LAYOUT = (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')
 
@@ -2949,7 +2873,7 @@ def read_msgpack(path):
     try:
         import msgpack
     except ImportError as error:
-        raise ImportError("the release's weights are msgpack files: pip install 'drifting-pytorch[pretrained]'") from error
+        raise ImportError("these weights need msgpack: pip install 'drifting-pytorch[pretrained]'") from error
 
     def to_tensor(code, data):      # extension type 1 is an array: (shape, dtype name, bytes)
         shape, name, raw = msgpack.unpackb(data, max_bin_len = len(data))
@@ -2969,7 +2893,7 @@ def read_msgpack(path):
     return params
 
 def translated(params, rules):
-    """The parameters under our names and in PyTorch's layout. params is emptied on the way, so that none is held twice."""
+    """The parameters under our names, in PyTorch's layout. params is emptied on the way: none is held twice."""
     state = {}
 
     for path in list(params):
@@ -3000,7 +2924,8 @@ def generator_from_release(config, params):
 
     for name, same in (('out_channels', 'in_channels'), ('cond_dim', 'hidden_size')):
         value = config.get(name, config[same])
-        check(value == config[same], f'the published generator has {name} = {value} and {same} = {config[same]}, {refused}')
+        found = f'{name} = {value} and {same} = {config[same]}'
+        check(value == config[same], f'the published generator has {found}, {refused}')
 
     heads, num_styles = config['num_heads'], config['noise_coords'] if config['noise_classes'] > 0 else 0
     state = translated(params, GENERATOR_NAMES)
@@ -3009,7 +2934,7 @@ def generator_from_release(config, params):
         check(name in state, f'the published weights lack the parameter that becomes {name}')
         return state.pop(name)
 
-    def interleaved(t, heads):   # the release rotates the first half of a head with the second, x-transformers neighbours
+    def interleaved(t, heads):      # the release rotates one half of a head with the other, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
     styles = [take(f'style.{i}.weight') for i in range(num_styles)]
