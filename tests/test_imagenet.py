@@ -299,6 +299,22 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
         with pytest.raises(ValueError, match = 'reads samples of 3 channels, those of the preset ablation have 4'):
             generate(data, tmp_path / 'other', preset, tmp_path / 'of-pixels')
 
+@pytest.mark.parametrize('space, preset, default', [('latent', 'B/2', 'flip'), ('pixel', 'B/16', 'crop')])
+def test_real_samples_are_augmented_as_in_the_release(request, monkeypatch, tmp_path, space, preset, default):
+    class Read(Exception):
+        pass
+
+    def until_read(*args):
+        raise Read(load_dataset(*args)[0].augment)
+
+    load_dataset = train_generator.load_dataset
+    monkeypatch.setattr(train_generator, 'load_dataset', until_read)
+    data = request.getfixturevalue('latents') if space == 'latent' else request.getfixturevalue('images')
+
+    for args, expected in (((), default), (('--augment', 'center'), 'center'), (('--augment', 'flip'), 'flip')):
+        with pytest.raises(Read, match = expected):
+            generate(data, tmp_path, preset, 'encoder', *args)
+
 @pytest.mark.parametrize('script', [encode_latents, train_mae, train_generator])
 def test_help_explains_every_option(script, capsys):
     with pytest.raises(SystemExit, match = '0'):

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import torch
 
-from data import add_run_options, given, load_dataset, run_settings
+from data import AUGMENTS, add_run_options, given, load_dataset, run_settings
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
 from drifting_pytorch.drifting import check
+
+# of the real samples, by space. The release reads pixels with use_aug: random resized crops, 0.2 to 1 of the area, bicubic, and flips
+
+AUGMENT = dict(latent = 'flip', pixel = 'crop')
 
 SPACES = {'ablation': 'latent', 'B/2': 'latent', 'L/2': 'latent', 'B/16': 'pixel', 'L/16': 'pixel'}
 
@@ -39,6 +43,11 @@ def main(argv = None):
     parser.add_argument('--preset', choices = tuple(SPACES), default = 'ablation', help = 'column of Table 8: the generator and its training')
     parser.add_argument('--encoder', required = True, help = 'folder of a LatentMAE, from train_mae.py or published')
     parser.add_argument('--convnext', default = None, help = "the pixel presets' second encoder: timm/convnextv2_base.fcmae_ft_in22k_in1k on the hub, which the release uses, or a folder with a model.safetensors; None for none")
+    parser.add_argument(
+        '--augment', choices = AUGMENTS, default = None,
+        help = 'what is cut out of a real image: its centre, also mirrored (flip), or a random resized crop and flip; '
+               'None for crop of pixels and flip of latents, as in the release'
+    )
     parser.add_argument('--checkpointing', action = 'store_true', help = 'recompute the residual blocks of the encoder in the backward pass: less memory, more time')
     parser.add_argument('--group-chunk-size', type = int, default = None, help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once')
 
@@ -54,7 +63,8 @@ def main(argv = None):
     check(args.convnext is None or space == 'pixel', f'--convnext reads pixels, the preset {args.preset} makes latents: leave it out')
 
     torch.manual_seed(args.seed)
-    dataset, to_image = load_dataset(args, space, 'flip')
+    augment = AUGMENT[space] if args.augment is None else args.augment
+    dataset, to_image = load_dataset(args, space, augment)
     sample = dataset[0][0]
 
     model = DriftingGenerator.from_preset(
