@@ -32,7 +32,7 @@ TRAINER = [
     ('num_gen', int, 'generated samples per group'),
     ('num_pos', int, 'real samples per group'),
     ('num_uncond', int, 'unconditional samples per group'),
-    ('push_size', int, 'real samples read per step, of all GPUs together'),
+    ('push_size', int, 'real samples read per step by each process'),
     ('learning_rate', float, 'of AdamW'),
     ('lr_warmup_steps', int, 'steps in which the learning rate rises')
 ]
