@@ -368,6 +368,9 @@ def run(method, seed, budget, points, num_samples, judge, path, settings = {}):
     if done > budget:
         raise SystemExit(f'{saved} has been trained for {done:g} s already: pass --budget {done:g}, or another --results-folder')
 
+    if records and records[-1]['settings'] != settings:
+        raise SystemExit(f'{saved} was trained with --set {records[-1]["settings"]}: pass the same, or another --results-folder')
+
     if records and records[-1]['num_samples'] != num_samples:
         raise SystemExit(f'{saved} was evaluated by {records[-1]["num_samples"]} samples: pass --num-samples {records[-1]["num_samples"]}, or another --results-folder')
 
@@ -386,7 +389,7 @@ def run(method, seed, budget, points, num_samples, judge, path, settings = {}):
 
         samples, labels = draw(trained, num_samples)
         parameters = [sum(p.numel() for p in part.parameters()) for part in trained.parts]
-        record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, num_samples = num_samples, **judge(samples, labels))
+        record = dict(method = method, seed = seed, time = seconds, steps = steps, parameters = parameters, evaluations = trained.evaluations, num_samples = num_samples, settings = settings, **judge(samples, labels))
         records.append(record)
         print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(record)}', flush = True)
 

@@ -310,11 +310,16 @@ def test_parameter_without_gradient_is_resumed(tmp_path):
     resumed.train()
     assert torch.equal(weights(resumed), weights(straight))
 
-def test_what_an_aborted_step_left_has_no_effect(tmp_path, monkeypatch):
-    straight = trainer(tmp_path / 'a')
+def test_gradients_of_an_aborted_step_have_no_effect(tmp_path):
+    straight, again = trainer(tmp_path / 'a'), trainer(tmp_path / 'b')
     straight.train()
+    for p in again.unwrapped.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    again.train()
+    assert torch.equal(weights(again), weights(straight))
 
-    again, pushed, push = trainer(tmp_path / 'b'), [], Trainer.push
+def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
+    t, pushed, push = trainer(tmp_path, num_pos = 16), [], Trainer.push
 
     def interrupted(self, batches):
         pushed.append(0)
@@ -324,14 +329,12 @@ def test_what_an_aborted_step_left_has_no_effect(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, 'push', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        again.train()
+        t.train()
     monkeypatch.undo()
+    assert t.queues['positives'].filled.min() < t.num_pos
 
-    again.samples_read, again.queues['positives'].pushed[:], again.queues['unconditional'].pushed[:] = 0, 0, 0      # as if nothing had been read
-    for p in again.unwrapped.parameters():
-        p.grad = torch.full_like(p, math.nan)
-    again.train()
-    assert torch.equal(weights(again), weights(straight))
+    t.train()
+    assert t.step == 20
 
 def test_queue_of_half_precision_elsewhere(tmp_path):
     t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2)
@@ -498,6 +501,11 @@ def test_lambda_ramps_linearly(tmp_path):
     for t.step in range(10):
         ramp.append(t.cls_weight_at(t.step))
     assert ramp == pytest.approx([0.] * 6 + [0.05, 0.1, 0.1, 0.1])
+
+def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
+    mae_trainer(tmp_path, num_train_steps = 4, finetune_steps = 2, save_every = 4).train()
+    with pytest.warns(UserWarning, match = 'other settings than it had: finetune_start 2 -> 6'):
+        mae_trainer(tmp_path, num_train_steps = 8, finetune_steps = 2, save_every = 4, resume_from_checkpoint = 'latest')
 
 def test_pretraining_resumes_exactly(tmp_path):
     straight = mae_trainer(tmp_path / 'a', num_train_steps = 8)

@@ -149,10 +149,10 @@ def load_dataset(args, space, augment):
     vae = args.vae if args.vae is not None else dataset.manifest['vae']
     return dataset, latent_decoder(vae, dataset.scaling_factor) if args.sample_every > 0 else None
 
-def add_run_options(parser, results_folder, meaning = ''):
+def add_run_options(parser, results_folder):
     parser.add_argument('--image-size', type = int, default = 256, help = 'of the pixels; latents are as they were encoded')
     parser.add_argument('--vae', default = None, help = 'name or folder of the VAE that decodes latents for the sample grids, None for the one that encoded them')
-    parser.add_argument('--results-folder', default = results_folder, help = f'where everything is written{meaning and "; "}{meaning}')
+    parser.add_argument('--results-folder', default = results_folder, help = 'where everything is written')
     parser.add_argument('--seed', type = int, default = 0, help = 'of the whole run')
     parser.add_argument('--num-workers', type = int, default = 8, help = 'data loading processes for each GPU')
     parser.add_argument('--gradient-accumulation-steps', type = int, default = 1, help = 'batches per optimiser step')

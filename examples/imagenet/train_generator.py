@@ -55,9 +55,9 @@ def main(argv = None):
         flag = name.replace('num_train_', '').replace('_', '-')
         parser.add_argument(f'--{flag}', dest = name, type = kind, default = None, help = f"{what}, None for the preset's")
 
-    add_run_options(parser, None, "None for results/imagenet/ and the preset's name")
+    add_run_options(parser, 'results/imagenet/{preset}')
     args = parser.parse_args(argv)
-    args.results_folder = args.results_folder or f'results/imagenet/{args.preset.replace("/", "-")}'
+    args.results_folder = args.results_folder.replace('{preset}', args.preset.replace('/', '-'))
 
     space = SPACES[args.preset]
     check(args.convnext is None or space == 'pixel', f'--convnext reads pixels, the preset {args.preset} makes latents: leave it out')
