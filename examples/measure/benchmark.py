@@ -332,10 +332,12 @@ def benchmark_loss(args):
 
 def benchmark_features(args):
     """Over all features of a MAE: shapes [f d] from an encoder without weights, and random features."""
-    dim, groups, size, layers = args.mae_dim, args.groups or 1, 32, (3, 4, 6, 3)
+    dim, size, layers = args.mae_dim, 32, (3, 4, 6, 3)
+    groups = args.groups or 1
 
     if args.quick:
-        dim, groups, size, layers = 8, 1, 8, (1, 1, 1, 1)
+        dim, size, layers = 8, 8, (1, 1, 1, 1)
+        groups = 1
 
     with torch.device('meta'):
         features = LatentMAE(dim = dim, layers = layers).features(torch.zeros(1, 4, size, size))
