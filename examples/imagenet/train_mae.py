@@ -45,7 +45,7 @@ def options(argv):
     )
     parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of AdamW')
     parser.add_argument(
-        '--lr-warmup-steps', type = int, default = 5_000,
+        '--lr-warmup-steps', type = int, default = 4_000,
         help = 'steps in which the learning rate rises'
     )
     parser.add_argument('--weight-decay', type = float, default = 0.01, help = 'of AdamW')
