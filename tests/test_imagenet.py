@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, ImageFolder, LatentMAE
 from drifting_pytorch.drifting import center_crop
 
@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
 import encode_latents
 import train_generator
 import train_mae
-from data import ClassFolders, LatentDataset, load_vae, random_crop_box
+from common import load_vae
+from data import ClassFolders, LatentDataset, random_crop_box
 
 CLASSES = ('n01', 'n02', 'n03')
 
@@ -37,7 +38,12 @@ def paint(root, classes = CLASSES, num = 12):
             rows, cols = np.mgrid[:h, :w]
             pixels[(rows - h / 2) ** 2 + (cols - w / 3) ** 2 < 400, label] = 255
             picture = Image.fromarray(pixels)
-            picture.convert('L').save(root / name / f'{i:02d}.JPEG') if i == 3 else picture.save(root / name / f'{i:02d}.{"png" if i == 5 else "JPEG"}')
+            ending = 'png' if i == 5 else 'JPEG'
+
+            if i == 3:
+                picture = picture.convert('L')
+
+            picture.save(root / name / f'{i:02d}.{ending}')
 
     return root
 
@@ -50,13 +56,28 @@ def vae(tmp_path_factory):
     diffusers = pytest.importorskip('diffusers')
     folder = tmp_path_factory.mktemp('vae')
     torch.manual_seed(0)
-    blocks = dict(down_block_types = ('DownEncoderBlock2D',) * 4, up_block_types = ('UpDecoderBlock2D',) * 4, block_out_channels = (4, 4, 4, 4))
-    diffusers.AutoencoderKL(**blocks, norm_num_groups = 2, layers_per_block = 1).save_pretrained(folder)
+
+    vae = diffusers.AutoencoderKL(
+        block_out_channels = (4, 4, 4, 4),
+        down_block_types = ('DownEncoderBlock2D',) * 4,
+        up_block_types = ('UpDecoderBlock2D',) * 4,
+        norm_num_groups = 2,
+        layers_per_block = 1
+    )
+
+    vae.save_pretrained(folder)
     return folder
 
+def called(main, *args):
+    return main([*map(str, args)])
+
 def encode(images, latents, vae, *args):
-    encode_latents.main([str(images), str(latents), '--vae', str(vae), '--image-size', '64', '--shard-size', '10', '--batch-size', '4', '--num-workers', '0', '--cpu', *args])
+    sizes = ('--image-size', 64, '--shard-size', 10, '--batch-size', 4, '--num-workers', 0)
+    called(encode_latents.main, images, latents, '--vae', vae, *sizes, '--cpu', *args)
     return latents
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 @pytest.fixture(scope = 'module')
 def latents(images, vae, tmp_path_factory):
@@ -69,9 +90,11 @@ def test_center_crop_is_that_of_adm():
     cropped = pixels[:, 3:67]
     assert (np.array(center_crop(Image.fromarray(pixels), 64)) == cropped).all()
 
-    blocks = pixels.repeat(4, axis = 0).repeat(4, axis = 1)                 # twice halved by the box filter, no rounding
+    blocks = pixels.repeat(4, axis = 0).repeat(4, axis = 1)         # twice halved by the box filter, no rounding
     assert (np.array(center_crop(Image.fromarray(blocks), 64)) == cropped).all()
-    assert center_crop(Image.fromarray(pixels), 50).size == (50, 50) and center_crop(Image.fromarray(pixels), 100).size == (100, 100)
+
+    for size in (50, 100):
+        assert center_crop(Image.fromarray(pixels), size).size == (size, size)
 
 def test_random_crop_box_is_inside_and_of_the_asked_area():
     boxes = np.array([random_crop_box(160, 100) for _ in range(2000)])
@@ -83,21 +106,33 @@ def test_random_crop_box_is_inside_and_of_the_asked_area():
     assert 0.72 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.38
     assert random_crop_box(1000, 10) == (495, 0, 505, 10)                   # nothing fits
 
+def both_ways_round(drawn, image):
+    """Some are the image, the others its mirror image."""
+    same = [torch.equal(x, image) for x in drawn]
+    mirrored = [torch.equal(x.flip(-1), image) for x in drawn]
+    return set(same) == {True, False} and all(a or b for a, b in zip(same, mirrored, strict = True))
+
 def test_class_folders(images, tmp_path):
     dataset = ClassFolders(images, 64)
     assert dataset.classes == list(CLASSES) and len(dataset) == 36
     assert [dataset[i][1] for i in (0, 11, 12, 35)] == [0, 0, 1, 2]
 
     image = dataset[0][0]
-    assert image.shape == (3, 64, 64) and image.dtype == torch.float32 and -1 <= image.min() < -0.8 and image.max() > 0.9
+    assert image.shape == (3, 64, 64) and image.dtype == torch.float32
+    assert -1 <= image.min() < -0.8 and image.max() > 0.9
     assert torch.equal(*dataset[3][0][:2])                                  # the grey one
 
     torch.manual_seed(0)
-    flips = [ClassFolders(images, 64, 'flip')[0][0] for _ in range(20)]
-    assert {torch.equal(flip, image) for flip in flips} == {True, False} and all(torch.equal(flip, image) or torch.equal(flip.flip(-1), image) for flip in flips)
+    assert both_ways_round([ClassFolders(images, 64, 'flip')[0][0] for _ in range(20)], image)
     assert ClassFolders(images, 64, 'crop')[0][0].shape == (3, 64, 64)
 
-    for root, message in ((tmp_path / 'none', 'not a folder'), (tmp_path, 'has no images'), (images / CLASSES[0], 'no class folders')):
+    refused = {
+        tmp_path / 'none': 'not a folder',
+        tmp_path: 'has no images',
+        images / CLASSES[0]: 'no class folders'
+    }
+
+    for root, message in refused.items():
         with pytest.raises(ValueError, match = message):
             ClassFolders(root)
 
@@ -114,8 +149,7 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
 
     picture = np.array(center_crop(Image.open(images / CLASSES[1] / without.files[0][0]).convert('L'), 32))
     grey = torch.from_numpy(picture).float()[None] / 127.5 - 1
-    drawn = [without[0][0] for _ in range(20)]
-    assert {torch.equal(image, grey) for image in drawn} == {True, False} and all(torch.equal(image, grey) or torch.equal(image.flip(-1), grey) for image in drawn)
+    assert both_ways_round([without[0][0] for _ in range(20)], grey)
 
     (tmp_path / 'class').mkdir()
     for path in (tmp_path / 'class' / 'a.png', tmp_path / 'class' / '._a.png', tmp_path / 'b.png'):
@@ -129,7 +163,9 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
     with pytest.raises(ValueError, match = r'c\.png cannot be read as an image'):
         ImageFolder(tmp_path, 8)[1]
     Image.fromarray(np.full((8, 8), 40_000, dtype = np.uint16)).save(tmp_path / 'class' / 'd.png')
-    with pytest.raises(ValueError, match = r'd\.png cannot be read as an image \(it has pixels of mode I;16: convert it to 8 bits\)'):
+
+    deep = r'd\.png cannot be read as an image \(it has pixels of mode I;16: convert it to 8 bits\)'
+    with pytest.raises(ValueError, match = deep):
         ImageFolder(tmp_path, 8)[2]
     with pytest.raises(ValueError, match = 'channels must be 1 or 3, got 4'):
         ImageFolder(tmp_path, 8, channels = 4)
@@ -139,9 +175,10 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
 def test_encoding_is_the_vae_s(images, vae, latents):
     manifest = json.loads((latents / 'manifest.json').read_text())
     assert manifest['classes'] == list(CLASSES) and manifest['counts'] == [12, 12, 12] and manifest['images'] == 36
-    assert manifest['shape'] == [4, 8, 8] and manifest['scaling_factor'] == 0.18215 and manifest['dtype'] == 'float16' and manifest['vae'] == str(vae)
+    assert manifest['shape'] == [4, 8, 8] and manifest['scaling_factor'] == 0.18215
+    assert manifest['dtype'] == 'float16' and manifest['vae'] == str(vae)
     assert [shard['images'] for shard in manifest['shards']] == [10, 10, 10, 6]
-    assert sorted(path.name for path in latents.iterdir()) == ['manifest.json', *(f'shard-{i:05d}.npy' for i in range(4))]
+    assert sorted(files(latents)) == ['manifest.json', *(f'shard-{i:05d}.npy' for i in range(4))]
 
     image, shard = ClassFolders(images, 64)[13][0], np.load(latents / 'shard-00001.npy')
     assert shard.dtype == np.float16 and shard.shape == (10, 2, 2, 4, 8, 8)
@@ -149,49 +186,56 @@ def test_encoding_is_the_vae_s(images, vae, latents):
     for flip, pixels in enumerate((image, image.flip(-1))):
         with torch.no_grad():
             posterior = load_vae(str(vae)).encode(pixels[None]).latent_dist
-        assert np.allclose(shard[3, flip, 0], posterior.mean[0], atol = 2e-3) and np.allclose(shard[3, flip, 1], posterior.std[0], rtol = 2e-3)
+
+        mean, std = shard[3, flip]
+        assert np.allclose(mean, posterior.mean[0], atol = 2e-3)
+        assert np.allclose(std, posterior.std[0], rtol = 2e-3)
 
 def test_latents_are_fresh_samples_of_the_posterior(latents):
     dataset = LatentDataset(latents, 'center')
     assert len(dataset) == 36 and [dataset[i][1] for i in (0, 11, 12, 35)] == [0, 0, 1, 2]
 
-    mean, std = torch.from_numpy(np.load(latents / 'shard-00003.npy')[5, 0].astype(np.float32)) * 0.18215       # the last image
+    last = torch.from_numpy(np.load(latents / 'shard-00003.npy')[5].astype(np.float32)) * 0.18215
+    (mean, std), (flipped, _) = last
     draws = torch.stack([dataset[35][0] for _ in range(4000)])
     assert draws.shape == (4000, 4, 8, 8) and draws.dtype == torch.float32
-    assert ((draws.mean(dim = 0) - mean).abs() < 5 * std / 4000 ** 0.5).all() and torch.allclose(draws.std(dim = 0), std, rtol = 0.08)
+    assert ((draws.mean(dim = 0) - mean).abs() < 5 * std / 4000 ** 0.5).all()
+    assert torch.allclose(draws.std(dim = 0), std, rtol = 0.08)
 
     torch.manual_seed(1)
     a = dataset[20][0]
     torch.manual_seed(1)
     assert torch.equal(dataset[20][0], a) and not torch.equal(dataset[20][0], a)
 
-    flipped = torch.from_numpy(np.load(latents / 'shard-00003.npy')[5, 1, 0].astype(np.float32)) * 0.18215
-    with_flips = torch.stack([LatentDataset(latents, 'flip')[35][0] for _ in range(400)])
-    assert (with_flips.mean(dim = 0) - (mean + flipped) / 2).abs().mean() < (with_flips.mean(dim = 0) - mean).abs().mean()
+    with_flips = torch.stack([LatentDataset(latents, 'flip')[35][0] for _ in range(400)]).mean(dim = 0)
+    assert (with_flips - (mean + flipped) / 2).abs().mean() < (with_flips - mean).abs().mean()
 
     crops = [LatentDataset(latents, 'crop')[35][0] for _ in range(20)]
     assert all(crop.shape == (4, 8, 8) and crop.isfinite().all() for crop in crops)
 
 def test_interrupted_encoding_goes_on(images, vae, latents, tmp_path, monkeypatch):
-    whole, calls = encode_latents.posterior_moments, []
+    whole = encode_latents.posterior_moments
+    calls = []
 
     def interrupted(*args):
         calls.append(0)
-        if len(calls) == 6:                                                 # in the middle of the second shard
+
+        if len(calls) == 6:                                 # in the middle of the second shard
             raise KeyboardInterrupt
+
         return whole(*args)
 
     monkeypatch.setattr(encode_latents, 'posterior_moments', interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode(images, tmp_path, vae)
 
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ['manifest.json', 'shard-00000.npy']
+    assert sorted(files(tmp_path)) == ['manifest.json', 'shard-00000.npy']
     with pytest.raises(ValueError, match = 'has not finished'):
         LatentDataset(tmp_path)
 
     encode(images, tmp_path, vae)
-    assert len(calls) == 6 + 8                                              # 3 shards of 3, 3 and 2 batches, the first was there
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in latents.iterdir()}
+    assert len(calls) == 6 + 8                              # 3 shards of 3, 3 and 2 batches, the first was there
+    assert files(tmp_path) == files(latents)
 
     # a shard that is lost or cut short is named, and written again
 
@@ -215,11 +259,11 @@ def test_interrupted_encoding_goes_on(images, vae, latents, tmp_path, monkeypatc
 def test_processes_share_the_shards(images, vae, latents, tmp_path, monkeypatch):
     for rank in (1, 0):
         state = SimpleNamespace(process_index = rank, num_processes = 2, is_main_process = rank == 0, device = 'cpu')
-        monkeypatch.setattr(encode_latents, 'PartialState', lambda **kwargs: state)
+        monkeypatch.setattr(encode_latents, 'PartialState', lambda state = state, **kwargs: state)
         encode(images, tmp_path, vae)
-        assert (tmp_path / 'shard-00000.npy').exists() == (rank == 0)      # which ends last, so it completes the manifest
+        assert (tmp_path / 'shard-00000.npy').exists() == (rank == 0)       # it ends last, so it completes the manifest
 
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {path.name: path.read_bytes() for path in latents.iterdir()}
+    assert files(tmp_path) == files(latents)
 
 def test_unreadable_images_are_named_or_left_out(vae, tmp_path):
     root, folder = paint(tmp_path / 'images', CLASSES[:2], 6), tmp_path / 'latents'
@@ -227,7 +271,8 @@ def test_unreadable_images_are_named_or_left_out(vae, tmp_path):
     half = root / 'n02' / '04.JPEG'
     half.write_bytes(half.read_bytes()[:300])
 
-    with pytest.raises(ValueError, match = re.escape(str(root / 'n01' / '02.JPEG')) + ' cannot be read.*--skip-unreadable'):
+    named = re.escape(str(root / 'n01' / '02.JPEG'))
+    with pytest.raises(ValueError, match = f'{named} cannot be read.*--skip-unreadable'):
         encode(root, folder, vae)
 
     encode(root, folder, vae, '--skip-unreadable')
@@ -245,21 +290,23 @@ def test_vae_that_is_not_there(images, tmp_path, monkeypatch):
 
 # trainings
 
-RUN = ('--num-workers', '0', '--seed', '3', '--image-size', '64', '--cpu')
+RUN = ('--num-workers', 0, '--seed', 3, '--image-size', 64, '--cpu')
 
 def pretrain(data, folder, space, *args):
-    train_mae.main([
-        str(data), '--space', space, '--results-folder', str(folder), '--dim', '8', '--layers', '1', '1', '2', '1', '--steps', '3',
-        '--batch-size', '8', '--lr-warmup-steps', '2', '--finetune-steps', '2', '--cls-warmup-steps', '1', '--sample-every', '3', '--save-every', '2', *RUN, *args
-    ])
+    called(
+        train_mae.main, data, '--space', space, '--results-folder', folder,
+        '--dim', 8, '--layers', 1, 1, 2, 1, '--steps', 3, '--batch-size', 8, '--lr-warmup-steps', 2,
+        '--finetune-steps', 2, '--cls-warmup-steps', 1, '--sample-every', 3, '--save-every', 2, *RUN, *args
+    )
     return folder / 'encoder'
 
 def generate(data, folder, preset, encoder, *args):
-    train_generator.main([
-        str(data), '--preset', preset, '--encoder', str(encoder), '--results-folder', str(folder), '--dim', '16', '--depth', '1', '--heads', '2',
-        '--num-groups', '3', '--num-gen', '4', '--num-pos', '4', '--num-uncond', '4', '--push-size', '6', '--lr-warmup-steps', '1',
-        '--sample-every', '0', '--save-every', '2', *RUN, *args
-    ])
+    called(
+        train_generator.main, data, '--preset', preset, '--encoder', encoder, '--results-folder', folder,
+        '--dim', 16, '--depth', 1, '--heads', 2, '--num-groups', 3, '--num-gen', 4, '--num-pos', 4,
+        '--num-uncond', 4, '--push-size', 6, '--lr-warmup-steps', 1, '--sample-every', 0, '--save-every', 2,
+        *RUN, *args
+    )
     return load_file(folder / 'generator' / 'model.safetensors')
 
 @pytest.mark.parametrize('space, preset', [('latent', 'ablation'), ('pixel', 'B/16')])
@@ -271,7 +318,8 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
     assert mae.channels == dict(latent = 4, pixel = 3)[space] and mae.num_classes == 3
     rows = [json.loads(line) for line in (tmp_path / 'mae' / 'metrics.jsonl').read_text().splitlines()]
     assert rows[-1]['step'] == 3 and rows[-1]['cls_weight'] == pytest.approx(0.1) and rows[-1]['classification'] > 0
-    assert Image.open(tmp_path / 'mae' / 'samples' / 'step-00000003.png').size == (66 * 10, 66 * 3)         # decoded, for latents
+    picture = Image.open(tmp_path / 'mae' / 'samples' / 'step-00000003.png')
+    assert picture.size == (66 * 10, 66 * 3)                # decoded, for latents
 
     extra = ('--group-chunk-size', '1')
 
@@ -288,16 +336,35 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
 
     rows = [json.loads(line) for line in (tmp_path / 'straight' / 'metrics.jsonl').read_text().splitlines()]
     features = {name.split('/')[1] for name in rows[-1] if name.startswith('feature/')}
-    assert {'global', 'layer4_mean', 'norm_x'} <= features and ('convenxt_stage_3_mean' in features) == (space == 'pixel')
-    assert Image.open(tmp_path / 'straight' / 'samples' / 'step-00000004.png').size == (66 * 10, 66 * 3)            # a row per class
+    assert {'global', 'layer4_mean', 'norm_x'} <= features
+    assert ('convenxt_stage_3_mean' in features) == (space == 'pixel')
+    picture = Image.open(tmp_path / 'straight' / 'samples' / 'step-00000004.png')
+    assert picture.size == (66 * 10, 66 * 3)                # a row per class
 
     model = DriftingGenerator.from_pretrained(tmp_path / 'straight' / 'generator')
-    assert model.sample([0, 2], seed = 0).shape == (2, *((4, 8, 8) if space == 'latent' else (3, 64, 64)))
+    shape = (4, 8, 8) if space == 'latent' else (3, 64, 64)
+    assert model.sample([0, 2], seed = 0).shape == (2, *shape)
 
     if space == 'latent':
         LatentMAE(dim = 8, channels = 3, patch_size = 8, layers = (1, 1, 1, 1)).save_pretrained(tmp_path / 'of-pixels')
         with pytest.raises(ValueError, match = 'reads samples of 3 channels, those of the preset ablation have 4'):
             generate(data, tmp_path / 'other', preset, tmp_path / 'of-pixels')
+
+@pytest.mark.parametrize('space, preset, default', [('latent', 'B/2', 'flip'), ('pixel', 'B/16', 'crop')])
+def test_real_samples_are_augmented_as_in_the_release(request, monkeypatch, tmp_path, space, preset, default):
+    class Read(Exception):
+        pass
+
+    def until_read(*args):
+        raise Read(load_dataset(*args)[0].augment)
+
+    load_dataset = train_generator.load_dataset
+    monkeypatch.setattr(train_generator, 'load_dataset', until_read)
+    data = request.getfixturevalue('latents') if space == 'latent' else request.getfixturevalue('images')
+
+    for args, expected in (((), default), (('--augment', 'center'), 'center'), (('--augment', 'flip'), 'flip')):
+        with pytest.raises(Read, match = expected):
+            generate(data, tmp_path, preset, 'encoder', *args)
 
 @pytest.mark.parametrize('script', [encode_latents, train_mae, train_generator])
 def test_help_explains_every_option(script, capsys):

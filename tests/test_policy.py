@@ -1,4 +1,4 @@
-"""The robotics example runs, its demonstrator is worth imitating, and what it measures tells sides and crashes apart."""
+"""The robotics example runs, its demonstrator is worth imitating, its measures tell sides and crashes apart."""
 
 import json
 import sys
@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_example
 from PIL import Image
+
+from conftest import ROOT, run_example
+
+# train_policy.py as a module
 
 @pytest.fixture
 def policy(monkeypatch):
@@ -22,7 +25,8 @@ def test_quick(tmp_path):
 
     results = json.loads((tmp_path / 'metrics.json').read_text())['results']
     assert results['demonstrator'][0]['success'] == 1
-    assert results['drifting'][0]['evaluations_per_action'] == 1 / 8 and results['flow matching, 100 steps'][0]['evaluations_per_action'] == 12.5
+    assert results['drifting'][0]['evaluations_per_action'] == 1 / 8
+    assert results['flow matching, 100 steps'][0]['evaluations_per_action'] == 12.5
 
 def test_demonstrations_take_both_sides_of_the_same_scene(policy, rng):
     result = policy.evaluate(lambda n: policy.demonstrator(n, rng), num_scenes = 20, repeats = 12)
@@ -38,23 +42,26 @@ def test_straight_ahead_crashes(policy):
 
 def test_chunks_are_what_followed_the_observation(policy, rng):
     observations, chunks = policy.demonstrate(20, rng)
-    assert observations.shape[1:] == (7,) and chunks.shape[1:] == (policy.CHUNK, 2) and len(observations) == len(chunks) > 60
+    assert observations.shape[1:] == (7,) and chunks.shape[1:] == (policy.CHUNK, 2)
+    assert len(observations) == len(chunks) > 60
 
-    start = observations[:, 5:].norm(dim = -1) == 0                         # not moving yet: the sides differ, the way ahead is the same
+    start = observations[:, 5:].norm(dim = -1) == 0     # not moving yet: the sides differ, the way ahead is the same
     assert start.sum() == 20 and (chunks[start, :8, 0] > 0).all()
     assert chunks[start, :8, 1].mean(dim = 1).abs().min() > 0.1
 
 def test_drifting_learns_both_sides_where_regression_crashes(policy, rng):
     observations, chunks = policy.demonstrate(200, rng)
-    settings = SimpleNamespace(steps = 300, batch = 256, num_gen = 8, temperatures = (0.05, 0.2, 0.5), learning_rate = 3e-3)
+    settings = SimpleNamespace(
+        steps = 300, batch = 256, num_gen = 8, temperatures = (0.05, 0.2, 0.5), learning_rate = 3e-3
+    )
 
-    success = {}
-    for method in ('regression', 'drifting'):
-        model = policy.train(method, observations, chunks, settings, seed = 0)[0]
-        success[method] = policy.evaluate(lambda n: policy.policy_of(model, method), num_scenes = 20, repeats = 10)
+    def result_of(method):
+        model, _ = policy.train(method, observations, chunks, settings, seed = 0)
+        return policy.evaluate(lambda n: policy.policy_of(model, method), num_scenes = 20, repeats = 10)
 
-    assert success['regression']['success'] < 0.2
-    assert success['drifting']['success'] > success['regression']['success'] + 0.2 and success['drifting']['both_sides'] > 0.3
+    regression, drifting = result_of('regression'), result_of('drifting')
+    assert regression['success'] < 0.2
+    assert drifting['success'] > regression['success'] + 0.2 and drifting['both_sides'] > 0.3
 
 def test_help_explains_every_option(policy, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['train_policy.py', '--help'])

@@ -1,26 +1,40 @@
 """Train a one-step generator of ImageNet, of latents or pixels, with the settings of Table 8.
 
-accelerate launch examples/imagenet/train_generator.py DATA --preset L/2 --encoder ENCODER      # or torchrun --nproc-per-node 8, or python
+accelerate launch examples/imagenet/train_generator.py DATA --preset L/2 --encoder ENCODER      # or torchrun, or python
 
-DATA is the folder that encode_latents.py wrote (ablation, B/2, L/2), or the folder of class folders of images (B/16, L/16). ENCODER is the
-folder encoder/ that train_mae.py wrote for the same space, or that of a published encoder. Writes into --results-folder: generator/ (the averaged
-weights, for DriftingGenerator.from_pretrained), metrics.jsonl, samples/ (a grid, a row for each of the first ten classes), checkpoints/.
+DATA is the folder that encode_latents.py wrote (ablation, B/2, L/2), or the folder of class folders of images (B/16,
+L/16). ENCODER is the folder encoder/ that train_mae.py wrote for the same space, or that of a published encoder. Writes
+into --results-folder: generator/ (the averaged weights, for DriftingGenerator.from_pretrained), metrics.jsonl, samples/
+(a grid, a row for each of the first ten classes), checkpoints/.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
 
-from data import add_run_options, given, load_dataset, run_settings
+from data import AUGMENTS, add_run_options, given, load_dataset, run_settings
 from drifting_pytorch import ConvNeXtV2, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
 from drifting_pytorch.drifting import check
 
+sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
+
+from common import make_parser
+
 SPACES = {'ablation': 'latent', 'B/2': 'latent', 'L/2': 'latent', 'B/16': 'pixel', 'L/16': 'pixel'}
+
+# of real samples, by space. The release reads pixels with use_aug: random resized crops, 0.2 to 1 of the area, bicubic,
+# and flips
+
+AUGMENT = dict(latent = 'flip', pixel = 'crop')
 
 # what Table 8 sets and a command may change
 
-MODEL = [('dim', int, 'width of the generator'), ('depth', int, 'blocks of the generator'), ('heads', int, 'attention heads of the generator')]
+MODEL = [
+    ('dim', int, 'width of the generator'),
+    ('depth', int, 'blocks of the generator'),
+    ('heads', int, 'attention heads of the generator')
+]
 
 TRAINER = [
     ('num_train_steps', int, 'optimiser steps'),
@@ -28,47 +42,85 @@ TRAINER = [
     ('num_gen', int, 'generated samples per group'),
     ('num_pos', int, 'real samples per group'),
     ('num_uncond', int, 'unconditional samples per group'),
-    ('push_size', int, 'real samples read per step, of all GPUs together'),
+    ('push_size', int, 'real samples read per step by each process'),
     ('learning_rate', float, 'of AdamW'),
     ('lr_warmup_steps', int, 'steps in which the learning rate rises')
 ]
 
-def main(argv = None):
-    parser = argparse.ArgumentParser(description = __doc__.split('\n')[0], formatter_class = argparse.ArgumentDefaultsHelpFormatter)
+def options(argv):
+    parser = make_parser(__doc__)
     parser.add_argument('data', help = 'folder of latents, or of class folders of images')
-    parser.add_argument('--preset', choices = tuple(SPACES), default = 'ablation', help = 'column of Table 8: the generator and its training')
+    parser.add_argument(
+        '--preset', choices = tuple(SPACES), default = 'ablation',
+        help = 'column of Table 8: the generator and its training'
+    )
     parser.add_argument('--encoder', required = True, help = 'folder of a LatentMAE, from train_mae.py or published')
-    parser.add_argument('--convnext', default = None, help = "the pixel presets' second encoder: timm/convnextv2_base.fcmae_ft_in22k_in1k on the hub, which the release uses, or a folder with a model.safetensors; None for none")
-    parser.add_argument('--checkpointing', action = 'store_true', help = 'recompute the residual blocks of the encoder in the backward pass: less memory, more time')
-    parser.add_argument('--group-chunk-size', type = int, default = None, help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once')
+    parser.add_argument(
+        '--convnext', default = None,
+        help = "the pixel presets' second encoder: timm/convnextv2_base.fcmae_ft_in22k_in1k on the hub, "
+               "which the release uses, or a folder with a model.safetensors; None for none"
+    )
+    parser.add_argument(
+        '--augment', choices = AUGMENTS, default = None,
+        help = 'what is cut out of a real image: its centre, also mirrored (flip), or a random resized crop and flip; '
+               'None for crop of pixels and flip of latents, as in the release'
+    )
+    parser.add_argument(
+        '--checkpointing', action = 'store_true',
+        help = 'recompute the residual blocks of the encoder in the backward pass: less memory, more time'
+    )
+    parser.add_argument(
+        '--group-chunk-size', type = int, default = None,
+        help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once'
+    )
 
     for name, kind, what in (*MODEL, *TRAINER):
         flag = name.replace('num_train_', '').replace('_', '-')
-        parser.add_argument(f'--{flag}', dest = name, type = kind, default = None, help = f"{what}, None for the preset's")
+        parser.add_argument(
+            f'--{flag}', dest = name, type = kind, default = None,
+            help = f"{what}, None for the preset's"
+        )
 
     add_run_options(parser, 'results/imagenet/{preset}')
     args = parser.parse_args(argv)
     args.results_folder = args.results_folder.replace('{preset}', args.preset.replace('/', '-'))
 
+    if args.augment is None:
+        args.augment = AUGMENT[SPACES[args.preset]]
+
+    return args
+
+def main(argv = None):
+    args = options(argv)
     space = SPACES[args.preset]
-    check(args.convnext is None or space == 'pixel', f'--convnext reads pixels, the preset {args.preset} makes latents: leave it out')
+    check(
+        args.convnext is None or space == 'pixel',
+        f'--convnext reads pixels, the preset {args.preset} makes latents: leave it out'
+    )
 
     torch.manual_seed(args.seed)
-    dataset, to_image = load_dataset(args, space, 'flip')
+    dataset, to_image = load_dataset(args, space, args.augment)
     sample = dataset[0][0]
 
+    generator = 'B/2' if args.preset == 'ablation' else args.preset             # the ablation trains the B/2 generator
+
     model = DriftingGenerator.from_preset(
-        'B/2' if args.preset == 'ablation' else args.preset,        # the ablation trains the B/2 generator
+        generator,
         image_size = sample.shape[-1],
         num_classes = len(dataset.classes),
         **given(args, [name for name, *_ in MODEL])
     )
 
     mae = LatentMAE.from_pretrained(args.encoder)
-    check(mae.channels == len(sample), f'the encoder {args.encoder} reads samples of {mae.channels} channels, those of the preset {args.preset} have {len(sample)}: pass an encoder of the same space')
+    check(
+        mae.channels == len(sample),
+        f'the encoder {args.encoder} reads samples of {mae.channels} channels, '
+        f'those of the preset {args.preset} have {len(sample)}: pass an encoder of the same space'
+    )
     mae.checkpointing = args.checkpointing
 
     encoders = [mae]
+
     if args.convnext is not None:
         encoders.append(ConvNeXtV2.from_pretrained(args.convnext))
 

@@ -1,0 +1,738 @@
+"""Speed and memory of the loss, of a training step and of sampling, next to the arithmetic that they cannot do without.
+
+python examples/measure/benchmark.py loss --threads 1           problems W1 to W3 against a transcription of the release
+python examples/measure/benchmark.py features                   the loss over every feature of a MAE
+python examples/measure/benchmark.py step --preset ablation     where a training step spends its time
+python examples/measure/benchmark.py sampling --models B/2 L/2  images per second
+python examples/measure/benchmark.py growth                     the loss over groups, samples, locations, dimension; and
+                                                                over processes, with torchrun
+
+Contenders take turns, medians are reported. Each call is preceded by one that is not timed, so that it finds the memory
+as it left it. Writes --output, a json file, and prints the same as tables.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import cat
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer, drift_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
+
+from common import make_parser
+
+TEMPERATURES = (0.02, 0.05, 0.2)
+
+# what it is measured against
+
+def transcription(gen, pos, uncond, uncond_weight):
+    """The release's loss [b], line by line and without a thought for speed. It equals drift_loss."""
+    (b, g, d), p, u = gen.shape, pos.shape[1], uncond.shape[1]
+
+    with torch.no_grad():
+        y = cat((gen, uncond, pos), dim = 1)
+        weight = cat((gen.new_ones(b, g), uncond_weight, gen.new_ones(b, p)), dim = 1)
+
+        x_sq, y_sq = (torch.einsum('bnd,bnd->bn', t, t) for t in (gen, y))
+        products = torch.einsum('bnd,bmd->bnm', gen, y)
+        dist = (x_sq[:, :, None] + y_sq[:, None] - 2 * products).clamp(min = 1e-8).sqrt()
+
+        scale = (dist * weight[:, None]).mean() / weight.mean()
+        feature_scale = (scale / d ** 0.5).clamp(min = 1e-3)
+        x, y = gen / feature_scale, y / feature_scale
+        dist = dist / scale.clamp(min = 1e-3) + 100 * F.pad(torch.eye(g, device = gen.device), (0, u + p))
+
+        V = torch.zeros_like(x)
+
+        for temperature in TEMPERATURES:
+            logits = -dist / temperature
+            A = (logits.softmax(dim = -1) * logits.softmax(dim = -2)).clamp(min = 1e-6).sqrt() * weight[:, None]
+            A_neg, A_pos = A[:, :, :g + u], A[:, :, g + u:]
+            sum_neg, sum_pos = (t.sum(dim = -1, keepdim = True) for t in (A_neg, A_pos))
+            W = cat((-A_neg * sum_pos, A_pos * sum_neg), dim = -1)
+            V_t = torch.einsum('bny,byd->bnd', W, y) - W.sum(dim = -1, keepdim = True) * x
+            V = V + V_t / (V_t ** 2).mean().clamp(min = 1e-8).sqrt()
+
+        goal = x + V
+
+    return ((gen / feature_scale - goal) ** 2).mean(dim = (1, 2))
+
+def loss_flops(b, g, y, d):
+    """Of the two products without which there is no field: points against points, coefficients against points."""
+    return 2 * b * g * y * d * (1 + len(TEMPERATURES))
+
+def products(gen, y, split):
+    """These two, so many problems at a time, into memory that exists."""
+    (g, d), m = gen.shape[1:], y.shape[1]
+    rows = len(TEMPERATURES) * g
+    W, dist, V = (gen.new_ones(split, *shape) for shape in ((rows, m), (g, m), (rows, d)))
+
+    def run():
+        for x_part, y_part in zip(gen.split(split), y.split(split), strict = True):
+            n = len(x_part)
+            torch.bmm(x_part, y_part.mT, out = dist[:n])
+            torch.bmm(W[:n], y_part, out = V[:n])
+
+    return run
+
+def floor(gen, pos, uncond, args):
+    """The products at the split that suits the device best, and one read of the features."""
+    gen = gen.detach()
+    y = cat((pos, gen, uncond), dim = 1)
+
+    def fastest(run):
+        return min(seconds(run, args)[0] for _ in range(2))
+
+    splits = sorted({1, min(8, len(gen)), min(64, len(gen)), len(gen)})
+    run = min((products(gen, y, split) for split in splits), key = fastest)
+    return lambda: (run(), y.sum())
+
+# how it is measured
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+def now(args):
+    """In seconds, when the device is done with what it was asked for."""
+    synchronize(args.device)
+    return time.process_time() if args.clock == 'cpu' else time.perf_counter()
+
+def seconds(fn, args):
+    """Of one call after another that is not counted: on the clock (of the device), and of this process's processor."""
+    fn()
+    synchronize(args.device)
+
+    if args.device.type == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing = True) for _ in range(2))
+        cpu = time.process_time()
+        start.record()
+        fn()
+        end.record()
+        synchronize(args.device)
+        return start.elapsed_time(end) / 1e3, time.process_time() - cpu
+
+    start = now(args)
+    cpu = time.process_time()
+    fn()
+    return now(args) - start, time.process_time() - cpu
+
+def interleaved(contenders, args):
+    """{name: (median seconds, median processor seconds)} of the contenders {name: function}, which take turns."""
+    times = {name: [] for name in contenders}
+
+    for _ in range(args.rounds):
+        for name, fn in contenders.items():
+            times[name].append(seconds(fn, args))
+
+    return {name: tuple(map(median, zip(*each, strict = True))) for name, each in times.items()}
+
+def peak_mib(fn, device):
+    """The most that torch held during a call, beyond what it held before."""
+    fn()
+
+    if device.type == 'cuda':
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
+
+    with torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CPU], profile_memory = True) as profiler:
+        first_event = torch.empty(1)    # to know what was held before
+        fn()
+
+    del first_event
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'trace.json'
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())['traceEvents']
+
+    events = [event for event in events if event.get('name') == '[memory]']
+    events.sort(key = lambda event: event.get('ts', 0))
+    totals = [event['args']['Total Allocated'] for event in events]
+    return (max(totals) - totals[0]) / 2 ** 20
+
+def mib(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors) / 2 ** 20
+
+def matmul_rate(args, dtype):
+    """flop/s of a large square product: what the device can do at all."""
+    size = 8192 if args.device.type == 'cuda' else 1024
+    a, b = (torch.randn(size, size, device = args.device, dtype = dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    product = partial(torch.mm, a, b, out = out)
+    return 2 * size ** 3 / min(seconds(product, args)[0] for _ in range(5))
+
+def flops_of(fn):
+    with FlopCounterMode(display = False) as counter:
+        fn()
+
+    return counter.get_total_flops()
+
+def is_main():
+    return int(os.environ.get('RANK', 0)) == 0
+
+def cell(value):
+    """A number as text. None: does not apply."""
+    if value is None:
+        return '-'
+
+    if isinstance(value, float):
+        return f'{value:.3g}' if abs(value) < 100 else f'{value:,.0f}'
+
+    return str(value)
+
+def show(title, rows):
+    """A table in markdown."""
+    if not is_main():
+        return
+
+    columns = [[name, *(cell(row[name]) for row in rows)] for name in rows[0]]
+    widths = [max(map(len, column)) for column in columns]
+    padded = [[text.ljust(width) for text in column] for column, width in zip(columns, widths, strict = True)]
+    lines = [f'| {" | ".join(texts)} |' for texts in zip(*padded, strict = True)]
+    rule = f'|{"|".join("-" * (width + 2) for width in widths)}|'
+    print(f'\n{title}\n', lines[0], rule, *lines[1:], sep = '\n', flush = True)
+
+def plural(number, what):
+    return f'{number} {what}{"s" * (number > 1)}'
+
+# the loss
+
+def problems(args, b, d, g = 64, p = 64, u = 16):
+    generator = torch.Generator().manual_seed(0)
+    gen, pos, uncond = (torch.randn(b, n, d, generator = generator).to(args.device) for n in (g, p, u))
+    uncond_weight = torch.rand(b, u, generator = generator).to(args.device) + 0.5
+    return gen.requires_grad_(), pos, uncond, uncond_weight
+
+def ours(gen, pos, uncond, uncond_weight, **kwargs):
+    return drift_loss(gen, pos, uncond, uncond_weight = uncond_weight, diagnostics = False, **kwargs)[0]
+
+def compiled_field():
+    """What FeatureDriftLoss.compile compiles of the loss on a GPU."""
+    field = DriftField()
+    field.coefficients = torch.compile(field.coefficients)
+    return field
+
+def gradient(loss_fn, features):
+    """Forward, and backward with respect to the generated features of every set of problems."""
+    gens = [inputs[0] for inputs in features]
+
+    def run():
+        return torch.autograd.grad(sum(loss_fn(*inputs).mean() for inputs in features), gens)
+
+    return run
+
+def compare(args, features):
+    """Rows of contenders over a list of sets of problems (gen, pos, uncond, uncond_weight)."""
+    floors = [floor(gen, pos, uncond, args) for gen, pos, uncond, _ in features]
+    flops = 0
+
+    for gen, pos, uncond, _ in features:
+        b, g, d = gen.shape
+        flops += loss_flops(b, g, g + pos.shape[1] + uncond.shape[1], d)
+
+    losses = {'transcription': transcription, 'drift_loss': ours}
+
+    if args.compile:
+        losses['transcription, compiled'] = torch.compile(transcription)
+        losses['drift_loss, compiled'] = partial(ours, field = compiled_field())
+
+    contenders = {name: gradient(fn, features) for name, fn in losses.items()}
+    times = interleaved({**contenders, 'floor': lambda: [run() for run in floors]}, args)
+    gradients = mib(*(inputs[0] for inputs in features))
+    rows = []
+
+    for name, (wall, cpu) in times.items():
+        row = {
+            'contender': name,
+            'ms': wall * 1e3,
+            '/ transcription': wall / times['transcription'][0],
+            '/ floor': wall / times['floor'][0]
+        }
+
+        if args.device.type == 'cpu' and args.clock == 'wall':
+            row['cpu ms'] = cpu * 1e3
+            row['cpu / transcription'] = cpu / times['transcription'][1]
+            row['cpu / floor'] = cpu / times['floor'][1]
+
+        row['GFLOP/s'] = flops / wall / 1e9
+        row['MiB beyond inputs and gradient'] = None
+
+        if name in contenders:
+            row['MiB beyond inputs and gradient'] = peak_mib(contenders[name], args.device) - gradients
+
+        rows.append(row)
+
+    return rows
+
+KINDS = {
+    'products': ('bmm', 'baddbmm', 'addmm', 'mm'),
+    'exponentials': ('exp',),
+    'sums and extremes': ('sum', 'amax', 'vector_norm', 'vecdot', 'mean', 'aminmax', 'dot', 'min')
+}
+
+def shares(fn, device):
+    """{kind of operation: share of the time that operations take} of a call."""
+    fn()
+    cuda = device.type == 'cuda'
+    activities = [torch.profiler.ProfilerActivity.CPU]
+
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    with torch.profiler.profile(activities = activities) as profiler:
+        fn()
+        synchronize(device)
+
+    times = dict.fromkeys((*KINDS, 'the rest'), 0.)
+
+    for event in profiler.key_averages():
+        name = event.key.removeprefix('aten::').rstrip('_').removeprefix('linalg_')
+        kind = next((kind for kind, names in KINDS.items() if name in names), 'the rest')
+        times[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    return {kind: value / sum(times.values()) for kind, value in times.items()}
+
+def benchmark_loss(args):
+    sizes = dict(W1 = (8, 256), W2 = (512, 256), W3 = (512, 640))
+
+    if args.quick:
+        sizes = dict(W1 = (8, 256), W2 = (32, 64))
+
+    rows, where = [], []
+
+    for name, (b, d) in sizes.items():
+        problem = f'{name}, {b} of {d} dimensions'
+        features = [problems(args, b, d)]
+        rows += [{'problem': problem, **row} for row in compare(args, features)]
+        where.append({'problem': problem, **shares(gradient(ours, features), args.device)})
+
+    show('The loss, forward and backward: so many problems of 64 generated, 64 positives, 16 unconditional', rows)
+    show('Where drift_loss spends its time, by kind of operation', where)
+    return rows
+
+def benchmark_features(args):
+    """Over all features of a MAE: shapes [f d] from an encoder without weights, and random features."""
+    dim, size, layers = args.mae_dim, 32, (3, 4, 6, 3)
+    groups = args.groups or 1
+
+    if args.quick:
+        dim, size, layers = 8, 8, (1, 1, 1, 1)
+        groups = 1
+
+    with torch.device('meta'):
+        features = LatentMAE(dim = dim, layers = layers).features(torch.zeros(1, 4, size, size))
+        shapes = [t.shape[1:] for t in features.values()]
+
+    rows = compare(args, [problems(args, groups * f, d) for f, d in shapes])
+    numbers = sum(f * d for f, d in shapes)
+    what = f'the {len(shapes)} features of a MAE of width {dim}, {numbers:,} numbers per sample'
+    show(f'The loss over {what}, {plural(groups, "group")}', rows)
+    return rows
+
+def benchmark_growth(args):
+    """With a fixed number of problems at a time. Processes, if there are several, share the groups."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    Accelerator(cpu = args.device.type == 'cpu')            # knows the other processes
+
+    base = dict(groups = 4, samples = 64, locations = 16, dim = 128)
+    grown = dict(
+        groups = (1, 2, 4, 8, 16),
+        samples = (16, 32, 64, 128),
+        locations = (4, 16, 64),
+        dim = (64, 128, 256, 512)
+    )
+    chunk_size = 16
+
+    if args.quick:
+        grown = dict(groups = (1, 2))
+        chunk_size = 4
+
+    # every point once and all interleaved, so that they may be compared along any axis
+
+    points = []
+
+    for axis, values in grown.items():
+        for value in values:
+            sizes = {**base, axis: value}
+
+            if sizes not in points and sizes['groups'] % world == 0:
+                points.append(sizes)
+
+    inputs = [problems_of(args, world, **sizes) for sizes in points]
+    runs = dict(enumerate(gradient(partial(ours, chunk_size = chunk_size), [each]) for each in inputs))
+    times = interleaved(runs, args)
+
+    rows = [
+        {
+            **sizes,
+            'processes': world,
+            'ms': times[i][0] * 1e3,
+            'generated features MiB': mib(inputs[i][0]),
+            'peak MiB beyond inputs': peak_mib(runs[i], args.device)
+        }
+        for i, sizes in enumerate(points)
+    ]
+
+    show(f'The loss, {chunk_size} problems at a time, as it grows', rows)
+    return rows
+
+def problems_of(args, world, groups, samples, locations, dim):
+    return problems(args, groups // world * locations, dim, samples, samples)
+
+# a training step
+
+TINY = dict(image_size = 16, channels = 4, patch_size = 2, dim = 128, depth = 4, heads = 4)
+
+STEPS = dict(
+    tiny = dict(
+        generator = 'tiny',
+        encoder = dict(dim = 16, layers = (1, 2, 2, 1)),
+        settings = dict(num_groups = 2, num_gen = 16, num_pos = 16, num_uncond = 8)
+    ),
+    ablation = dict(
+        generator = 'B/2',
+        encoder = dict(dim = 256),
+        settings = dict(num_groups = 64)
+    )
+)
+
+ON_A_GPU = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)         # groups that are tried there
+
+def make_generator(name, num_classes = 1000):
+    if name == 'tiny':
+        return DriftingGenerator(**TINY, num_classes = num_classes)
+
+    return DriftingGenerator.from_preset(name, num_classes = num_classes)
+
+def make_trainer(args, folder, preset, num_groups, compile = False):
+    """The Trainer of the ablation, or a small one, on random samples of ten classes."""
+    model = make_generator(preset['generator'], num_classes = 10)
+    encoder = LatentMAE(**preset['encoder'], num_classes = None)
+    dataset = TensorDataset(torch.randn(1_280, *model.noise_shape), torch.arange(1_280) % 10)
+
+    trainer = Trainer.from_preset(
+        'ablation', model, FeatureDriftLoss(encoder), dataset,
+        **{**preset['settings'], 'num_groups': num_groups},
+        cpu = args.device.type == 'cpu',
+        mixed_precision = 'bf16' if args.device.type == 'cuda' else 'no',
+        compile = compile,
+        log_every = 0, sample_every = 0, save_every = 0,
+        results_folder = folder,
+        overwrite = True
+    )
+
+    batches = trainer.batches()
+    trainer.before_training(batches)
+    return trainer, batches
+
+class Stopwatch:
+    """{part: seconds} of what was done between two calls."""
+
+    def __init__(self, args):
+        self.args = args
+        self.parts = {}
+        self.last = now(args)
+
+    def mark(self, part):
+        before, self.last = self.last, now(self.args)
+        self.parts[part] = self.last - before
+
+def parts_of_step(trainer, batches, args):
+    """{part: seconds} of a step that is made of the Trainer's own pieces, one after the other."""
+    loss_fn, accelerator = trainer.loss_fn, trainer.accelerator
+    watch = Stopwatch(args)
+
+    labels, alpha, pos, uncond = trainer.draw(trainer.push(batches), 0)
+    inputs = trainer.inputs(labels, alpha, 0)
+    watch.mark('real samples')
+
+    with accelerator.autocast():
+        (part,) = trainer.replays(inputs)
+        gen = trainer.generate(trainer.model, *part)
+        watch.mark('generator')
+
+        u = uncond.shape[1]
+        weight = ((alpha - 1) * (gen.shape[1] - 1) / u)[:, None].expand(-1, u)
+        features = list(loss_fn.problems(gen, pos, uncond, uncond_weight = weight))
+        watch.mark('encoder')
+
+        losses = [drift_loss(**each, diagnostics = False, **loss_fn.drift_loss_kwargs)[0] for _, each in features]
+        loss = sum(each.mean() for each in losses)
+        watch.mark('loss')
+
+    del features, losses
+    accelerator.backward(loss)
+    watch.mark('backward')
+
+    accelerator.clip_grad_norm_(trainer.model.parameters(), 2.)
+    trainer.optimizer.step()
+    trainer.ema.update()
+    trainer.optimizer.zero_grad()
+    watch.mark('optimiser')
+    return watch.parts
+
+def measure_step(args, preset, groups):
+    """Of a step of so many groups: its seconds as a whole, {part: seconds} of several, the peak of its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batches = make_trainer(args, folder, preset, groups, args.compile)
+        step = partial(trainer.train_step, batches)
+
+        whole, _ = interleaved({'step': step}, args)['step']
+        parts = [parts_of_step(trainer, batches, args) for _ in range(args.rounds)]
+        return whole, parts, peak_mib(step, args.device)
+
+def measure_largest_step(args, preset, sizes):
+    """With as many groups as fit: their number, and what measure_step says of them."""
+    for groups in sizes:
+        if args.device.type == 'cuda':
+            torch.cuda.empty_cache()                    # the memory of the one before
+
+        try:
+            return groups, *measure_step(args, preset, groups)
+        except torch.cuda.OutOfMemoryError:
+            continue
+
+    raise SystemExit('not even one group fits')
+
+def benchmark_step(args):
+    name = 'tiny' if args.quick else args.preset
+    on_a_gpu = args.device.type == 'cuda'
+    preset = STEPS[name]
+    most = preset['settings']['num_groups']
+    sizes = [most]
+
+    if args.groups:
+        sizes = [args.groups]
+    elif on_a_gpu:
+        sizes = [groups for groups in ON_A_GPU if groups <= most]
+
+    with tempfile.TemporaryDirectory() as folder:       # of one group, they grow with the groups
+        trainer, batches = make_trainer(args, folder, preset, 1)
+        flops_per_group = flops_of(partial(trainer.train_step, batches))
+        num_gen = trainer.num_gen
+
+    del trainer, batches
+    groups, whole, each, peak = measure_largest_step(args, preset, sizes)
+
+    parts = {part: median(times[part] for times in each) for part in each[0]}
+    total = sum(parts.values())
+    rows = [{'part': part, 'ms': t * 1e3, 'share': t / total} for part, t in {**parts, 'sum': total}.items()]
+
+    what = f'{name}, {plural(groups, "group")} of {num_gen} generated samples'
+    show(f'A training step, {what}, {len(parts)} parts one after the other', rows)
+
+    rate = matmul_rate(args, torch.bfloat16 if on_a_gpu else torch.float32)
+    flops = groups * flops_per_group
+
+    summary = [{
+        'groups': groups,
+        'step, whole, ms': whole * 1e3,
+        'samples per second': groups * num_gen / whole,
+        'peak MiB': peak,
+        'TFLOP': flops / 1e12,
+        'utilisation': flops / whole / rate,
+        'of TFLOP/s': rate / 1e12
+    }]
+
+    show("The Trainer's step as a whole; utilisation is against the measured rate of a large product", summary)
+    return dict(parts = rows, whole = summary)
+
+# sampling
+
+def product_shapes(model, batch, dtype):
+    """{(number, n, k, m): times} of the matrix products of a forward pass: of linear layers, and of attention."""
+    shapes = {}
+
+    def note(module, inputs, _):
+        shape = (1, inputs[0].numel() // module.in_features, module.in_features, module.out_features)
+        shapes[shape] = shapes.get(shape, 0) + 1
+
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    sample(model, batch, dtype)()
+
+    for hook in hooks:
+        hook.remove()
+
+    heads, tokens, dim_head = batch * model.blocks[0].attn.heads, model.num_tokens, model.dim_head
+
+    for shape in ((heads, tokens, dim_head, tokens), (heads, tokens, tokens, dim_head)):
+        shapes[shape] = shapes.get(shape, 0) + len(model.blocks)
+
+    return shapes
+
+def matrix_products(model, batch, args, dtype):
+    """Seconds of these products by themselves, each at its own shape into memory that exists."""
+    total = 0.
+
+    for (number, n, k, m), times in product_shapes(model, batch, dtype).items():
+        shapes = (n, k), (k, m), (n, m)
+        a, b, out = (torch.zeros(number, *shape, device = args.device, dtype = dtype) for shape in shapes)
+        product = partial(torch.bmm, a, b, out = out)
+        total += times * min(seconds(product, args)[0] for _ in range(3))
+
+    return total
+
+def sample(model, batch, dtype):
+    labels = torch.zeros(batch, dtype = torch.long)
+    device = next(model.parameters()).device
+
+    def run():
+        precision = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype = dtype)
+
+        with precision:
+            return model.sample(labels, seed = 0)
+
+    return run
+
+def benchmark_sampling(args):
+    device = args.device
+    dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
+    rate = matmul_rate(args, dtype)
+    models, batch_sizes = args.models, args.batch_sizes
+    rows = []
+
+    if args.quick:
+        models, batch_sizes = ['tiny'], (1, 4)
+
+    for name in models:
+        with device:
+            model = make_generator(name).eval()
+
+        for batch in batch_sizes:
+            flops = flops_of(sample(model, batch, dtype))
+            contenders = {'eager': sample(model, batch, dtype)}
+
+            if args.compile:
+                compiled = deepcopy(model)
+                compiled.compile()
+                contenders['compiled'] = sample(compiled, batch, dtype)
+
+            alone = matrix_products(model, batch, args, dtype)
+
+            for contender, (wall, _) in interleaved(contenders, args).items():
+                rows.append({
+                    'generator': name,
+                    'batch': batch,
+                    'contender': contender,
+                    'images / s': batch / wall,
+                    'ms': wall * 1e3,
+                    'GFLOP': flops / 1e9,
+                    'products alone, ms': alone * 1e3,
+                    '/ products': wall / alone,
+                    'utilisation': flops / wall / rate
+                })
+
+    measured = f'{rate / 1e9:,.0f} GFLOP/s, the measured rate of a large product'
+    show(f'Sampling, one network evaluation each; utilisation of {measured}', rows)
+    return rows
+
+BENCHMARKS = dict(
+    loss = benchmark_loss,
+    features = benchmark_features,
+    step = benchmark_step,
+    sampling = benchmark_sampling,
+    growth = benchmark_growth
+)
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f'{name}, {plural(torch.get_num_threads(), "thread")}'
+
+def options():
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser = make_parser(__doc__)
+    parser.add_argument('what', choices = [*BENCHMARKS, 'all'], help = 'what to measure')
+    parser.add_argument('--device', type = torch.device, default = torch.device(device), help = 'cpu or cuda')
+    parser.add_argument('--threads', type = int, default = 1, help = 'cpu threads')
+    parser.add_argument('--rounds', type = int, default = 9, help = 'timed calls of each contender')
+    parser.add_argument(
+        '--clock', choices = ['wall', 'cpu'], default = 'wall',
+        help = 'what times are read from: cpu is the processor time of this process, for a cpu shared with others'
+    )
+    parser.add_argument(
+        '--compile', action = 'store_true',
+        help = 'torch.compile too: as further contenders, in the step instead'
+    )
+    parser.add_argument(
+        '--quick', action = 'store_true',
+        help = 'tiny sizes and two rounds, to see that everything runs'
+    )
+    parser.add_argument(
+        '--preset', choices = list(STEPS), default = 'tiny',
+        help = 'of the step: ablation is the generator B/2 with a MAE of width 256, for a GPU'
+    )
+    parser.add_argument(
+        '--groups', type = int, default = 0,
+        help = "class groups of the step and of the features, 0: the preset's, on a GPU at most as many as fit; "
+               "1 for the features"
+    )
+    parser.add_argument(
+        '--mae-dim', type = int, default = 256,
+        help = 'width of the encoder whose features are compared'
+    )
+    parser.add_argument('--models', nargs = '+', default = ['B/2', 'L/2'], help = 'generators to sample from')
+    parser.add_argument('--batch-sizes', type = int, nargs = '+', default = [1, 8], help = 'of sampling')
+    parser.add_argument('--output', default = 'results/benchmark.json', help = 'the json file to write')
+    args = parser.parse_args()
+
+    if args.device.type == 'cuda' and args.clock == 'cpu':
+        parser.error('--clock cpu does not see what a GPU does')
+
+    if args.quick:
+        args.rounds = 2
+
+    return args
+
+def main():
+    args = options()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    name = device_name(args.device)
+    networks = '; networks in bfloat16' if args.device.type == 'cuda' else ''
+
+    if is_main():
+        print(f'{name}, torch {torch.__version__}, float32, {args.clock} time{networks}')
+
+    results = {what: run(args) for what, run in BENCHMARKS.items() if args.what in (what, 'all')}
+
+    if is_main():
+        output = Path(args.output)
+        settings = {key: str(value) for key, value in vars(args).items()}
+        record = dict(device = name, torch = torch.__version__, settings = settings, **results)
+        output.parent.mkdir(parents = True, exist_ok = True)
+        output.write_text(json.dumps(record, indent = 1))
+        print(f'\n{output}')
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,633 @@
+"""One-step drifting next to what one would pick instead, each with the same cpu time and at most 450,000 parameters.
+
+python examples/measure/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
+python examples/measure/compare_mnist.py --method drifting meanflow    # some of them
+python examples/measure/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
+python examples/measure/compare_mnist.py --method flow --set ema_decay=1. uniform_times=True        # other settings,
+                                                                       # in a results folder of their own
+
+drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a
+           classifier (2602.04770); drifting-pixels: of pixels alone, as the judge is a classifier too
+meanflow   one evaluation of a U-Net, the average velocity on the whole way from noise to data (2505.13447)
+wgan       one evaluation of drifting's generator, trained against a critic with gradient penalty (1704.00028)
+flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
+           many steps (2210.02747)
+
+All are class-conditional, without guidance, on 4,000 MNIST images. The time is that of the process, on one thread, with
+all that is trained (encoder and critic too) and without the evaluations. Data, judge and measures are those of
+train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every evaluation), METHOD-SEED.png (samples, a row per
+class), METHOD-SEED.pt (to go on, with a larger budget), compare.png (the curves).
+"""
+
+import ast
+import json
+import math
+import sys
+import time
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from matplotlib.figure import Figure
+from torch import cat, nn
+
+from drifting_pytorch import FeatureDriftLoss, drift_loss
+from drifting_pytorch.drifting import sinusoidal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
+
+from common import (
+    Judge,
+    class_rows,
+    crop,
+    first_of_each_class,
+    load_mnist,
+    make_parser,
+    num_parameters,
+    split,
+)
+
+# networks
+
+def scaled_and_shifted(x, cond):
+    """x [b d ...] by cond [b 2d]."""
+    scale, shift = cond.reshape(len(x), 2, -1, *(1 for _ in x.shape[2:])).unbind(dim = 1)
+    return x * (1 + scale) + shift
+
+class ConvGenerator(nn.Module):
+    """Noise [b d] and classes to images [b 1 28 28], called as the generators of this package: Trainer takes it."""
+
+    num_classes = 10
+
+    def __init__(self, dim_noise = 64, dim = 64):
+        super().__init__()
+        self.noise_shape = (dim_noise,)
+
+        self.layers = nn.ModuleList([
+            nn.Linear(dim_noise, 256),
+            nn.Sequential(
+                nn.Linear(256, 16 * 7 * 7), nn.Unflatten(1, (16, 7, 7)),
+                nn.Conv2d(16, dim, 3, 1, 1), nn.GroupNorm(8, dim)
+            ),
+            nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2))
+        ])
+
+        self.to_image = nn.Sequential(nn.ConvTranspose2d(dim // 2, 1, 4, 2, 1), nn.Tanh())
+
+        # the class acts on every layer: where it only joins the noise at the input, more samples look like others
+
+        self.class_embeds = nn.ModuleList([nn.Embedding(10, size * 2) for size in (256, dim, dim // 2)])
+
+        for embed in self.class_embeds:
+            nn.init.normal_(embed.weight, std = 0.3)
+
+    def forward(self, noise, labels, alpha = None, styles = None):
+        x = noise
+
+        for layer, embed in zip(self.layers, self.class_embeds, strict = True):
+            x = F.silu(scaled_and_shifted(layer(x), embed(labels)))
+
+        return self.to_image(x)
+
+class ConditionedBlock(nn.Module):
+    """Two convolutions, scaled and shifted by the condition in between."""
+
+    def __init__(self, dim_in, dim, dim_cond):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, dim_in)
+        self.conv1 = nn.Conv2d(dim_in, dim, 3, 1, 1)
+        self.norm2 = nn.GroupNorm(8, dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1)
+        self.to_scale_shift = nn.Linear(dim_cond, dim * 2)
+        self.shortcut = nn.Conv2d(dim_in, dim, 1) if dim_in != dim else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x, cond):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        return self.shortcut(x) + self.conv2(F.silu(scaled_and_shifted(h, self.to_scale_shift(cond))))
+
+class UNet(nn.Module):
+    """Velocities [b 1 28 28] at z [b 1 28 28], averaged between the times r [b] and t [b], on maps of 14x14 and 7x7."""
+
+    def __init__(self, dim = 32, dim_cond = 128, depth = 2):
+        super().__init__()
+        self.class_embed = nn.Embedding(10, dim_cond)
+        self.time_embed = nn.Sequential(nn.Linear(128, dim_cond), nn.SiLU(), nn.Linear(dim_cond, dim_cond))
+
+        self.stem = nn.Conv2d(4, dim, 3, 1, 1)
+        self.first = ConditionedBlock(dim, dim, dim_cond)
+        self.down = nn.Conv2d(dim, dim * 2, 3, 2, 1)
+        self.middle = nn.ModuleList([ConditionedBlock(dim * 2, dim * 2, dim_cond) for _ in range(depth)])
+        self.up = nn.ConvTranspose2d(dim * 2, dim, 4, 2, 1)
+        self.last = ConditionedBlock(dim * 2, dim, dim_cond)
+        self.head = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, 4, 3, 1, 1))
+        nn.init.zeros_(self.head[-1].weight)
+
+    def forward(self, z, labels, r, t):
+        times = cat((sinusoidal(t * 10, 64), sinusoidal((t - r) * 10, 64)), dim = -1)
+        cond = F.silu(self.time_embed(times) + self.class_embed(labels))
+
+        outer = self.first(self.stem(F.pixel_unshuffle(z, 2)), cond)
+        x = self.down(outer)
+
+        for block in self.middle:
+            x = block(x, cond)
+
+        x = self.last(cat((self.up(x), outer), dim = 1), cond)
+        return F.pixel_shuffle(self.head(x), 2)
+
+class Classifier(nn.Module):
+    """The encoder of drifting, trained in seconds, with a convolution less than the judge.
+
+    It has no norms, so a picture without contrast does no harm.
+    """
+
+    def __init__(self, dim = 32, feature_weight = 0.5):
+        super().__init__()
+        self.feature_weight = feature_weight
+
+        self.to_map = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4, dim, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(dim, dim * 2, 3, 2, 1), nn.ReLU(),
+            nn.Flatten()
+        )
+
+        self.to_vector = nn.Sequential(nn.Linear(dim * 32, 64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+    def features(self, x):
+        """The 4x4 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
+        maps = self.to_map(x)
+        vector = self.to_vector(maps)
+        return dict(map = self.weighted(maps), vector = self.weighted(vector))
+
+    def weighted(self, t):
+        """The value as it is, the gradient times feature_weight."""
+        return rearrange(torch.lerp(t.detach(), t, self.feature_weight), 'b d -> b 1 d')
+
+    def train_on(self, images, labels, num_steps, batch_size = 64):
+        def falls_in_the_second_half(step):
+            return min(1, 2 - 2 * step / num_steps)
+
+        optimizer = torch.optim.AdamW(self.parameters(), lr = 2e-3, weight_decay = 0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falls_in_the_second_half)
+
+        for _ in range(num_steps):
+            index = torch.randint(len(images), (batch_size,))
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            shifted = images[index].roll(shift, dims = (2, 3))
+            logits = self.head(self.to_vector(self.to_map(shifted)))
+            F.cross_entropy(logits, labels[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+class Critic(nn.Module):
+    """A score [b] of images [b 1 28 28] as pictures of their classes."""
+
+    def __init__(self, dim = 32):
+        super().__init__()
+
+        self.net = nn.Sequential(
+            nn.Conv2d(1, dim, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(dim, dim * 2, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(dim * 2, dim * 2, 3, 2, 1), nn.LeakyReLU(0.2),
+            nn.Flatten()
+        )
+
+        self.to_score = nn.Linear(dim * 32, 1)
+        self.class_embed = nn.Embedding(10, dim * 32)
+
+    def forward(self, x, labels):
+        x = self.net(x)                                                                     # b d
+        of_class = (x * self.class_embed(labels)).sum(dim = -1) / x.shape[-1] ** 0.5
+        return self.to_score(x).squeeze(-1) + of_class
+
+# methods: what is trained, a step, and samples
+
+class Method:
+    evaluations = 1
+
+    def __init__(
+        self, images, labels, model, *,
+        learning_rate, ema_decay, decay_start = math.inf, betas = (0.9, 0.95)
+    ):
+        self.images = images
+        self.labels = labels
+        self.model = model
+        self.parts = [model]                        # all that is trained
+        self.averaged = deepcopy(model)
+
+        self.learning_rate = learning_rate
+        self.decay_start = decay_start
+        self.ema_decay = ema_decay
+        self.updates = 0
+
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr = learning_rate, betas = betas, weight_decay = 0.01, fused = True
+        )
+
+    def batch(self, size):
+        index = torch.randint(len(self.images), (size,))
+        return self.images[index], self.labels[index]
+
+    def descend(self, loss):
+        self.updates += 1
+
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate * min(1, self.decay_start / self.updates) ** 0.5
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 2.)
+        self.optimizer.step()
+
+        decay = min(self.ema_decay, self.updates / (self.updates + 9))              # the first steps are soon forgotten
+
+        for average, p in zip(self.averaged.parameters(), self.model.parameters(), strict = True):
+            average.data.lerp_(p.data, 1 - decay)
+
+    def generate(self, model, labels):
+        return model(torch.randn(len(labels), *model.noise_shape), labels)
+
+    def sample(self, labels):
+        return self.generate(self.averaged, labels)
+
+class Drifting(Method):
+    """Few class groups and a cheap generator, so many steps.
+
+    Positives in plenty, as they cost next to nothing: the frozen encoder sees every image once. The field has unit size
+    however near the samples are, so the steps have to become small by themselves, at a rate that knows of no end; and
+    the weights are averaged over about the last tenth of them.
+    """
+
+    def __init__(
+        self, images, labels,
+        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True, **kwargs
+    ):
+        settings = dict(learning_rate = 4e-3, decay_start = 200, ema_decay = 1.)
+        super().__init__(images, labels, ConvGenerator(), **{**settings, **kwargs})
+        self.num_groups = num_groups
+        self.num_gen = num_gen
+        self.num_pos = num_pos
+        self.classes = [(labels == i).nonzero()[:, 0] for i in range(10)]
+
+        encoder = None
+
+        if with_encoder:
+            encoder = Classifier()
+            encoder.train_on(images, labels, encoder_steps)
+            self.parts.append(encoder)
+
+        self.features = FeatureDriftLoss(encoder).features                          # of pixels ('global') and encoder
+
+        with torch.no_grad():
+            self.real = self.features(images)
+
+    def step(self):
+        labels = torch.randperm(10)[:self.num_groups]
+        positives = cat([self.draw_positives(label) for label in labels])
+        generated = self.features(self.generate(self.model, labels.repeat_interleave(self.num_gen)))
+        losses = []
+
+        for name, real in self.real.items():
+            gen, pos = self.grouped(generated[name]), self.grouped(real[positives])
+            loss, _ = drift_loss(gen, pos, affinity_floor = 0., diagnostics = False)
+            losses.append(loss)
+
+        self.descend(sum(losses).mean())
+
+    def draw_positives(self, label):
+        """Places of some images of a class."""
+        places = self.classes[label]
+        return places[torch.randperm(len(places))[:self.num_pos]]
+
+    def grouped(self, features):
+        return rearrange(features, '(c n) 1 d -> c n d', c = self.num_groups)
+
+class WGAN(Method):
+    def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10., **kwargs):
+        settings = {**dict(learning_rate = 5e-4, ema_decay = 0.995, betas = (0., 0.9)), **kwargs}
+        super().__init__(images, labels, ConvGenerator(), **settings)
+        self.batch_size = batch_size
+        self.critic_steps = critic_steps
+        self.penalty = penalty
+
+        self.critic = Critic()
+        self.parts.append(self.critic)
+
+        learning_rate, betas = settings['learning_rate'], settings['betas']
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic.parameters(), lr = learning_rate, betas = betas, weight_decay = 0., fused = True
+        )
+
+    def step(self):
+        for _ in range(self.critic_steps):
+            real, labels = self.batch(self.batch_size)
+
+            with torch.no_grad():
+                fake = self.generate(self.model, labels)
+
+            between = torch.lerp(real, fake, torch.rand(len(real), 1, 1, 1)).requires_grad_()
+            slope, = torch.autograd.grad(self.critic(between, labels).sum(), between, create_graph = True)
+            real_score, fake_score = self.critic(cat((real, fake)), labels.repeat(2)).chunk(2)
+            off_slope = (slope.flatten(1).norm(dim = 1) - 1).square().mean()
+            loss = (fake_score - real_score).mean() + self.penalty * off_slope
+
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            self.critic_optimizer.step()
+
+        _, labels = self.batch(self.batch_size)
+        self.descend(-self.critic(self.generate(self.model, labels), labels).mean())
+
+class Flow(Method):
+    evaluations = 50
+
+    def __init__(self, images, labels, batch_size = 64, uniform_times = False, **kwargs):
+        settings = dict(learning_rate = 2e-3, ema_decay = 0.995)
+        super().__init__(images, labels, UNet(), **{**settings, **kwargs})
+        self.batch_size = batch_size
+        self.uniform_times = uniform_times
+
+    def times(self, num):
+        if self.uniform_times:
+            return torch.rand(num)
+
+        return (torch.randn(num) - 0.4).sigmoid()                                           # logit-normal, MeanFlow's
+
+    def path(self, t):
+        """z = (1 - t) image + t noise, its velocity v, labels."""
+        images, labels = self.batch(len(t))
+        noise = torch.randn_like(images)
+        at = rearrange(t, 'b -> b 1 1 1')
+        return (1 - at) * images + at * noise, noise - images, labels
+
+    def step(self):
+        t = self.times(self.batch_size)
+        z, v, labels = self.path(t)
+        self.descend((self.model(z, labels, t, t) - v).square().mean())
+
+    def sample(self, labels):
+        z = torch.randn(len(labels), 1, 28, 28)
+
+        for t in torch.linspace(1, 0, self.evaluations + 1)[:-1]:
+            t = t.expand(len(labels))
+            z = z - self.averaged(z, labels, t, t) / self.evaluations
+
+        return z
+
+class MeanFlow(Flow):
+    """u(z, r, t), the average velocity from r to t, is to equal v - (t - r) du/dt, a derivative along the path."""
+
+    evaluations = 1
+
+    def __init__(self, *args, share = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_apart = int(self.batch_size * share)       # so many with r < t; the others have r = t, flow matching
+
+    def step(self):
+        n = self.num_apart
+        t = self.times(self.batch_size)
+        one, other, same = t[:n], self.times(n), t[n:]
+        r = cat((torch.minimum(one, other), same))
+        t = cat((torch.maximum(one, other), same))
+        z, v, labels = self.path(t)
+        target = v.clone()
+
+        def velocity(z, r, t):
+            return self.model(z, labels[:n], r, t)
+
+        with torch.no_grad():
+            inputs = z[:n], r[:n], t[:n]
+            tangents = v[:n], torch.zeros(n), torch.ones(n)
+            _, slope = torch.func.jvp(velocity, inputs, tangents)
+            target[:n] -= rearrange(t - r, 'b -> b 1 1 1')[:n] * slope
+
+        error = (self.model(z, labels, r, t) - target).square().mean(dim = (1, 2, 3))
+        self.descend((error / (error.detach() + 1e-3)).mean())                              # adaptive weight
+
+    def sample(self, labels):
+        noise = torch.randn(len(labels), 1, 28, 28)
+        start, end = torch.zeros(len(labels)), torch.ones(len(labels))
+        return noise - self.averaged(noise, labels, start, end)
+
+METHODS = {
+    'drifting': Drifting,
+    'drifting-pixels': partial(Drifting, with_encoder = False),
+    'meanflow': MeanFlow,
+    'wgan': WGAN,
+    'flow': Flow
+}
+
+# the comparison
+
+MEASURES = dict(
+    frechet_distance = 'Frechet distance',
+    accuracy = 'accuracy',
+    precision = 'precision',
+    recall = 'recall',
+    novelty = 'novelty'
+)
+
+def make_judge():
+    """That of train_mnist.py, of images [n 1 28 28]."""
+    (images, labels), (held_out, held_out_labels) = split(*load_mnist(), num_held_out = 1_000)
+    return Judge((crop(images), labels), (crop(held_out), held_out_labels))
+
+def measure(judge, images, labels):
+    return dict(judge(images, labels), novelty = judge.novelty(images))
+
+def row(metrics):
+    quality = f'{metrics["frechet_distance"]:8.1f}  {metrics["accuracy"]:8.3f}'
+    return f'{quality}  {metrics["precision"]:9.3f}  {metrics["recall"]:6.3f}  {metrics["novelty"]:7.2f}'
+
+def draw(trained, num):
+    """num samples [num 1 28 28], as many of every class and always from the same noise, and their labels."""
+    labels = torch.arange(10).repeat_interleave(num // 10)
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        return cat([trained.sample(part) for part in labels.split(250)]).clamp(-1, 1), labels
+
+def check_same(saved, record, budget, num_samples, settings):
+    """A run that goes on does so as it was started."""
+    done, num, before = record['time'], record['num_samples'], record['settings']
+
+    if done > budget:
+        raise SystemExit(
+            f'{saved} has been trained for {done:g} s already: '
+            f'pass --budget {done:g}, or another --results-folder'
+        )
+
+    if before != settings:
+        raise SystemExit(f'{saved} was trained with --set {before}: pass the same, or another --results-folder')
+
+    if num != num_samples:
+        raise SystemExit(
+            f'{saved} was evaluated by {num} samples: pass --num-samples {num}, or another --results-folder'
+        )
+
+def run(method, seed, budget, points, num_samples, judge, path, settings):
+    """Train for budget cpu seconds, evaluate at times that double, at the end with five times as many samples too.
+
+    Saves after each evaluation, and goes on from where an earlier run in the same folder stopped. Returns the
+    evaluations; the last has the one of more samples as 'final'.
+    """
+    saved = path.with_suffix('.pt')
+
+    if saved.exists():
+        trained, used, steps, records, random_state = torch.load(saved, weights_only = False)
+        check_same(saved, records[-1], budget, num_samples, settings)
+        torch.set_rng_state(random_state)
+        done = records[-1]['time']
+    else:
+        torch.manual_seed(seed)
+        start = time.process_time()
+        trained = METHODS[method](judge.images, judge.labels, **settings)
+        used = time.process_time() - start
+        steps, records, done = 0, [], 0.
+
+    def save():
+        torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
+        path.write_text(json.dumps(records, indent = 1))
+
+    for seconds in (budget / 2 ** i for i in reversed(range(points))):
+        if seconds <= done:
+            continue
+
+        while used < seconds:
+            start = time.process_time()
+            trained.step()
+            used += time.process_time() - start
+            steps += 1
+
+        samples, labels = draw(trained, num_samples)
+
+        records.append(dict(
+            method = method,
+            seed = seed,
+            time = seconds,
+            steps = steps,
+            parameters = [num_parameters(part) for part in trained.parts],
+            evaluations = trained.evaluations,
+            num_samples = num_samples,
+            settings = settings,
+            **measure(judge, samples, labels)
+        ))
+
+        print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(records[-1])}', flush = True)
+
+        save()
+        class_rows((samples + 1) / 2, 20).save(path.with_suffix('.png'))
+
+    if 'final' not in records[-1]:
+        records[-1]['final'] = measure(judge, *draw(trained, 5 * num_samples))
+        save()
+
+    return records
+
+def mean_of(records, statistic = torch.mean):
+    return {key: statistic(torch.tensor([record[key] for record in records])).item() for key in MEASURES}
+
+def plot(results, real, path):
+    """results: {method: evaluations of every seed}; real: the measures of real images."""
+    figure = Figure(figsize = (14, 3.2))
+    axes = figure.subplots(1, 4)
+
+    for axis, (key, title) in zip(axes, MEASURES.items(), strict = False):                  # novelty has no room
+        for method, runs in results.items():
+            at = [{record['time']: record for record in records} for records in runs]
+            times = sorted(set.intersection(*map(set, at)))                                 # that all seeds have
+            means = [mean_of([records[time] for records in at])[key] for time in times]
+            axis.plot(times, means, marker = '.', label = method)
+
+        axis.axhline(real[key], color = 'gray', linestyle = ':', label = 'real images')
+        axis.set(title = title, xlabel = 'cpu seconds', xscale = 'log')
+
+    axes[0].set_yscale('log')
+    axes[0].legend(fontsize = 8)
+    figure.tight_layout()
+    figure.savefig(path, dpi = 80)
+
+def report(results, real, args):
+    """What main prints in the end."""
+    num = 5 * args.num_samples
+    over = f'mean and deviation over {len(args.seeds)} seeds'
+
+    lines = [
+        f'\nafter {args.budget:g} cpu seconds, {num:,} samples, {over}\n',
+        f'{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty'
+    ]
+
+    for method, runs in results.items():
+        last = runs[0][-1]
+        finals = [records[-1]['final'] for records in runs]
+        sizes = f'{last["evaluations"]:11d}  {sum(last["parameters"]):10,d}'
+        lines.append(f'{method:15s} {sizes}  {row(mean_of(finals))}')
+
+        if len(runs) > 1:
+            lines.append(f'{"":15s} {"":11s}  {"":10s}  {row(mean_of(finals, torch.std))}')
+
+    lines.append(f'{"all real images":15s} {"":11s}  {"":10s}  {row(real)}')
+    return '\n'.join(lines)
+
+def options():
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        '--results-folder', default = 'results/compare',
+        help = 'where everything is written; runs that are there already go on up to the budget'
+    )
+    parser.add_argument(
+        '--method', nargs = '+', choices = ('all', *METHODS), default = ['all'],
+        help = 'what is trained and compared'
+    )
+    parser.add_argument(
+        '--seeds', type = int, nargs = '+', default = [0],
+        help = 'of the trainings; the split, the judge and the samples always use seed 0'
+    )
+    parser.add_argument('--budget', type = float, default = 600., help = 'cpu seconds of every training')
+    parser.add_argument(
+        '--points', type = int, default = 7,
+        help = 'number of evaluations: at the budget, at half of it, at a quarter of it and so on'
+    )
+    parser.add_argument(
+        '--set', nargs = '+', default = [], metavar = 'NAME=VALUE',
+        help = 'other settings of the methods: learning_rate, decay_start, ema_decay, batch_size, '
+               'uniform_times and so on'
+    )
+    parser.add_argument(
+        '--num-samples', type = int, default = 1_000,
+        help = 'of every evaluation, a tenth of them per class; five times as many at the end'
+    )
+    return parser.parse_args()
+
+def main():
+    args = options()
+    torch.set_num_threads(1)
+    folder = Path(args.results_folder)
+    folder.mkdir(parents = True, exist_ok = True)
+
+    pairs = [each.split('=') for each in args.set]
+    settings = {name: ast.literal_eval(value) for name, value in pairs}
+    judge = make_judge()
+    methods = METHODS if 'all' in args.method else args.method
+    results = {method: [] for method in methods}
+
+    for method, runs in results.items():
+        for seed in args.seeds:
+            path = folder / f'{method}-{seed}.json'
+            runs.append(run(method, seed, args.budget, args.points, args.num_samples, judge, path, settings))
+
+    some = first_of_each_class(judge.labels, args.num_samples // 10)
+    plot(results, measure(judge, judge.images[some], judge.labels[some]), folder / 'compare.png')
+
+    print(report(results, measure(judge, judge.images, judge.labels), args))
+    print(f'\n{folder / "compare.png"}')
+
+if __name__ == '__main__':
+    main()
