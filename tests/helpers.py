@@ -1,5 +1,6 @@
 """What the tests share: commands and processes, the reference's weights, small models, and a small training."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -44,6 +45,7 @@ def launch(fn, world, *args, timeout = 120):
 
     Returns what each of them returns, or its exit code if it died.
     """
+    importlib.import_module('torch.distributed.algorithms.ddp_comm_hooks')     # or each process does, with accelerate
     context = multiprocessing.get_context('fork')
     pipes, processes = [], []
 
