@@ -197,6 +197,11 @@ def test_lines_are_short():
 def test_lines_are_not_dense():
     assert density(SOURCE) <= 62
 
+def test_the_core_is_read_at_one_go():
+    """Sections 1 to 4: whoever has only the paper needs no more."""
+    ends = dict(section_starts(SOURCE))[5] - 1
+    assert ends <= 600
+
 def test_the_file_is_short():
     lines = SOURCE.count('\n')
     assert lines <= 2400
