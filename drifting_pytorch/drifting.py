@@ -115,7 +115,6 @@ def check_points(ndim = None, **points):
     """Point sets [... n d] by name (None is left out): floating, not empty, finite, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
     first, reference = next(iter(points.items()))
-
     for name, t in points.items():
         check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
         check(t.is_floating_point(), f'{name} must be a floating point tensor, got {t.dtype}: convert it with .float()')
@@ -129,7 +128,6 @@ def check_points(ndim = None, **points):
         same_groups = t.shape[:-2] == reference.shape[:-2]
         check(same_groups, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
-
         finite = not can_read(t) or t.sum().isfinite() or t.isfinite().all()
         check(finite, f'{name} has non-finite values (nan or inf)')
 
@@ -192,7 +190,6 @@ class DriftField(Module):
         """The kernel, normalised. The logits may be overwritten."""
         if self.normalize == 'both':
             return geometric_mean_of_softmaxes(logits)
-
         return logits.softmax(dim = -1) if self.normalize == 'y' else logits.exp()
 
     @typecheck
@@ -212,13 +209,12 @@ class DriftField(Module):
         """
         logits = self.logits(dist, temperature)
         weight = rearrange(default(weight, dist.new_ones(dist.shape[-1])), '... y -> ... 1 y')
-
         if weight_in_softmax:
             logits = logits + weight.log().clamp(min = -1e6)
             weight = (weight > 0).to(weight)
 
         A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5)
-        A *= weight                                                                 # release: behind the softmax
+        A *= weight     # release: behind the softmax
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
@@ -243,7 +239,6 @@ class DriftField(Module):
         if not self.zero_sum:
             W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
             V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
-
         return V
 
     @torch.no_grad()
@@ -260,7 +255,6 @@ class DriftField(Module):
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
-
         x, num_pos = full_precision(x), y_pos.shape[-2]
         y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
 
@@ -268,7 +262,6 @@ class DriftField(Module):
             center = reduce(y, '... y d -> ... 1 d', 'mean')
             x, y = x - center, y - center
             dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')             # exact
-
             if not exists(y_neg) and not self.needs_neg:
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)      # mask self
 
@@ -302,25 +295,23 @@ def plain_drift_loss(
     (_, g, d), p = gen.shape, pos.shape[1]
 
     with torch.no_grad():
-        y = cat((pos, uncond, gen), dim = 1)                                                    # b y d
+        y = cat((pos, uncond, gen), dim = 1)    # b y d
         weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)      # b y
 
         # one scale for the feature: distances, and with them temperatures, are relative to it
 
-        dist = torch.cdist(gen, y).clamp(min = 1e-4)                                            # b g y
+        dist = torch.cdist(gen, y).clamp(min = 1e-4)        # b g y
         S = (dist * weight[:, None]).mean() / weight.mean()
         unit = (S / d ** 0.5).clamp(min = 1e-3)
-
         dist = dist / S.clamp(min = 1e-3)
-        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)                                          # mask self
+        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)      # mask self
 
         # the field of each temperature is normalised to unit root mean square, then they add up
 
         V = 0.
-
         for temperature in temperatures:
-            W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)             # b g y
-            V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit                        # b g d
+            W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)     # b g y
+            V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit                # b g d
             V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
 
         target = gen / unit + V
@@ -332,9 +323,9 @@ def plain_drift_loss(
 # ───────────────────────────────────────────────────────────────────────────────
 
 PRESETS = {
-    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),              # latent
+    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),          # latent
     'L/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 1024, depth = 24, heads = 16),
-    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),           # pixel
+    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),       # pixel
     'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),
 }
 
@@ -360,7 +351,7 @@ class Modulation(Module):
         self.num = num
         self.linear = nn.Linear(dim, dim * num)
 
-    def forward(self, cond):                                                        # b d
+    def forward(self, cond):    # b d
         with torch.autocast(cond.device.type, enabled = False):
             out = self.linear(F.silu(cond.to(self.linear.weight.dtype)))
             return rearrange(out, 'b (num d) -> num b 1 d', num = self.num)
@@ -381,15 +372,13 @@ class Block(Module):
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
         self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
-
         self.ff_norm = RMSNorm(dim)
         self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)       # int(dim * mult) wide
 
-    def forward(self, x, cond, rotary):                                             # b n d, b d, 1 n dh
+    def forward(self, x, cond, rotary):                             # b n d, b d, 1 n dh
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)      # b 1 d
         biases = dict(q_delta = self.q_bias, k_delta = self.k_bias, v_delta = self.v_bias)
-
-        h = self.attn_norm(x) * (1 + attn_scale) + attn_shift                       # b n d
+        h = self.attn_norm(x) * (1 + attn_scale) + attn_shift       # b n d
         h = self.attn(h, rotary_pos_emb = (rotary, None), **biases) + self.out_bias
         x = x + h * attn_gate
 
@@ -439,7 +428,6 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     generator.manual_seed(int(default(seed, generator.seed())))
     noise = torch.randn(num, *noise_shape, generator = generator)
     styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-
     device, size, samples = next(model.parameters()).device, default(batch_size, num), []
     model.eval()
 
@@ -451,7 +439,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     finally:
         model.train(training)
 
-NUMPY_INTEGERS = {np.integer: (int, int)}           # how config.json keeps them
+NUMPY_INTEGERS = {np.integer: (int, int)}       # how config.json keeps them
 
 class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
@@ -476,7 +464,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check_positive(image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
         check_positive(dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         numbers = (depth, num_register_tokens, num_style_tokens)
-        check(min(numbers) >= 0, f'depth and numbers of tokens must not be negative, got {numbers}')
+        check(min(numbers) >= 0, f'depth and numbers of tokens must be 0 or more, not negative, got {numbers}')
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         is_even = dim % (2 * heads) == 0 and dim % 4 == 0
         check(is_even, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary turns pairs')
@@ -484,7 +472,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.noise_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
-        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32                    # release
+        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32    # release
 
         # condition. Style tables are rows of one embedding, each token looks into its own (paper: all into the same)
 
@@ -508,7 +496,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
             angles = rotary(torch.arange(num_register_tokens + size ** 2)).detach().float()
-
         self.register_buffer('rotary', rearrange(angles, 'n dh -> 1 n dh'), persistent = False)
 
         self.blocks = ModuleList([Block(dim, heads, dim_ff) for _ in range(depth)])
@@ -558,7 +545,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def checked_inputs(self, noise, labels, alpha, styles):
         """The arguments of forward, alpha and styles as tensors."""
         b, has_classes = len(noise), exists(self.num_classes)
-        check_shape('noise', noise, (b, *self.noise_shape))
+        shape, expected = tuple(noise.shape), ', '.join(map(str, self.noise_shape))
+        check(shape[1:] == self.noise_shape, f'noise has shape {shape}, expected (batch, {expected})')
         check_range('noise', noise, -math.inf)
         dtype, wanted = self.rotary.dtype, 'make it in float32 and run it under torch.autocast'
         check(dtype in (torch.float32, torch.float64), f'the model is {dtype}, positions too: {wanted}')
@@ -566,7 +554,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         wanted = 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
         labels = checked_labels(labels, self.num_classes, b) if has_classes else None
-
         alpha = alpha if torch.is_tensor(alpha) else torch.full((b,), float(alpha), device = noise.device)
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
@@ -586,19 +573,18 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, and non-finite values.
         """
         noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
-        cond = self.condition(labels, alpha, styles)                                # b d
+        cond = self.condition(labels, alpha, styles)        # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
         patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
-        x = self.patch_embed(patches) + self.pos_embed                              # b n d
+        x = self.patch_embed(patches) + self.pos_embed      # b n d
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
-        x = cat((registers, x), dim = 1)                                            # b (r n) d
+        x = cat((registers, x), dim = 1)                    # b (r n) d
 
         for block in self.blocks:
             x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
-
-        x = x[:, registers.shape[1]:]                                               # b n d
-        shift, scale = self.final_modulation(cond)                                  # b 1 d
-        patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)           # b n (p1 p2 ch)
+        x = x[:, registers.shape[1]:]                                           # b n d
+        shift, scale = self.final_modulation(cond)                              # b 1 d
+        patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)       # b n (p1 p2 ch)
         return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
 
     def sample(self, labels = None, **kwargs):
@@ -610,8 +596,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 # ───────────────────────────────────────────────────────────────────────────────
 
 class Breakdown(NamedTuple):
-    losses: dict            # {feature name: loss}
-    stats: dict             # {feature name: DriftStats}
+    losses: dict    # {feature name: loss}
+    stats: dict     # {feature name: DriftStats}
 
 @typecheck
 def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
@@ -641,7 +627,7 @@ class KnownGradient(torch.autograd.Function):
     def backward(ctx, grad_loss):
         check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative: leave out create_graph')
         grad, = ctx.saved_tensors
-        factor = grad_loss * grad_loss.numel()                                      # () or b
+        factor = grad_loss * grad_loss.numel()      # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
 PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)      # numbers at a time: a cpu's cache, half a GiB of a GPU
@@ -675,7 +661,6 @@ class DriftProblems:
         self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
         name, has_neg = type(self.field).__name__, exists(neg) or not self.field.needs_neg
         check(has_neg, f'{name} needs neg, an independent batch of generated samples')
-
         self.temperatures = tuple(map(float, temperatures))
         check(self.temperatures, 'temperatures must be one or more numbers, got none')
         for temperature in self.temperatures:
@@ -691,7 +676,7 @@ class DriftProblems:
         self.sizes = [t.shape[1] for t in self.sets]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-        self.weight = self.weights_of(uncond, uncond_weight)                        # b 1 y
+        self.weight = self.weights_of(uncond, uncond_weight)    # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype)
         self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
 
@@ -699,25 +684,21 @@ class DriftProblems:
 
         self.in_coefficients = self.y < 0.7 * self.d
         self.by_distances = self.in_coefficients and self.field.zero_sum and self.own_negatives
-
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-
-        self.kept = {}                                  # what two rounds need, by part: distances, vectors
-        self.newest = None, None, None                  # the newest part, its W, its distances
+        self.kept = {}                      # what two rounds need, by part: distances, vectors
+        self.newest = None, None, None      # the newest part, its W, its distances
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
         """The weight of every y, [b 1 y]."""
         weight = self.gen.new_ones(self.b, 1, self.y)
-
         if exists(uncond_weight):
             check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
             check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
             check_range('uncond_weight', uncond_weight, 0)
             weight[:, 0, self.p:-self.m] = uncond_weight
-
         return weight
 
     # what is computed of one part
@@ -730,10 +711,8 @@ class DriftProblems:
         """
         center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
         y = self.buffer[:len(center)]
-
         for t, out in zip(self.sets, y.split(self.sizes, dim = 1), strict = True):
             torch.sub(t[part], center, out = out)
-
         return y[:, -self.g:] if self.own_negatives else self.gen[part] - center, y
 
     def squares(self, part):
@@ -743,7 +722,6 @@ class DriftProblems:
             others = y[:, :-self.m]
             squares_of_others = squared_distances(others, others) if self.by_distances else None
             self.kept[part.start] = squared_distances(x, y), squares_of_others
-
         return self.kept[part.start]
 
     def distances(self, part):
@@ -756,13 +734,12 @@ class DriftProblems:
         """
         if self.newest[0] == part:
             return self.newest[1:]
-
         dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
         if self.own_negatives:
-            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)        # mask self
+            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)    # mask self
 
         dist = rearrange(dist, 'b g y -> b 1 g y')
-        weight = self.weight[part].expand(-1, len(self.temperatures), -1)                       # b t y
+        weight = self.weight[part].expand(-1, len(self.temperatures), -1)       # b t y
         options = self.affinity_floor, self.weight_in_softmax
         W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *options)
         self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
@@ -771,11 +748,9 @@ class DriftProblems:
     def vectors(self, part, scale):
         """V [b t g d], where there are more samples than dimensions."""
         key = part.start, 'V'
-
         if key not in self.kept:
             W, _ = self.coefficients(part, scale)
             self.kept[key] = self.field.apply_coefficients(W, *self.points(part))
-
         return self.kept[key]
 
     def squared_lengths(self, part, W):
@@ -783,8 +758,7 @@ class DriftProblems:
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
-
-        products = W_gen @ squares                                                              # b (t g) y
+        products = W_gen @ squares      # b (t g) y
         products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)
         products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
         return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
@@ -815,23 +789,19 @@ class DriftProblems:
 
     def sum_drift_of(self, part, scale):
         W, dist = self.coefficients(part, scale)
-
         if self.by_distances:
             V_sq = self.squared_lengths(part, W)
         else:
             V_sq = self.vectors(part, scale).norm(dim = (2, 3)).square().sum(dim = 0)
-
         sums = [V_sq / (self.d * self.unit(scale) ** 2)]
 
         if self.diagnostics:
             pull, push = W[..., :self.p], W[..., self.p:]
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
-
         if exists(dist):
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
-
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     def stats(self, scale, sums):
@@ -846,7 +816,7 @@ class DriftProblems:
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
         drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
-        norms = drift_sq.sqrt() * self.unit(stats.scale)                                        # t
+        norms = drift_sq.sqrt() * self.unit(stats.scale)    # t
         grad = torch.empty_like(self.gen)
         losses = [self.loss_of(part, stats.scale, norms, grad[part]) for part in self.parts]
         return cat(losses), grad
@@ -856,10 +826,8 @@ class DriftProblems:
         fields = self.coefficients(part, scale)[0] if self.in_coefficients else self.vectors(part, scale)
         total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')      # n: coefficients or dimensions
         V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
-
         if self.in_coefficients:
             V = self.field.apply_coefficients(V, *self.points(part))
-
         V = rearrange(V, 'b 1 g d -> b g d')
         torch.mul(V, -2 / (self.b * self.g * self.d * self.unit(scale)), out = grad)
         return V.square_().mean(dim = (1, 2))
@@ -879,14 +847,11 @@ def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Flo
     and temperatures that are not above 0.
     """
     problems = DriftProblems(gen, pos, uncond, **options)
-
     with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
         if not exists(stats):
-            scale = problems.scale(sum_over_processes(problems.sum_distances()))                # round 1: S
-            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))        # round 2: lambda
-
-        loss, grad = problems.loss(stats)                                                       # round 3
-
+            scale = problems.scale(sum_over_processes(problems.sum_distances()))            # round 1: S
+            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))    # round 2: lambda
+        loss, grad = problems.loss(stats)                                                   # round 3
     return KnownGradient.apply(full_precision(gen), loss, grad), stats
 
 class FeatureDriftLoss(Module):
@@ -911,21 +876,23 @@ class FeatureDriftLoss(Module):
         for part in encoders:
             fits, given = callable(part) or hasattr(part, 'features'), type(part).__name__
             check(fits, f'encoder must be None, a Module with .features(x), a callable or a list, got {given}')
-
         self.encoders, self.decoder, self.raw = encoders, decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
-        owners = [getattr(part, '__self__', part) for part in (*encoders, decoder)]             # of methods
+        owners = [getattr(part, '__self__', part) for part in (*encoders, decoder)]     # of methods
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     @property
     def field(self):
         return default(self.drift_loss_kwargs.get('field'), DriftField())
 
+    @property
+    def needs_neg(self):
+        return self.field.needs_neg
+
     def with_options(self, *, group_chunk_size = None, compile = False):
         """A copy with the same encoders, in chunks or compiled. On a cpu the field in place is faster uncompiled."""
         other = copy(self)
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
-
         if compile:
             other.features = torch.compile(self.features)
 
@@ -933,7 +900,6 @@ class FeatureDriftLoss(Module):
             field = copy(self.field)
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
-
         return other
 
     def train(self, mode = True):
@@ -956,7 +922,6 @@ class FeatureDriftLoss(Module):
         for name, t in features.items():
             given, fits = tuple(t.shape), t.ndim == 3 and len(t) == len(x)
             check(fits, f'feature {name!r} has shape {given}, expected ({len(x)}, locations, feature dim)')
-
         return features
 
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
@@ -965,7 +930,6 @@ class FeatureDriftLoss(Module):
         others = {kind: t for kind, t in others.items() if exists(t)}
         sizes = [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
-
         with torch.no_grad():
             joined = cat(list(others.values()), dim = 1)
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
@@ -974,10 +938,8 @@ class FeatureDriftLoss(Module):
             arguments = dict(gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c)
             arguments |= zip(others, points.split(sizes, dim = 1), strict = True)
-
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
-
             yield name, arguments
 
     def check_samples(self, gen, pos, uncond, alpha, neg):
@@ -990,7 +952,6 @@ class FeatureDriftLoss(Module):
 
         has_alpha = exists(alpha) or not exists(uncond)
         check(has_alpha, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
-
         if exists(alpha):
             c, shape = len(gen), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
             check(shape == (c,), f'alpha must be a tensor of shape ({c},), one guidance scale per group, got {shape}')
@@ -1014,17 +975,14 @@ class FeatureDriftLoss(Module):
         """
         self.check_samples(gen, pos, uncond, alpha, neg)
         samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg)
-
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
             samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)     # A.7
 
         samples = {kind: t for kind, t in samples.items() if exists(t)}
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
-
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
-
         parts = [t.split(self.group_chunk_size) for t in samples.values()]
         chunks = [dict(zip(samples, part, strict = True)) for part in zip(*parts, strict = True)]
         return self.loss_of_chunks(chunks, options)
@@ -1032,11 +990,9 @@ class FeatureDriftLoss(Module):
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
         losses, found, stats = {}, {}, default(stats, {})
-
         for name, arguments in self.problems(**samples):
             loss, found[name] = drift_loss(**arguments, **options, stats = stats.get(name))
             losses[name] = loss.mean()
-
         return sum(losses.values()), Breakdown(losses, found)
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
@@ -1047,11 +1003,9 @@ class FeatureDriftLoss(Module):
         The sums are those of the first round, or with the scales of all features those of the second.
         """
         totals = {}
-
         for i, chunk in enumerate(chunks, 1):
             for name, arguments in self.problems(**chunk):
                 problems = DriftProblems(**arguments, **options)
-
                 with torch.autocast(problems.gen.device.type, enabled = False):
                     sums = problems.sum_drift(scales[name]) if exists(scales) else problems.sum_distances()
                     totals[name] = totals.get(name, 0) + sums
@@ -1063,26 +1017,21 @@ class FeatureDriftLoss(Module):
     def stats_of(self, chunks, options):
         """{feature: DriftStats} over all chunks and processes."""
         scales, stats = {}, {}
-
         for name, problems, total in self.totals(chunks, options):
             scales[name] = problems.scale(total)
-
         for name, problems, total in self.totals(chunks, options, scales):
             stats[name] = problems.stats(scales[name], total)
-
         return stats
 
     def loss_of_chunks(self, chunks, options):
         stats, num_groups = self.stats_of(chunks, options), sum(len(chunk['gen']) for chunk in chunks)
         losses, grads, total = {}, [], 0
-
         for chunk in chunks:
             x = chunk['gen'].detach().requires_grad_()
             share = len(x) / num_groups
 
             with torch.enable_grad():
                 loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
-
             grads.append(torch.autograd.grad(loss, x)[0] * share)
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
@@ -1172,11 +1121,9 @@ class SinkhornField(DriftField):
         log_kernel = -0.5 * dist ** 2 / temperature
         n, m = log_kernel.shape[-2:]
         v = 0.
-
         for _ in range(self.iters if m > 0 else 0):
             u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
             v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
-
         return (log_kernel + v).softmax(dim = -1)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
@@ -1205,11 +1152,10 @@ def map_features(name, x, sets = FEATURE_SETS):
     """
     h, w = x.shape[-2:]
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
-
     for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
         if feature_set in sets and h % p1 == 0 and w % p2 == 0:
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
-            var, mean = torch.var_mean(patches, dim = -1, correction = 0)           # b f d
+            var, mean = torch.var_mean(patches, dim = -1, correction = 0)       # b f d
             features[f'{name}_mean{suffix}'] = mean
             features[f'{name}_std{suffix}'] = (var + 1e-6).sqrt()
 
@@ -1285,7 +1231,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
         self.feature_sets, self.checkpointing = feature_sets, checkpointing
-        self.mask_pixels = mask_patch_size * patch_size      # side of a mask patch
+        self.mask_pixels = mask_patch_size * patch_size     # side of a mask patch
 
         dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
         self.stem = conv_norm(dim_in, dim)
@@ -1303,10 +1249,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
         self.bridge = conv_norm(dims[3], dims[3])
         self.ups = ModuleDict(dict(
-            up43 = UpBlock(dims[3], dims[2]),
-            up32 = UpBlock(dims[2], dims[1]),
-            up21 = UpBlock(dims[1], dims[0]),
-            up10 = UpBlock(dims[0], dim)
+            up43 = UpBlock(dims[3], dims[2]), up32 = UpBlock(dims[2], dims[1]),
+            up21 = UpBlock(dims[1], dims[0]), up10 = UpBlock(dims[0], dim)
         ))
         self.to_pixels = nn.Conv2d(dim, dim_in, 1)
         self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
@@ -1337,29 +1281,23 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """{name: [b d h w]} of a folded input: the stem, every second block of a stage, and its normalised output."""
         maps = {'conv1': F.relu(self.stem(x))}
         x = maps['conv1']
-
         for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
             for k, block in enumerate(stage, 1):
                 x = run_block(block, x, checkpointing = self.checkpointing)
-
                 if k % 2 == 0:
                     maps[f'{name}_blk{k}'] = x
 
-            x = maps[name] = norm(x)        # release: feeds the next stage too
-
+            x = maps[name] = norm(x)    # release: feeds the next stage too
         return maps
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ch h w], under the release's names (A.5)."""
         x, features = self.fold(x), {}
-
         if 'norm_x' in self.feature_sets:
             mean_sq = reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean')
             features['norm_x'] = (mean_sq + 1e-6).sqrt()
-
         for name, feature_map in self.maps(x).items():
             features |= map_features(name, feature_map, self.feature_sets)
-
         return features
 
     def draw_mask(self, x, generator = None):
@@ -1378,10 +1316,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
         y = F.relu(self.bridge(maps['layer4']))
-
         for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1'), strict = True):
             y = up(y, maps[skip])
-
         p = self.patch_size
         y = rearrange(self.to_pixels(y), 'b (p1 p2 ch) h w -> b ch (h p1) (w p2)', p1 = p, p2 = p)
         return y, maps['layer4']
@@ -1389,10 +1325,10 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def forward(
         self,
         x: Float[Tensor, 'b ch h w'],
-        labels: Int[Tensor, 'b'] | None = None,                 # None: no classification
+        labels: Int[Tensor, 'b'] | None = None,         # None: no classification
         *,
-        cls_weight = 0.,                                        # lambda, of the classification in the loss
-        mask: Float[Tensor, 'b mh mw'] | None = None            # None: drawn
+        cls_weight = 0.,                                # lambda, of the classification in the loss
+        mask: Float[Tensor, 'b mh mw'] | None = None    # None: drawn
     ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
         """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
 
@@ -1402,14 +1338,12 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
         has_head = exists(self.to_logits)
         check(has_head or not exists(labels), 'labels were given to a model without a classifier: set num_classes')
-
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
 
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
         error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
         error = reduce(error_sq, 'b ch h w -> b', 'sum') / (positions + 1e-8)
-
         cross_entropy = accuracy = torch.zeros_like(error)
 
         if exists(labels):
@@ -1417,7 +1351,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
             cross_entropy = F.cross_entropy(logits, labels, reduction = 'none')
             accuracy = (logits.argmax(dim = -1) == labels).to(error)
-
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
@@ -1451,31 +1384,24 @@ class BackboneFeatures(Module):
         self.backbone, self.num_prefix_tokens, self.feature_sets = backbone, num_prefix_tokens, feature_sets
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 
-    def to_map(self, name, out):
-        """Tokens [b n d] as a map [b d h w]; maps as they are."""
-        if out.ndim == 3:
-            tokens = out[:, self.num_prefix_tokens:]
-            num, side = tokens.shape[1], math.isqrt(tokens.shape[1])
-            behind = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
-            check(side ** 2 == num, f'{name} has {behind}, expected a square number')
-            out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
-
-        check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
-        return out
-
     def features(self, x):
         """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
-        outputs = self.backbone(self.pixel_input(x))
-
+        outputs, features = self.backbone(self.pixel_input(x)), {}
         if torch.is_tensor(outputs):
             outputs = [outputs]
         if not isinstance(outputs, dict):
             outputs = {f'layer{i}': out for i, out in enumerate(outputs, 1)}
 
-        features = {}
-
         for name, out in outputs.items():
-            features |= map_features(name, self.to_map(name, out), self.feature_sets)
+            if out.ndim == 3:
+                tokens = out[:, self.num_prefix_tokens:]
+                num, side = tokens.shape[1], math.isqrt(tokens.shape[1])
+                behind = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
+                check(side ** 2 == num, f'{name} has {behind}, expected a square number')
+                out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
+
+            check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
+            features |= map_features(name, out, self.feature_sets)
 
         return features
 
@@ -1497,7 +1423,6 @@ class ConvNeXtFeatures(Module):
             from transformers import ConvNextV2Model
         except ImportError as error:
             raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
-
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
@@ -1505,11 +1430,10 @@ class ConvNeXtFeatures(Module):
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(self.pixel_input(full_precision(x)), output_hidden_states = True)
             features = {}
-
-            for i, feature_map in enumerate(out.hidden_states[1:]):                 # behind the stem's, b d h w
+            for i, feature_map in enumerate(out.hidden_states[1:]):     # behind the stem's, b d h w
                 std, mean = torch.std_mean(feature_map, dim = 1, correction = 0, keepdim = True)
                 sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)
-                name = f'convenxt_stage_{i}'                                        # the release's spelling
+                name = f'convenxt_stage_{i}'                            # the release's spelling
                 features |= map_features(name, (feature_map - mean) / (std + 1e-3), sets)
 
             features['global_mean'] = rearrange(out.pooler_output, 'b d -> b 1 d')
@@ -1542,10 +1466,8 @@ def center_crop(picture, size):
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
-
     scale = size / min(picture.size)
     picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-
     left, top = ((side - size) // 2 for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
@@ -1569,7 +1491,6 @@ class ImageFolder(Dataset):
         self.num_classes = len(self.classes) or None
         mixed = self.classes and images_in(root)
         check(not mixed, f'{root} has both class folders and images: move the images into the folder of their class')
-
         self.files = []
 
         for label, name in enumerate(self.classes or ['']):
@@ -1587,7 +1508,6 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, index):
         name, label = self.files[index]
-
         try:
             with Image.open(self.root / name) as file:
                 check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
@@ -1611,7 +1531,6 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
     else:
         alpha = low * (high / low) ** uniform
-
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
@@ -1643,7 +1562,6 @@ class SampleQueue:
         if not exists(self.samples):
             shape, dtype = samples.shape[1:], default(self.dtype, samples.dtype)
             self.samples = torch.zeros(self.num_classes, self.size, *shape, device = self.device, dtype = dtype)
-
         shape, held = tuple(samples.shape[1:]), tuple(self.samples.shape[2:])
         check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
 
@@ -1660,7 +1578,6 @@ class SampleQueue:
         slot = (self.pushed[labels] + place) % self.size
         stays = place >= (counts - self.size)[labels]
         labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in (labels, slot, order))
-
         self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
         self.pushed += counts
 
@@ -1673,7 +1590,7 @@ class SampleQueue:
 
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
-        slot = keys.topk(num, dim = -1).indices                                     # c num
+        slot = keys.topk(num, dim = -1).indices     # c num
         labels = rearrange(labels, 'c -> c 1')
         return self.samples[labels.to(self.device, non_blocking = True), slot.to(self.device, non_blocking = True)]
 
@@ -1686,13 +1603,11 @@ class SampleQueue:
             saved, own = tuple(state['samples'].shape[:2]), (self.num_classes, self.size)
             check(saved == own, f'the saved queue has (num_classes, size) {saved}, this one {own}')
             self.samples = state['samples'].to(self.device, copy = True)
-
         self.pushed = state['pushed'].cpu().clone()
 
 def endless_shuffle(length, *, seed, start = 0):
     """Indices of epoch after epoch, each in an order of its own, from any position on."""
     epoch, offset = divmod(start, length)
-
     while True:
         order = torch.randperm(length, generator = seeded(seed, 'epoch', epoch)).tolist()
         yield from order[offset:]
@@ -1722,7 +1637,6 @@ class SeededDataset(Dataset):
             sample, label = self.dataset[index]
         except Exception as error:
             raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
-
         shape = tuple(getattr(sample, 'shape', (None,)))
         first = f'the first one has {self.sample_shape}'
         check(shape == self.sample_shape, f'sample {index} of the dataset has shape {shape}, {first}')
@@ -1808,7 +1722,6 @@ class Checkpoints:
         """Only when all files are written it gets the name of a checkpoint. The oldest ones go."""
         unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
-
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
 
@@ -1829,7 +1742,6 @@ class Checkpoints:
 def together(work):
     """Run work() in every process; an error of one is an error of all. Returns the results of all."""
     result = problem = None
-
     try:
         result = work()
     except (OSError, SafetensorError) as error:
@@ -1838,7 +1750,6 @@ def together(work):
     results, problems = zip(*gather_object([(result, problem)]), strict = True)
     for problem in filter(exists, problems):
         raise OSError(problem)
-
     return results
 
 # states are those of the whole model, also where it is sharded; without gradients a parameter has none in an optimizer
@@ -1889,19 +1800,16 @@ def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
-
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
-
     picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 def versions():
     found = {'python': platform.python_version()}
-
     for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-        with suppress(PackageNotFoundError):        # this file alone, copied
+        with suppress(PackageNotFoundError):    # this file alone, copied
             found[name] = version(name)
 
     return found
@@ -1920,29 +1828,29 @@ class LoopSettings:
     seed: int = 0
 
     learning_rate: float = 2e-4
-    lr_warmup_steps: int = 5_000                    # linear from 1e-6, then constant
-    lr_decay_start: int | None = None               # from here on it falls as 1 / sqrt(step). None: never (paper)
-    betas: tuple = (0.9, 0.95)                      # of AdamW
+    lr_warmup_steps: int = 5_000            # linear from 1e-6, then constant
+    lr_decay_start: int | None = None       # from here on it falls as 1 / sqrt(step). None: never (paper)
+    betas: tuple = (0.9, 0.95)              # of AdamW
     weight_decay: float = 0.01
-    max_grad_norm: float | None = 2.                # None: no clipping
-    ema_decay: float = 0.999                        # of the averaged weights
+    max_grad_norm: float | None = 2.        # None: no clipping
+    ema_decay: float = 0.999                # of the averaged weights
 
     gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None              # None: that of accelerate's launch, or bf16 if the GPU has it
-    compile: bool = False                           # model, encoders and, on a GPU, the field
-    cpu: bool = False                               # train on the cpu even where there is a GPU
-    num_workers: int = free(0)                      # processes that read data
+    mixed_precision: str | None = None      # None: that of accelerate's launch, or bf16 if the GPU has it
+    compile: bool = False                   # model, encoders and, on a GPU, the field
+    cpu: bool = False                       # train on the cpu even where there is a GPU
+    num_workers: int = free(0)              # processes that read data
 
-    log_with: str | None = free(None)               # trackers of accelerate
-    log_every: int = free(10)                       # steps, 0 for never: into metrics.jsonl and the trackers
-    sample_every: int = free(1_000)                 # steps: grids of images, into samples/
-    save_every: int = free(1_000)                   # steps: into checkpoints/
-    keep_checkpoints: int = free(3)                 # the newest
+    log_with: str | None = free(None)       # trackers of accelerate
+    log_every: int = free(10)               # steps, 0 for never: into metrics.jsonl and the trackers
+    sample_every: int = free(1_000)         # steps: grids of images, into samples/
+    save_every: int = free(1_000)           # steps: into checkpoints/
+    keep_checkpoints: int = free(3)         # the newest
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
     resume_from_checkpoint: str | Path | None = free(None)      # a folder, or 'latest', if there is any
-    overwrite: bool = free(False)                   # remove an earlier run from the folder; or else it is refused
+    overwrite: bool = free(False)       # remove an earlier run from the folder; or else it is refused
 
     def __post_init__(self):
         names = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
@@ -1965,7 +1873,6 @@ class BaseTrainer:
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = Checkpoints(self.results_folder / 'checkpoints', settings.keep_checkpoints)
-
         self.accelerator = self.make_accelerator()
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
@@ -1979,7 +1886,6 @@ class BaseTrainer:
 
     def make_accelerator(self):
         settings, mixed_precision = self.settings, self.settings.mixed_precision
-
         if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
             has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False)
             mixed_precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
@@ -1990,7 +1896,7 @@ class BaseTrainer:
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
 
-        accelerator.gradient_accumulation_steps = 1         # whatever the environment says: train_step accumulates
+        accelerator.gradient_accumulation_steps = 1     # whatever the environment says: train_step accumulates
         is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
@@ -2015,24 +1921,21 @@ class BaseTrainer:
         average = deepcopy(model) if is_sharded else None
         options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
         optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
-
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
 
-        self.ema = EMA(                     # which would warm its decay up otherwise
+        self.ema = EMA(     # which would warm its decay up otherwise
             self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay, update_every = 1,
             update_after_step = -1, include_online_model = False, use_foreach = not is_sharded
         )
         self.ema.update()
-
         if settings.compile:
             self.model = torch.compile(self.model)
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
         folder, settings = self.results_folder, self.settings
-
         try:
             probe = folder / f'.probe-{self.rank}'
             folder.mkdir(parents = True, exist_ok = True)
@@ -2087,7 +1990,6 @@ class BaseTrainer:
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
-
         return iter(DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
             pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals
@@ -2118,7 +2020,6 @@ class BaseTrainer:
     def clip_gradients(self):
         """{'grad_norm': of all parameters before it, and in a step that is logged of every part of the model}."""
         norms = {}
-
         for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
             grads = [p.grad for p in part.parameters() if exists(p.grad)]
             if grads:
@@ -2133,7 +2034,6 @@ class BaseTrainer:
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
-
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate_at(self.step)
         for micro_step in range(num_micro_steps):
@@ -2149,9 +2049,9 @@ class BaseTrainer:
     def check_finite(self, loss, details, norms):
         """Stops the run before broken weights are saved. A broken gradient stays in them: the newest step tells."""
         norm = norms['grad_norm']
-        is_scaled = exists(self.accelerator.scaler)         # fp16: it leaves steps with broken gradients out itself
+        is_scaled = exists(self.accelerator.scaler)     # fp16: it leaves steps with broken gradients out itself
         is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
-        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:                 # all processes say the same
+        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:     # all processes say the same
             return
 
         values = {name: float(value) for name, value in self.metrics(details)[0].items()}
@@ -2169,15 +2069,14 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients: what went wrong, and the last good checkpoint.
         """
         settings, accelerator, batches = self.settings, self.accelerator, self.batches()
-        ask_every = 1 if self.world == 1 else 10        # several processes tell each other of signals every tenth step
-        look_every = 1 if self.device.type == 'cpu' else 10         # at the loss: an accelerator is waited for
+        ask_every = 1 if self.world == 1 else 10    # several processes tell each other of signals every tenth step
+        look_every = 1 if self.device.type == 'cpu' else 10     # at the loss: an accelerator is waited for
         config = {name: str(value) for name, value in self.record().items()}
         accelerator.init_trackers('drifting-pytorch', config = config)
         self.record_start()
 
         if self.step == 0:
             self.before_training(batches)
-
         num_steps, self.clock, stopped = settings.num_train_steps, (time.perf_counter(), self.step), False
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
@@ -2186,7 +2085,6 @@ class BaseTrainer:
                 bar.update()
                 stopped = self.step % ask_every == 0 and any(gather_object(received))
                 saves = stopped or self.is_due(settings.save_every, self.step)
-
                 if logs or saves or self.step % look_every == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 if logs:
@@ -2215,7 +2113,6 @@ class BaseTrainer:
                 git = None if failed else revision, hardware = dict(device = device, **machine),
                 precision = self.accelerator.mixed_precision, config = self.record()
             )
-
             with open(self.results_folder / 'starts.jsonl', 'a') as file:
                 file.write(json.dumps(start) + '\n')
 
@@ -2235,7 +2132,6 @@ class BaseTrainer:
         metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
-
         self.accelerator.log(metrics, step = self.step)
 
         if self.is_main:
@@ -2246,8 +2142,7 @@ class BaseTrainer:
     @torch.no_grad()
     def save_pictures(self):
         has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
-
-        if has_images and (self.is_main or self.accelerator.is_fsdp2):         # a sharded model needs every process
+        if has_images and (self.is_main or self.accelerator.is_fsdp2):      # a sharded model needs every process
             samples, rows = self.pictures()
             images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
             grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
@@ -2284,7 +2179,6 @@ class BaseTrainer:
 
         folder, written = self.checkpoints.unfinished(self.step), {}
         folder.mkdir(parents = True, exist_ok = True)
-
         for name, state in states.items():
             if state:
                 file, copy = f'{name}.safetensors', not name.startswith('queue')
@@ -2296,7 +2190,6 @@ class BaseTrainer:
         scaler, files = self.accelerator.scaler, {}
         for lines in written:
             files |= lines
-
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
 
@@ -2311,7 +2204,6 @@ class BaseTrainer:
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-
         for folder in self.checkpoints.folders()[::-1] if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
@@ -2327,7 +2219,6 @@ class BaseTrainer:
             self.trim_metrics()
         if self.is_main and self.step > 0:
             self.checkpoints.set_aside(self.step)
-
         self.accelerator.wait_for_everyone()
 
     def trim_metrics(self):
@@ -2359,14 +2250,12 @@ class BaseTrainer:
             state_dict = read_tensors(folder / f'{name}.safetensors')
             check_fits(module, state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
-
         self.load_optimizer(read_tensors(folder / 'optimizer.safetensors'))
 
         states = read_tensors(folder / f'queue-{self.rank}.safetensors') if self.queues else {}
         for name, queue in self.queues.items():
             own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
             queue.load_state_dict(own)
-
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         if exists(self.accelerator.scaler) and manifest['scaler']:
             self.accelerator.scaler.load_state_dict(manifest['scaler'])
@@ -2374,11 +2263,9 @@ class BaseTrainer:
     def load_optimizer(self, tensors):
         optimizer = self.optimizer.optimizer
         state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': {}}
-
         for key, t in tensors.items():
             name, kind = key.rsplit('.', 1)
             state_dict['state'].setdefault(name, {})[kind] = t
-
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
 
     def reshard_average(self):
@@ -2391,7 +2278,6 @@ class BaseTrainer:
         wanted = 'of others save trainer.ema.ema_model.state_dict()'
         check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
-
         if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
             save_tensors(state_dict, folder / 'model.safetensors')
@@ -2401,28 +2287,27 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64                            # class groups per step, of all processes together
-    num_gen: int = 64                               # generated samples per group
-    num_pos: int = 64                               # real samples per group
-    num_uncond: int = 16                            # unconditional samples per group
-    group_chunk_size: int | None = None             # groups at a time: the same gradient in less memory, but slower
+    num_groups: int = 64                    # class groups per step, of all processes together
+    num_gen: int = 64                       # generated samples per group
+    num_pos: int = 64                       # real samples per group
+    num_uncond: int = 16                    # unconditional samples per group
+    group_chunk_size: int | None = None     # groups at a time: the same gradient in less memory, but slower
 
-    alpha_range: tuple = (1., 4.)                   # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple = (1., 4.)       # of the guidance scale, see sample_alpha; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64                             # real samples read per step by every process (release)
-    class_queue_size: int = 128                     # real samples that stay, of each class
-    uncond_queue_size: int = 1000                   # and of all classes
-    queue_device: str | None = None                 # None: the accelerator
-    queue_dtype: torch.dtype | None = None          # None: float32
+    push_size: int = 64                         # real samples read per step by every process (release)
+    class_queue_size: int = 128                 # real samples that stay, of each class
+    uncond_queue_size: int = 1000               # and of all classes
+    queue_device: str | None = None             # None: the accelerator
+    queue_dtype: torch.dtype | None = None      # None: float32
 
     def __post_init__(self):
         super().__post_init__()
         names = 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'
         check_positive(**{name: getattr(self, name) for name in names})
         check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
-
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')
@@ -2437,7 +2322,7 @@ PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)
 
 TRAINER_PRESETS = {
     'ablation': {},
-    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),        # paper: num_pos = 128, one of four ema_decay
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),    # paper: num_pos = 128, one of four ema_decay
     'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
     'B/16': {**PIXEL, 'learning_rate': 2e-4},
     'L/16': PIXEL,
@@ -2473,11 +2358,9 @@ class Trainer(BaseTrainer):
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options = dict(group_chunk_size = self.settings.group_chunk_size, compile = self.settings.compile)
             self.loss_fn = self.loss_fn.with_options(**options)
-
         if isinstance(self.loss_fn, Module):
             is_cuda = self.device.type == 'cuda'
             self.loss_fn.to(self.device, memory_format = torch.channels_last if is_cuda else torch.preserve_format)
-
         self.resume()
 
     @classmethod
@@ -2489,7 +2372,6 @@ class Trainer(BaseTrainer):
     def check_groups(self):
         num, world = self.settings.num_groups, self.world
         check(num >= world, f'num_groups {num} cannot be shared by {world} processes')
-
         if exists(self.settings.group_chunk_size):
             is_fp16 = self.accelerator.mixed_precision == 'fp16'
             check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
@@ -2501,7 +2383,6 @@ class Trainer(BaseTrainer):
         settings, num = self.settings, self.settings.num_uncond
         is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
         self.alpha_range, self.num_uncond = (settings.alpha_range, num) if is_guided else ((1., 1.), 0)
-
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         num_classes, size = default(self.num_classes, 1), settings.class_queue_size
         self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
@@ -2525,13 +2406,11 @@ class Trainer(BaseTrainer):
         """Read until every class has enough positives in every process, each at most one pass over the data."""
         num_pos, positives = self.settings.num_pos, self.queues['positives']
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
-
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
             held = cat([queue.filled for queue in self.queues.values()])
             held = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.device)).amin(dim = 0).tolist()
             short = {label: num for label, num in enumerate(held[:positives.num_classes]) if num < num_pos}
-
             if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
                 return
 
@@ -2544,10 +2423,8 @@ class Trainer(BaseTrainer):
     def push(self, batches):
         """The next real samples of this process go into its queues. Returns their labels [n]."""
         samples, labels = self.read(batches)
-
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
-
         return labels.long()
 
     def of_this_process(self, t):
@@ -2558,7 +2435,6 @@ class Trainer(BaseTrainer):
         """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
-
         options = dict(low = low, high = high, power = settings.alpha_power, no_cfg_frac = settings.no_cfg_frac)
         alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
 
@@ -2572,7 +2448,6 @@ class Trainer(BaseTrainer):
         if self.num_uncond > 0:
             uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
             uncond = uncond.to(self.device, non_blocking = True).float()
-
         labels, alpha, pos = (t.to(self.device, non_blocking = True) for t in (labels, alpha, pos))
         return labels, alpha, pos.float(), uncond
 
@@ -2580,7 +2455,6 @@ class Trainer(BaseTrainer):
         """noise [c g ...], labels, alpha, styles [c g s]: noise and styles depend on the step and the group alone."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
-
         for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
@@ -2597,7 +2471,6 @@ class Trainer(BaseTrainer):
         c, g = noise.shape[:2]
         labels, alpha = (repeat(t, 'c -> (c g)', g = g) if exists(t) else None for t in (labels, alpha))
         noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
-
         gen = model(noise, labels, alpha, styles)
         shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
         check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
@@ -2612,7 +2485,6 @@ class Trainer(BaseTrainer):
     def without_graph(self, chunks):
         """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
         samples = []
-
         for i, chunk in enumerate(chunks):
             self.seed_model(i)
             with torch.no_grad():
@@ -2628,15 +2500,13 @@ class Trainer(BaseTrainer):
         settings = self.settings
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
         chunks, options = self.chunks(self.inputs(labels, alpha, micro_step)), {}
-
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
-        if isinstance(self.loss_fn, FeatureDriftLoss) and self.loss_fn.field.needs_neg:
+        if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
 
         share = len(labels) * self.world / settings.num_groups      # processes may have unequal numbers of groups
         share = share / settings.gradient_accumulation_steps
-
         if not exists(settings.group_chunk_size):
             self.seed_model(0)
             with self.synced(sync):
@@ -2645,11 +2515,9 @@ class Trainer(BaseTrainer):
                 self.accelerator.backward(loss * share)
 
             return loss.detach(), details
-
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
         grads = torch.autograd.grad(loss * share, gen)[0].split(settings.group_chunk_size)
-
         for i, (chunk, grad) in enumerate(zip(chunks, grads, strict = True)):
             self.seed_model(i)
             with self.synced(sync and i == len(chunks) - 1):
@@ -2661,7 +2529,6 @@ class Trainer(BaseTrainer):
         """The loss () and StepDetails."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
-
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
         check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
         loss, breakdown = result
@@ -2670,7 +2537,6 @@ class Trainer(BaseTrainer):
         if self.logs_this_step and self.settings.num_pos > 1:
             spreads = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)]
             spread = spreads[0] / spreads[1]
-
         return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
@@ -2685,7 +2551,6 @@ class Trainer(BaseTrainer):
 
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-
             for kind in ('drift_rms', 'neighbors', 'uncond_share', 'potential'):
                 for temperature, value in getattr(stats, kind).items():
                     metrics[f'feature/{name}/{kind}/{temperature}'] = value
@@ -2700,7 +2565,6 @@ class Trainer(BaseTrainer):
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         spread = details.spread
-
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
@@ -2719,20 +2583,19 @@ class Trainer(BaseTrainer):
         seed, rows = self.settings.seed, min(10, default(self.num_classes, 10))
         if not exists(self.num_classes):
             return self.sample(num_samples = rows * 10, seed = seed), rows
-
         return self.sample(repeat(torch.arange(rows), 'rows -> (rows 10)'), seed = seed), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
     """What MAETrainer is told, besides. Smaller batches want a smaller learning rate."""
 
-    batch_size: int = 8192                          # of all processes together
+    batch_size: int = 8192              # of all processes together
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
     ema_decay: float = 0.9995
-    finetune_steps: int = free(0)                   # the last ones: the weight of the classification, lambda, rises
-    cls_weight: float = 0.1                         # linearly to this
-    cls_warmup_steps: int = 1_000                   # in so many steps
+    finetune_steps: int = free(0)       # the last ones: the weight of the classification, lambda, rises
+    cls_weight: float = 0.1             # linearly to this
+    cls_warmup_steps: int = 1_000       # in so many steps
 
     def __post_init__(self):
         super().__post_init__()
@@ -2749,14 +2612,12 @@ class MAETrainer(BaseTrainer):
         settings = MAESettings(**settings)
         fits = settings.finetune_steps == 0 or exists(model.num_classes)
         check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-
         steps = settings.num_train_steps - settings.finetune_steps
         self.finetune_start = steps if settings.finetune_steps > 0 else None
         super().__init__(model, dataset, settings, to_image)
 
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
-
         self.resume()
 
     def record(self):
@@ -2772,14 +2633,12 @@ class MAETrainer(BaseTrainer):
         check_range('real samples', samples, -math.inf)
         labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
         samples, labels = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (samples, labels))
-
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
         mask = self.unwrapped.draw_mask(samples, generator)
 
         with self.synced(sync):
             loss, details = self.model(samples, labels, cls_weight = self.cls_weight_at(self.step), mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
-
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
     def metrics(self, details):
@@ -2792,7 +2651,6 @@ class MAETrainer(BaseTrainer):
         samples = stack([self.dataset[i, i][0] for i in range(num)]).to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
-
         left = samples * (1 - dropped)
         restored = left + model.reconstruct(samples, mask)[0] * dropped
         self.reshard_average()
@@ -2802,7 +2660,7 @@ class MAETrainer(BaseTrainer):
 # 10. weights - our own, and those that the authors published
 # ───────────────────────────────────────────────────────────────────────────────
 
-RELEASE = 'Goodeat/drifting'                                            # on the hub
+RELEASE = 'Goodeat/drifting'    # on the hub
 RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
 OUR_FILES = 'config.json', 'model.safetensors'
 
@@ -2845,19 +2703,17 @@ GENERATOR_NAMES = (
     (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'),
     (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
     (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'),
-    (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'), (r'TorchLinear_0', 'modulation/linear'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
+    (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'), (r'TorchLinear_0', 'modulation/linear'),
+    (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
 )
 OUR_LAYOUT = (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')
 
 def flatten(tree, *path):
     """{'a/b/c': tensor} of nested maps of tensors."""
     name = '/'.join(path)
-
     if torch.is_tensor(tree):
         return {name: tree}
-
     check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-
     if '__msgpack_chunked_array__' in tree:     # above 1 GiB in pieces. Lists may come as maps {'0': ..., '1': ...}
         shape, chunks = (tree[key] for key in ('shape', 'chunks'))
         shape, chunks = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in (shape, chunks))
@@ -2882,7 +2738,7 @@ def read_msgpack(path):
         return torch.frombuffer(bytearray(raw), dtype = dtype).reshape(shape)
 
     try:
-        with open(path, 'rb') as file:          # array by array, never the whole file
+        with open(path, 'rb') as file:      # array by array, never the whole file
             unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
             params = flatten(unpacker.unpack())
             at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
@@ -2895,18 +2751,14 @@ def read_msgpack(path):
 def translated(params, rules):
     """The parameters under our names, in PyTorch's layout. params is emptied on the way: none is held twice."""
     state = {}
-
     for path in list(params):
         t, name = params.pop(path), path
-
         for pattern, ours in (*rules, *OUR_LAYOUT):
             name = re.sub(pattern, ours, name)
 
         if path.endswith('/kernel'):
-            t = rearrange(t, '... i o -> o i ...')          # (in, out), or (h, w, in, out)
-
+            t = rearrange(t, '... i o -> o i ...')      # (in, out), or (h, w, in, out)
         state[name] = t.float().contiguous()
-
     return state
 
 def mae_from_release(config, params):
@@ -2918,7 +2770,6 @@ def generator_from_release(config, params):
     """The arguments and the state dict of a DriftingGenerator."""
     config = {**GENERATOR_DEFAULTS, **config}
     refused = 'which this generator does not offer'
-
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
         check(config[option], f'the published generator has {option} = False, {refused}')
 
@@ -2926,7 +2777,6 @@ def generator_from_release(config, params):
         value = config.get(name, config[same])
         found = f'{name} = {value} and {same} = {config[same]}'
         check(value == config[same], f'the published generator has {found}, {refused}')
-
     heads, num_styles = config['num_heads'], config['noise_coords'] if config['noise_classes'] > 0 else 0
     state = translated(params, GENERATOR_NAMES)
 
@@ -2939,20 +2789,17 @@ def generator_from_release(config, params):
 
     styles = [take(f'style.{i}.weight') for i in range(num_styles)]
     state['style_embed.weight'] = cat((torch.empty(0, config['hidden_size']), *styles))
-
     for ours, theirs in (('pos_embed', 'dit.pos_embed'), ('register_embed', 'dit.cls_embed')):
         state[ours] = rearrange(take(theirs), '1 n d -> n d')
 
     for block in (f'blocks.{i}' for i in range(config['depth'])):
         for kind in ('weight', 'bias'):
             q, k, v = take(f'{block}.qkv.{kind}').chunk(3)
-
             for name, t in dict(q = interleaved(q, heads), k = interleaved(k, heads), v = v.clone()).items():
                 ours = f'attn.to_{name}.weight' if kind == 'weight' else f'{name}_bias'
                 state[f'{block}.{ours}'] = t
 
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
-
         for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
             state[name] = interleaved(take(name), 1)
 
@@ -2983,7 +2830,6 @@ def from_pretrained(cls, name, *, revision = None):
     folder, is_published = Path(name), name in published
     known = is_published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
     check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
-
     is_release = is_published or (folder / 'metadata.json').is_file()
     files = RELEASE_FILES if is_release else OUR_FILES
 
@@ -2992,13 +2838,13 @@ def from_pretrained(cls, name, *, revision = None):
         is_model = is_release or (folder / 'config.json').is_file()
         check(is_model, f'{folder} has neither config.json nor metadata.json: {wanted}')
         config, weights = (folder / file for file in files)
-        check(weights.is_file(), f'{folder} has no {weights.name}: {wanted}')
+        kind = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
+        check(weights.is_file(), f'{folder} is not {kind}: it has no {weights.name}')
     else:
         repository, path = (RELEASE, f'models/{kind}/jax/{name}/') if is_published else (str(name), '')
         config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
 
     arguments = json.loads(config.read_text())
-
     if is_release:
         arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
     else:
@@ -3006,10 +2852,8 @@ def from_pretrained(cls, name, *, revision = None):
 
     is_ours = arguments.keys() <= inspect.signature(cls).parameters.keys()
     check(is_ours, f'{name} is not a {cls.__name__}: its config.json has {", ".join(arguments)}')
-
     with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
         model = cls(**arguments)
-
     check_fits(model, state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
