@@ -146,6 +146,21 @@ def test_the_fast_loss_is_the_plain_one(rng, monkeypatch, d, guided, coincident,
     assert relative(fast, plain) < most
     assert relative(fast_gen.grad, plain_gen.grad) < most
 
+@pytest.mark.parametrize('d', [3, 40])
+@pytest.mark.parametrize('size', [1e-2, 1e-4, 1e-6])
+def test_the_clamps_are_the_plain_ones(rng, d, size):
+    """Of distances, S, S / sqrt(d) and lambda: the smaller the samples, the more of them."""
+    gen, pos, uncond, weight = random_problem(rng, b = 3, g = 5, p = 6, u = 4, d = d, size = size)
+    plain_gen, fast_gen = (gen.clone().requires_grad_() for _ in range(2))
+    plain = plain_drift_loss(plain_gen, pos, uncond, weight)
+    fast, stats = drift_loss(fast_gen, pos, uncond, uncond_weight = weight)
+    plain.mean().backward()
+    fast.mean().backward()
+
+    assert (stats.scale < 1e-3) == (size < 1e-3)
+    assert relative(fast, plain) < 1e-12
+    assert relative(fast_gen.grad, plain_gen.grad) < 1e-12
+
 def test_float32_against_float64(rng):
     gen, pos, uncond, weight = random_problem(rng, torch.float32, b = 4, g = 24, p = 32, u = 8, d = 64)
     gen, pos, uncond = (t + 50. for t in (gen, pos, uncond))            # features far from the origin
