@@ -3,8 +3,8 @@
 Generative Modeling via Drifting, Deng, Li, Li, Du, He, https://arxiv.org/abs/2602.04770
 
 Read it from top to bottom: a section uses only what stands above it, and sections 1 to 4 are the core of the paper.
-Where paper and release of the authors differ, the release is the default and the line says so (`# release`). What both
-leave open is tagged `# open`.
+Where the paper and the authors' release differ, the release is the default and tagged `# release`. What both leave
+open is tagged `# open`.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def check(condition, message):
 def check_positive(**values):
     """Each value, by its name, must be above 0, or None where that is its default."""
     for name, value in values.items():
-        check(default(value, 1) > 0, f'{name} must be above 0, got {value}')
+        check(not exists(value) or value > 0, f'{name} must be above 0, got {value}')
 
 def check_shape(name, t, expected, hint = ''):
     check(tuple(t.shape) == tuple(expected), f'{name} has shape {tuple(t.shape)}, expected {tuple(expected)}{hint}')
@@ -99,9 +99,9 @@ def can_read(t):
 def check_range(name, t, low, high = math.inf):
     """All values must be finite and between low and high."""
     if can_read(t):
-        smallest, largest = t.aminmax()     # nan if any is
-        inside = low <= smallest and largest <= high and smallest.isfinite() and largest.isfinite()
-        check(inside, f'{name} must be finite and in {low} .. {high}, got {smallest} .. {largest}')
+        found = t.aminmax()     # nan if any is
+        fits = all(low <= bound <= high and bound.isfinite() for bound in found)
+        check(fits, f'{name} must be finite and in {low} .. {high}, got {found.min} .. {found.max}')
 
 def checked_labels(labels, num_classes, batch):
     """Labels of any integer type as the int64 that indexing wants."""
@@ -111,22 +111,20 @@ def checked_labels(labels, num_classes, batch):
     check_range('labels', labels, 0, num_classes - 1)
     return labels.long()
 
-def check_points(ndim = None, **points):
+def check_points(**points):
     """Point sets [... n d] by name (None is left out): floating, not empty, finite, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
     first, reference = next(iter(points.items()))
+
     for name, t in points.items():
         check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
-        check(t.is_floating_point(), f'{name} must be a floating point tensor, got {t.dtype}: convert it with .float()')
-
+        check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: convert it with .float()')
         given = f'{name} has shape {tuple(t.shape)}'
-        fits = t.ndim == ndim if exists(ndim) else t.ndim >= 2
-        check(fits, f'{given}, expected {default(ndim, "at least 2")} dimensions, the last two (samples, feature dim)')
-        check(t.numel() > 0, f'{given}: empty set, expected at least one sample and one feature')
+        check(t.ndim >= 2 and t.numel() > 0, f'{given}, expected [... samples, features] and no empty set')
 
         mismatch = f'{given} but {first} has shape {tuple(reference.shape)}'
-        same_groups = t.shape[:-2] == reference.shape[:-2]
-        check(same_groups, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
+        same = t.shape[:-2] == reference.shape[:-2]
+        check(same, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
         finite = not can_read(t) or t.sum().isfinite() or t.isfinite().all()
         check(finite, f'{name} has non-finite values (nan or inf)')
@@ -134,6 +132,12 @@ def check_points(ndim = None, **points):
 def full_precision(t):
     """Half precision in float32; float32 and float64 as they are."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+def chunked(tensors, size = None):
+    """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows. size None: one chunk."""
+    num = len(tensors[0])
+    size = default(size, num)
+    return [[t[i:i + size] if exists(t) else None for t in tensors] for i in range(0, num, size)]
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
@@ -146,7 +150,6 @@ def geometric_mean_of_softmaxes(logits):
         top = row.amax(dim = -2, keepdim = True)
 
         # both softmaxes from one exponential, 2 to 4 times faster on a cpu, unless a whole row or column would vanish
-
         if min((row - top).min(), (column - top).min()) > -50:
             kernel = logits.sub_(top).exp_()
             over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
@@ -160,9 +163,9 @@ class DriftField(Module):
 
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
-    normalize: how the kernel becomes an affinity (Table 11). 'both', the geometric mean of the softmax over y and the
-        softmax over x (paper); 'y', the softmax over y alone; 'none', the kernel itself (open: the paper does not say
-        what takes the place of the softmaxes), which underflows where distances far exceed the temperature.
+    normalize: how the kernel becomes an affinity (Table 11). 'both', the geometric mean of the softmaxes over y and
+        over x (paper); 'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what takes
+        the place of the softmaxes), which underflows where distances far exceed the temperature.
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and training.
     """
 
@@ -195,13 +198,13 @@ class DriftField(Module):
     @typecheck
     def coefficients(
         self,
-        dist: Float[Tensor, '... n y'],                     # distances to [positives | unconditional | negatives]
+        dist: Float[Tensor, '... n y'],  # distances to [positives | unconditional | negatives]
         num_pos: int,
         num_neg: int,
-        temperature: float | Tensor,                        # a tensor is broadcast against dist
-        weight: Float[Tensor, '... y'] | None = None,       # of each y, the guidance (A.7)
-        affinity_floor: float = 0.,                         # of softmax * softmax (release)
-        weight_in_softmax: bool = False                     # the weight belongs to the kernel, not to the affinity
+        temperature: float | Tensor,  # a tensor is broadcast against dist
+        weight: Float[Tensor, '... y'] | None = None,  # of each y, the guidance (A.7)
+        affinity_floor: float = 0.,  # of softmax * softmax (release)
+        weight_in_softmax: bool = False  # the weight belongs to the kernel, not to the affinity
     ) -> Float[Tensor, '... n y']:
         """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others.
 
@@ -214,12 +217,11 @@ class DriftField(Module):
             weight = (weight > 0).to(weight)
 
         A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5)
-        A *= weight     # release: behind the softmax
+        A *= weight  # release: behind the softmax
         A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
         # cross weights: every positive acts together with every negative, which is the anti-symmetry
-
         A_pos *= self.attraction * sum_neg
         A_neg *= -self.repulsion * sum_pos
         return A
@@ -235,7 +237,6 @@ class DriftField(Module):
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
         # open: with a != b the factors act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
-
         if not self.zero_sum:
             W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
             V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
@@ -249,35 +250,29 @@ class DriftField(Module):
         """Algorithm 2 at one temperature, which is in the units of the distances and above 0.
 
         y_neg None: the negatives are x itself, with self pairs masked.
-        Returns V. No gradient flows through it: train on mse(x, (x + V).detach()) (Eq. 6).
-        Raises ValueError for wrong ranks, unequal leading or feature dimensions, empty sets, non-finite values, and
-        temperatures that are not above 0.
+        Returns V, without a gradient: train on mse(x, (x + V).detach()) (Eq. 6).
+        Raises ValueError for unequal leading or feature dimensions, empty sets, non-finite values, and temperatures
+        that are not above 0.
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
         x, num_pos = full_precision(x), y_pos.shape[-2]
         y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
+        num_neg = y.shape[-2] - num_pos
 
         with torch.autocast(x.device.type, enabled = False):
             center = reduce(y, '... y d -> ... 1 d', 'mean')
             x, y = x - center, y - center
-            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')             # exact
+            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')  # exact
             if not exists(y_neg) and not self.needs_neg:
-                dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)      # mask self
+                dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)  # mask self
 
-            W = self.coefficients(dist, num_pos, y.shape[-2] - num_pos, float(temperature))
+            W = self.coefficients(dist, num_pos, num_neg, float(temperature))
             return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
 
 # ───────────────────────────────────────────────────────────────────────────────
 # 3. the loss on one feature as the paper writes it - A.6
 # ───────────────────────────────────────────────────────────────────────────────
-
-class DriftStats(NamedTuple):
-    scale: Tensor           # S, the mean distance: temperatures are relative to it
-    drift_rms: dict         # {temperature: lambda}, the root mean square of V before it is normalised: this falls
-    neighbors: dict         # {temperature: to how many positives a generated sample listens}, 1 .. p
-    uncond_share: dict      # {temperature: the share of unconditional samples in the push}, 0 .. 1
-    potential: dict         # {temperature: the scalar that a field with a potential descends}: a loss that falls
 
 def plain_drift_loss(
     gen: Float[Tensor, 'b g d'],
@@ -288,30 +283,28 @@ def plain_drift_loss(
 ) -> Float[Tensor, 'b']:
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
-    gen generated, pos real, uncond real samples of any class, with weights (A.7). To be read, and to test against:
-    `drift_loss` in section 5 computes the same fast, in parts, and over all processes.
+    gen: generated, pos: real, uncond: real samples of any class, with weights (A.7). To be read, and to test against:
+    `drift_loss` (section 5) computes the same fast, in parts, and over all processes. Returns the loss [b].
     """
     field = default(field, DriftField())
     (_, g, d), p = gen.shape, pos.shape[1]
 
     with torch.no_grad():
-        y = cat((pos, uncond, gen), dim = 1)    # b y d
-        weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)      # b y
+        y = cat((pos, uncond, gen), dim = 1)  # b y d
+        weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)  # b y
 
         # one scale for the feature: distances, and with them temperatures, are relative to it
-
-        dist = torch.cdist(gen, y).clamp(min = 1e-4)        # b g y
+        dist = torch.cdist(gen, y).clamp(min = 1e-4)  # b g y
         S = (dist * weight[:, None]).mean() / weight.mean()
         unit = (S / d ** 0.5).clamp(min = 1e-3)
         dist = dist / S.clamp(min = 1e-3)
-        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)      # mask self
+        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)  # mask self
 
         # the field of each temperature is normalised to unit root mean square, then they add up
-
         V = 0.
         for temperature in temperatures:
-            W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)     # b g y
-            V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit                # b g d
+            W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)  # b g y
+            V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit  # b g d
             V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
 
         target = gen / unit + V
@@ -323,9 +316,9 @@ def plain_drift_loss(
 # ───────────────────────────────────────────────────────────────────────────────
 
 PRESETS = {
-    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),          # latent
+    'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
     'L/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 1024, depth = 24, heads = 16),
-    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),       # pixel
+    'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),  # pixel
     'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),
 }
 
@@ -351,7 +344,7 @@ class Modulation(Module):
         self.num = num
         self.linear = nn.Linear(dim, dim * num)
 
-    def forward(self, cond):    # b d
+    def forward(self, cond):  # b d
         with torch.autocast(cond.device.type, enabled = False):
             out = self.linear(F.silu(cond.to(self.linear.weight.dtype)))
             return rearrange(out, 'b (num d) -> num b 1 d', num = self.num)
@@ -359,8 +352,8 @@ class Modulation(Module):
 class Block(Module):
     """Attention and SwiGLU of x-transformers inside adaLN-zero.
 
-    As in the release every linear has a bias, so those of the attention are added around it, and queries and keys
-    have one gain for each dimension of a head, shared by the heads.
+    As in the release every linear has a bias (those of the attention are added around it), and queries and keys have
+    one gain for each dimension of a head, shared by the heads.
     """
 
     def __init__(self, dim, heads, dim_ff):
@@ -373,12 +366,12 @@ class Block(Module):
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
         self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
         self.ff_norm = RMSNorm(dim)
-        self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)       # int(dim * mult) wide
+        self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)  # int(dim * mult) wide
 
-    def forward(self, x, cond, rotary):                             # b n d, b d, 1 n dh
-        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)      # b 1 d
+    def forward(self, x, cond, rotary):  # b n d, b d, 1 n dh
+        attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)  # b 1 d
         biases = dict(q_delta = self.q_bias, k_delta = self.k_bias, v_delta = self.v_bias)
-        h = self.attn_norm(x) * (1 + attn_scale) + attn_shift       # b n d
+        h = self.attn_norm(x) * (1 + attn_scale) + attn_shift  # b n d
         h = self.attn(h, rotary_pos_emb = (rotary, None), **biases) + self.out_bias
         x = x + h * attn_gate
 
@@ -418,9 +411,10 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     fits = exists(labels) == exists(num_classes) and exists(labels) != exists(num_samples)
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
-    num = torch.as_tensor(labels).numel() if exists(labels) else num_samples
+    num = len(labels) if exists(labels) else num_samples
     check_positive(num_samples = num, batch_size = batch_size)
-    labels = checked_labels(torch.as_tensor(labels), num_classes, num) if exists(labels) else None
+    if exists(labels):
+        labels = checked_labels(torch.as_tensor(labels), num_classes, num)
     alpha = torch.as_tensor(alpha, dtype = torch.float32)
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
@@ -428,18 +422,17 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     generator.manual_seed(int(default(seed, generator.seed())))
     noise = torch.randn(num, *noise_shape, generator = generator)
     styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
-    device, size, samples = next(model.parameters()).device, default(batch_size, num), []
+    device, samples = next(model.parameters()).device, []
     model.eval()
 
     try:
-        for i in range(0, num, size):
-            batch = [t[i:i + size].to(device) if exists(t) else t for t in (noise, labels, alpha.expand(num), styles)]
-            samples.append(model(*batch))
+        for batch in chunked((noise, labels, alpha.expand(num), styles), batch_size):
+            samples.append(model(*(t.to(device) if exists(t) else None for t in batch)))
         return cat(samples)
     finally:
         model.train(training)
 
-NUMPY_INTEGERS = {np.integer: (int, int)}       # how config.json keeps them
+NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
@@ -466,16 +459,15 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         numbers = (depth, num_register_tokens, num_style_tokens)
         check(min(numbers) >= 0, f'depth and numbers of tokens must be 0 or more, not negative, got {numbers}')
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
-        is_even = dim % (2 * heads) == 0 and dim % 4 == 0
-        check(is_even, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}: rotary turns pairs')
+        fits = dim % (2 * heads) == 0 and dim % 4 == 0
+        check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
 
         self.noise_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
-        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32    # release
+        dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
 
         # condition. Style tables are rows of one embedding, each token looks into its own (paper: all into the same)
-
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
@@ -484,18 +476,17 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
         # tokens [registers | patches]
-
         self.patch_embed = nn.Linear(dim_patch, dim)
         self.pos_embed = Parameter(sincos_2d(size, dim))
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
         # rotary positions of all tokens (release: 1d), on the cpu also where the parameters are on the meta device
-
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
             angles = rotary(torch.arange(num_register_tokens + size ** 2)).detach().float()
+
         self.register_buffer('rotary', rearrange(angles, 'n dh -> 1 n dh'), persistent = False)
 
         self.blocks = ModuleList([Block(dim, heads, dim_ff) for _ in range(depth)])
@@ -523,7 +514,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             nn.init.normal_(weight, std = 0.02)
 
         # every block starts as the identity, and the output as 0
-
         for block in self.blocks:
             block.init_weights()
         for linear in (self.final_modulation.linear, self.to_patch):
@@ -548,13 +538,16 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         shape, expected = tuple(noise.shape), ', '.join(map(str, self.noise_shape))
         check(shape[1:] == self.noise_shape, f'noise has shape {shape}, expected (batch, {expected})')
         check_range('noise', noise, -math.inf)
-        dtype, wanted = self.rotary.dtype, 'make it in float32 and run it under torch.autocast'
-        check(dtype in (torch.float32, torch.float64), f'the model is {dtype}, positions too: {wanted}')
+        dtype = self.rotary.dtype
+        fits = dtype in (torch.float32, torch.float64)
+        check(fits, f'the model is {dtype}, its positions too: keep it in float32, under torch.autocast')
 
         wanted = 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
-        labels = checked_labels(labels, self.num_classes, b) if has_classes else None
-        alpha = alpha if torch.is_tensor(alpha) else torch.full((b,), float(alpha), device = noise.device)
+        if has_classes:
+            labels = checked_labels(labels, self.num_classes, b)
+        if not torch.is_tensor(alpha):
+            alpha = torch.full((b,), float(alpha), device = noise.device)
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
 
@@ -573,18 +566,18 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, and non-finite values.
         """
         noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
-        cond = self.condition(labels, alpha, styles)        # b d
+        cond = self.condition(labels, alpha, styles)  # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
         patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
-        x = self.patch_embed(patches) + self.pos_embed      # b n d
+        x = self.patch_embed(patches) + self.pos_embed  # b n d
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
-        x = cat((registers, x), dim = 1)                    # b (r n) d
+        x = cat((registers, x), dim = 1)  # b (r n) d
 
         for block in self.blocks:
             x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
-        x = x[:, registers.shape[1]:]                                           # b n d
-        shift, scale = self.final_modulation(cond)                              # b 1 d
-        patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)       # b n (p1 p2 ch)
+        x = x[:, registers.shape[1]:]  # b n d
+        shift, scale = self.final_modulation(cond)  # b 1 d
+        patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)  # b n (p1 p2 ch)
         return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
 
     def sample(self, labels = None, **kwargs):
@@ -595,9 +588,16 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 # 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7
 # ───────────────────────────────────────────────────────────────────────────────
 
+class DriftStats(NamedTuple):
+    scale: Tensor       # S, the mean distance: temperatures are relative to it
+    drift_rms: dict     # {temperature: lambda}, the root mean square of V before it is normalised: this falls
+    neighbors: dict     # {temperature: to how many positives a generated sample listens}, 1 .. p
+    uncond_share: dict  # {temperature: the share of unconditional samples in the push}, 0 .. 1
+    potential: dict     # {temperature: what a field with a potential descends}: a loss that falls
+
 class Breakdown(NamedTuple):
-    losses: dict    # {feature name: loss}
-    stats: dict     # {feature name: DriftStats}
+    losses: dict  # {feature name: loss}
+    stats: dict   # {feature name: DriftStats}
 
 @typecheck
 def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
@@ -627,10 +627,10 @@ class KnownGradient(torch.autograd.Function):
     def backward(ctx, grad_loss):
         check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative: leave out create_graph')
         grad, = ctx.saved_tensors
-        factor = grad_loss * grad_loss.numel()      # () or b
+        factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)      # numbers at a time: a cpu's cache, half a GiB of a GPU
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
     """b independent drifting problems of one feature (class group x location), in parts that fit a cache.
@@ -645,26 +645,26 @@ class DriftProblems:
         pos: Float[Tensor, 'b p d'],
         uncond: Float[Tensor, 'b u d'] | None = None,
         *,
-        uncond_weight: Float[Tensor, 'b u'] | None = None,      # >= 0. None: ones
-        neg: Float[Tensor, 'b m d'] | None = None,      # a second generated batch as negatives, instead of gen
-        temperatures = (0.02, 0.05, 0.2),               # A.6, relative to the mean distance S
-        field: DriftField | None = None,                # Algorithm 2 by default
-        weight_in_softmax = False,                      # guidance weights the affinity (release), or the kernel
-        affinity_floor = 1e-6,                          # release; low-dimensional data want 0, it freezes them
-        self_distance = 100.,                           # release, of a sample to itself, in units of S
-        min_scale = 1e-3,                               # release, of S and of S / sqrt(d)
-        min_dist_sq = 1e-8,                             # release
-        min_drift_sq = 1e-8,                            # release, of the mean of V^2
-        diagnostics = True                              # the last three fields of DriftStats, otherwise empty
+        uncond_weight: Float[Tensor, 'b u'] | None = None,  # >= 0. None: ones
+        neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, instead of gen
+        temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
+        field: DriftField | None = None,  # Algorithm 2 by default
+        weight_in_softmax = False,  # guidance weights the affinity (release), or the kernel
+        affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
+        self_distance = 100.,  # release, of a sample to itself, in units of S
+        min_scale = 1e-3,  # release, of S and of S / sqrt(d)
+        min_dist_sq = 1e-8,  # release
+        min_drift_sq = 1e-8,  # release, of the mean of V^2
+        diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
-        check_points(3, gen = gen, pos = pos, uncond = uncond, neg = neg)
+        check_points(gen = gen, pos = pos, uncond = uncond, neg = neg)
+        check(gen.ndim == 3, f'gen has shape {tuple(gen.shape)}, expected [problems, samples, features]')
         self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
-        name, has_neg = type(self.field).__name__, exists(neg) or not self.field.needs_neg
-        check(has_neg, f'{name} needs neg, an independent batch of generated samples')
+        has_neg = exists(neg) or not self.field.needs_neg
+        check(has_neg, f'{type(self.field).__name__} needs neg, a second batch of generated samples')
         self.temperatures = tuple(map(float, temperatures))
-        check(self.temperatures, 'temperatures must be one or more numbers, got none')
-        for temperature in self.temperatures:
-            check(0 < temperature < math.inf, f'temperatures must be above 0 and finite, got {temperature}')
+        fits = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
+        check(fits, f'temperatures must be finite numbers above 0, got {self.temperatures}')
 
         self.weight_in_softmax, self.affinity_floor = weight_in_softmax, affinity_floor
         self.self_distance, self.min_scale = self_distance, min_scale
@@ -676,19 +676,18 @@ class DriftProblems:
         self.sizes = [t.shape[1] for t in self.sets]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-        self.weight = self.weights_of(uncond, uncond_weight)    # b 1 y
+        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype)
         self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
 
         # in many dimensions W is smaller than V = W y, and |V| can be had without V, see squared_lengths
-
         self.in_coefficients = self.y < 0.7 * self.d
         self.by_distances = self.in_coefficients and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-        self.kept = {}                      # what two rounds need, by part: distances, vectors
-        self.newest = None, None, None      # the newest part, its W, its distances
+        self.kept = {}  # what two rounds need, by part: distances, vectors
+        self.newest = None, None, None  # the newest part, its W, its distances
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
@@ -699,6 +698,7 @@ class DriftProblems:
             check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
             check_range('uncond_weight', uncond_weight, 0)
             weight[:, 0, self.p:-self.m] = uncond_weight
+
         return weight
 
     # what is computed of one part
@@ -706,8 +706,7 @@ class DriftProblems:
     def points(self, part):
         """x [b g d] and y [b y d], in a buffer that is the next part's too.
 
-        Centred on the generated samples: the distances between them then keep their digits also where they nearly
-        coincide, as at the start of a training.
+        Centred on the generated samples, whose distances then keep their digits also where they nearly coincide.
         """
         center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
         y = self.buffer[:len(center)]
@@ -722,6 +721,7 @@ class DriftProblems:
             others = y[:, :-self.m]
             squares_of_others = squared_distances(others, others) if self.by_distances else None
             self.kept[part.start] = squared_distances(x, y), squares_of_others
+
         return self.kept[part.start]
 
     def distances(self, part):
@@ -736,10 +736,10 @@ class DriftProblems:
             return self.newest[1:]
         dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
         if self.own_negatives:
-            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)    # mask self
+            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)  # mask self
 
         dist = rearrange(dist, 'b g y -> b 1 g y')
-        weight = self.weight[part].expand(-1, len(self.temperatures), -1)       # b t y
+        weight = self.weight[part].expand(-1, len(self.temperatures), -1)  # b t y
         options = self.affinity_floor, self.weight_in_softmax
         W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *options)
         self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
@@ -758,7 +758,7 @@ class DriftProblems:
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
-        products = W_gen @ squares      # b (t g) y
+        products = W_gen @ squares  # b (t g) y
         products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)
         products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
         return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
@@ -799,6 +799,7 @@ class DriftProblems:
             pull, push = W[..., :self.p], W[..., self.p:]
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
+
         if exists(dist):
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
@@ -811,12 +812,12 @@ class DriftProblems:
         found = [dict(zip(self.temperatures, mean, strict = True)) for mean in means]
         return DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
 
-    # round 3: each field in unit root mean square, V their sum. The loss is V^2, its gradient -2 V
+    # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
 
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
         drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
-        norms = drift_sq.sqrt() * self.unit(stats.scale)    # t
+        norms = drift_sq.sqrt() * self.unit(stats.scale)  # t
         grad = torch.empty_like(self.gen)
         losses = [self.loss_of(part, stats.scale, norms, grad[part]) for part in self.parts]
         return cat(losses), grad
@@ -824,7 +825,7 @@ class DriftProblems:
     def loss_of(self, part, scale, norms, grad):
         """The loss of a part [b]; its gradient goes into grad [b g d]."""
         fields = self.coefficients(part, scale)[0] if self.in_coefficients else self.vectors(part, scale)
-        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')      # n: coefficients or dimensions
+        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
         V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
         if self.in_coefficients:
             V = self.field.apply_coefficients(V, *self.points(part))
@@ -835,23 +836,24 @@ class DriftProblems:
 def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
     """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
-    gen [b g d] generated, pos [b p d] real, uncond [b u d] real samples of any class. b counts independent problems
-    (class group x location); the statistics are shared by all of them and by all processes.
+    gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real samples of any class. b counts independent problems
+    (class group x location), which share the statistics, with all processes.
     options: uncond_weight, neg, temperatures, field, the release's clamps, diagnostics, see DriftProblems.
     stats: S and lambda, where they were taken over more than these problems.
 
-    Returns the loss of each problem [b] and DriftStats. The loss has the value V^2 and, with respect to gen in those
-    units, the gradient -2 V / n, which has no derivative. Each temperature's field is divided by its own root mean
-    square, so the loss stays near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
+    Returns the loss of each problem [b] and DriftStats. The loss is V^2; its gradient by gen, in those units, is
+    -2 V / n and has no derivative. As each temperature's field is divided by its own root mean square, the loss stays
+    near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
     Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights
     and temperatures that are not above 0.
     """
     problems = DriftProblems(gen, pos, uncond, **options)
     with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
         if not exists(stats):
-            scale = problems.scale(sum_over_processes(problems.sum_distances()))            # round 1: S
-            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))    # round 2: lambda
-        loss, grad = problems.loss(stats)                                                   # round 3
+            scale = problems.scale(sum_over_processes(problems.sum_distances()))  # round 1: S
+            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))  # round 2: lambda
+        loss, grad = problems.loss(stats)  # round 3
+
     return KnownGradient.apply(full_precision(gen), loss, grad), stats
 
 class FeatureDriftLoss(Module):
@@ -866,19 +868,21 @@ class FeatureDriftLoss(Module):
 
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
-        encoders = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
-        encoders = [] if encoder is None else encoders
         unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
         check(not unknown, f'unknown arguments {unknown}')
-        check(raw or encoders, 'raw = False needs an encoder: there would be no feature at all')
         check_positive(group_chunk_size = group_chunk_size)
 
-        for part in encoders:
-            fits, given = callable(part) or hasattr(part, 'features'), type(part).__name__
-            check(fits, f'encoder must be None, a Module with .features(x), a callable or a list, got {given}')
-        self.encoders, self.decoder, self.raw = encoders, decoder, raw
+        self.encoders = [encoder] if exists(encoder) else []
+        if isinstance(encoder, (list, tuple)):
+            self.encoders = list(encoder)
+        check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
+        for part in self.encoders:
+            fits = callable(part) or hasattr(part, 'features')
+            check(fits, f'encoder must be None, have .features(x), be callable or a list, got {type(part).__name__}')
+
+        self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
-        owners = [getattr(part, '__self__', part) for part in (*encoders, decoder)]     # of methods
+        owners = [getattr(part, '__self__', part) for part in (*self.encoders, decoder)]  # of methods
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     @property
@@ -895,15 +899,15 @@ class FeatureDriftLoss(Module):
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
         if compile:
             other.features = torch.compile(self.features)
-
         if compile and torch.accelerator.is_available():
             field = copy(self.field)
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
+
         return other
 
     def train(self, mode = True):
-        return super().train(False)    # frozen encoders stay in eval mode
+        return super().train(False)  # frozen encoders stay in eval mode
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ...]."""
@@ -912,21 +916,23 @@ class FeatureDriftLoss(Module):
 
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
-            given = encoded if encoded == {} else type(encoded).__name__
-            fits = isinstance(encoded, dict) and encoded
-            check(fits, f'an encoder must return a dict {{name: [b f d]}}, got {given}')
+            fits = isinstance(encoded, dict) and len(encoded) > 0
+            check(fits, f'an encoder must return a dict {{name: [b f d]}}, not empty, got {type(encoded).__name__}')
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
 
         for name, t in features.items():
-            given, fits = tuple(t.shape), t.ndim == 3 and len(t) == len(x)
-            check(fits, f'feature {name!r} has shape {given}, expected ({len(x)}, locations, feature dim)')
+            fits = t.ndim == 3 and len(t) == len(x)
+            expected = f'({len(x)}, locations, feature dim)'
+            check(fits, f'feature {name!r} has shape {tuple(t.shape)}, expected {expected}')
+
         return features
 
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
         """The arguments of drift_loss, feature by feature: every location of every group is its own problem."""
-        c, others = len(gen), dict(pos = pos, uncond = uncond, neg = neg)
+        c = len(gen)
+        others = dict(pos = pos, uncond = uncond, neg = neg)
         others = {kind: t for kind, t in others.items() if exists(t)}
         sizes = [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
@@ -935,9 +941,8 @@ class FeatureDriftLoss(Module):
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
 
         for name, t in gen_features.items():
-            arguments = dict(gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
-            points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c)
-            arguments |= zip(others, points.split(sizes, dim = 1), strict = True)
+            points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
+            arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
             yield name, arguments
@@ -945,16 +950,18 @@ class FeatureDriftLoss(Module):
     def check_samples(self, gen, pos, uncond, alpha, neg):
         for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
             if exists(t):
-                given, wanted = f'{name} has shape {tuple(t.shape)}', '[groups, samples per group, ...sample shape]'
-                check(t.ndim >= 3 and t.numel() > 0, f'{given}, expected {wanted}, at least one of each')
+                given = f'{name} has shape {tuple(t.shape)}'
+                fits = t.ndim >= 3 and t.numel() > 0
+                check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')
                 same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
                 check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
 
         has_alpha = exists(alpha) or not exists(uncond)
         check(has_alpha, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
         if exists(alpha):
-            c, shape = len(gen), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
-            check(shape == (c,), f'alpha must be a tensor of shape ({c},), one guidance scale per group, got {shape}')
+            expected, given = (len(gen),), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
+            wanted = f'alpha must be a tensor of shape {expected}, one guidance scale per group'
+            check(given == expected, f'{wanted}, got {given}')
             check_range('alpha', alpha, 1)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
             check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
@@ -964,9 +971,9 @@ class FeatureDriftLoss(Module):
         gen: Float[Tensor, 'c g ...'],
         pos: Float[Tensor, 'c p ...'],
         uncond: Float[Tensor, 'c u ...'] | None = None,
-        alpha: Float[Tensor, 'c'] | None = None,        # guidance scale of each group, >= 1
-        neg: Float[Tensor, 'c m ...'] | None = None,    # other generated samples as negatives, see drift_loss
-        diagnostics = True                              # see drift_loss
+        alpha: Float[Tensor, 'c'] | None = None,  # guidance scale of each group, >= 1
+        neg: Float[Tensor, 'c m ...'] | None = None,  # other generated samples as negatives
+        diagnostics = True  # see DriftProblems
     ) -> tuple[Float[Tensor, ''], Breakdown]:
         """The loss of a step, and its Breakdown per feature. Gradients flow to gen, through the encoder.
 
@@ -977,15 +984,13 @@ class FeatureDriftLoss(Module):
         samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg)
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
-            samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)     # A.7
+            samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
 
-        samples = {kind: t for kind, t in samples.items() if exists(t)}
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
-        parts = [t.split(self.group_chunk_size) for t in samples.values()]
-        chunks = [dict(zip(samples, part, strict = True)) for part in zip(*parts, strict = True)]
-        return self.loss_of_chunks(chunks, options)
+        chunks = chunked(list(samples.values()), self.group_chunk_size)
+        return self.loss_of_chunks([dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
@@ -1000,7 +1005,7 @@ class FeatureDriftLoss(Module):
     def totals(self, chunks, options, scales = None):
         """Of every feature its name, its problems in the last chunk, and sums over chunks and processes.
 
-        The sums are those of the first round, or with the scales of all features those of the second.
+        The sums are those of the first round, or with the scales {feature: S} those of the second.
         """
         totals = {}
         for i, chunk in enumerate(chunks, 1):
@@ -1024,20 +1029,20 @@ class FeatureDriftLoss(Module):
         return stats
 
     def loss_of_chunks(self, chunks, options):
-        stats, num_groups = self.stats_of(chunks, options), sum(len(chunk['gen']) for chunk in chunks)
+        gen = cat([chunk['gen'] for chunk in chunks])
+        stats = self.stats_of(chunks, options)
         losses, grads, total = {}, [], 0
         for chunk in chunks:
             x = chunk['gen'].detach().requires_grad_()
-            share = len(x) / num_groups
-
+            share = len(x) / len(gen)
             with torch.enable_grad():
                 loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
+
             grads.append(torch.autograd.grad(loss, x)[0] * share)
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
 
-        gen = cat([chunk['gen'] for chunk in chunks])
         return KnownGradient.apply(gen, total, cat(grads)), Breakdown(losses, stats)
 
 # ───────────────────────────────────────────────────────────────────────────────
@@ -1132,7 +1137,6 @@ class SinkhornField(DriftField):
         T_pos, T_uncond, T_neg = (self.barycenter(block, temperature) for block in blocks)
 
         # alpha - 1 from the weights (alpha - 1) (g - 1) / u
-
         guidance = reduce(weight.tensor_split(split, dim = -1)[1], '... u -> ... 1 1', 'sum')
         guidance = guidance / max(1, dist.shape[-2] - 1)
         W_pos = self.attraction * (1 + guidance) * T_pos
@@ -1246,7 +1250,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             before = after
 
         # decoder: from stage 4 up to stages 3, 2, 1 and the stem
-
         self.bridge = conv_norm(dims[3], dims[3])
         self.ups = ModuleDict(dict(
             up43 = UpBlock(dims[3], dims[2]), up32 = UpBlock(dims[2], dims[1]),
@@ -1526,7 +1529,6 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     k = 1 - power
 
     # inverse of the cumulative density
-
     if k != 0:
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
     else:
@@ -1566,7 +1568,6 @@ class SampleQueue:
         check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
 
         # by class; within its class each sample has a place among those of this push
-
         order = labels.argsort(stable = True)
         labels = labels[order]
         counts = labels.bincount(minlength = self.num_classes)
@@ -1574,7 +1575,6 @@ class SampleQueue:
         place = torch.arange(num) - starts[labels]
 
         # each class is a ring; of more than fit only the newest stay
-
         slot = (self.pushed[labels] + place) % self.size
         stays = place >= (counts - self.size)[labels]
         labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in (labels, slot, order))
@@ -2126,7 +2126,6 @@ class BaseTrainer:
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
         # of the machine, not of the run: these differ when it is repeated
-
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
         samples = (self.step - first_step) * self.samples_trained * self.settings.gradient_accumulation_steps
         metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
@@ -2439,7 +2438,6 @@ class Trainer(BaseTrainer):
         alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
 
         # release: labels of the newest real samples, without replacement; in turns, where more are asked for
-
         c, num = len(alpha), len(newest_labels)
         turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
         labels = newest_labels[cat(turns)[:c]]
