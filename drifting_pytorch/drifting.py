@@ -1129,16 +1129,17 @@ class SinkhornField(DriftField):
         for _ in range(self.iters if m > 0 else 0):
             u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
             v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
+
         return (log_kernel + v).softmax(dim = -1)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
-        weight, split = default(weight, dist.new_ones(dist.shape[-1])), (num_pos, dist.shape[-1] - num_neg)
-        blocks = dist.tensor_split(split, dim = -1)
-        T_pos, T_uncond, T_neg = (self.barycenter(block, temperature) for block in blocks)
+        y = dist.shape[-1]
+        sets = num_pos, y - num_neg
+        T_pos, T_uncond, T_neg = (self.barycenter(t, temperature) for t in dist.tensor_split(sets, dim = -1))
+        _, uncond_weight, _ = default(weight, dist.new_ones(y)).tensor_split(sets, dim = -1)
 
         # alpha - 1 from the weights (alpha - 1) (g - 1) / u
-        guidance = reduce(weight.tensor_split(split, dim = -1)[1], '... u -> ... 1 1', 'sum')
-        guidance = guidance / max(1, dist.shape[-2] - 1)
+        guidance = reduce(uncond_weight, '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
         W_pos = self.attraction * (1 + guidance) * T_pos
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
@@ -1159,8 +1160,7 @@ def map_features(name, x, sets = FEATURE_SETS):
     for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
         if feature_set in sets and h % p1 == 0 and w % p2 == 0:
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
-            var, mean = torch.var_mean(patches, dim = -1, correction = 0)       # b f d
-            features[f'{name}_mean{suffix}'] = mean
+            var, features[f'{name}_mean{suffix}'] = torch.var_mean(patches, dim = -1, correction = 0)
             features[f'{name}_std{suffix}'] = (var + 1e-6).sqrt()
 
     return features
@@ -1204,19 +1204,19 @@ class UpBlock(Module):
         return F.relu(self.refine(F.relu(self.proj(x))))
 
 class MAEBreakdown(NamedTuple):
-    reconstruction: Tensor      # squared error per masked position, summed over channels (release)
-    classification: Tensor      # cross entropy, 0 without labels
-    accuracy: Tensor            # of the classifier, 0 without labels
+    reconstruction: Tensor  # squared error per masked position, summed over channels (release)
+    classification: Tensor  # cross entropy, 0 without labels
+    accuracy: Tensor        # of the classifier, 0 without labels
 
 class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     """The feature encoder of the paper: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
-    patch_size: patches of the input that are folded into channels before the stem: 1 for latents, 8 for pixels. The
-        folded input must be divisible by 8.
+    patch_size: patches of the input are folded into channels before the stem: 1 for latents, 8 for pixels. The folded
+        input must be divisible by 8.
     layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves what the last one gave.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
-    feature_sets: what `.features` gives, see map_features, and 'norm_x', the norms of the folded input's channels.
+    feature_sets: of `.features`, see map_features, and 'norm_x', the norms of the folded input's channels.
     checkpointing: compute each residual block again in the backward pass instead of keeping what is inside.
 
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
@@ -1235,19 +1235,15 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
         self.feature_sets, self.checkpointing = feature_sets, checkpointing
-        self.mask_pixels = mask_patch_size * patch_size     # side of a mask patch
+        self.mask_pixels = mask_patch_size * patch_size  # side of a mask patch
 
         dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
         self.stem = conv_norm(dim_in, dim)
-        self.stages = ModuleList()
-        self.norms = ModuleDict()
-        before = dim
-
-        for i, (after, depth) in enumerate(zip(dims, layers, strict = True), 1):
+        self.stages, self.norms = ModuleList(), ModuleDict()
+        for i, (before, after, depth) in enumerate(zip((dim, *dims[:3]), dims, layers, strict = True), 1):
             first = ResidualBlock(before, after, stride = 1 if i == 1 else 2)
             self.stages.append(ModuleList([first, *(ResidualBlock(after, after) for _ in range(depth - 1))]))
             self.norms[f'layer{i}'] = group_norm(after)
-            before = after
 
         # decoder: from stage 4 up to stages 3, 2, 1 and the stem
         self.bridge = conv_norm(dims[3], dims[3])
@@ -1266,7 +1262,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     def check_samples(self, x, multiple = 8):
         multiple *= self.patch_size
-        fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == 0 and x.shape[3] % multiple == 0
+        fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == x.shape[3] % multiple == 0
         wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
         check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
 
@@ -1290,15 +1286,15 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
                 if k % 2 == 0:
                     maps[f'{name}_blk{k}'] = x
 
-            x = maps[name] = norm(x)    # release: feeds the next stage too
+            x = maps[name] = norm(x)  # release: feeds the next stage too
+
         return maps
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ch h w], under the release's names (A.5)."""
         x, features = self.fold(x), {}
         if 'norm_x' in self.feature_sets:
-            mean_sq = reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean')
-            features['norm_x'] = (mean_sq + 1e-6).sqrt()
+            features['norm_x'] = (reduce(full_precision(x) ** 2, 'b d h w -> b 1 d', 'mean') + 1e-6).sqrt()
         for name, feature_map in self.maps(x).items():
             features |= map_features(name, feature_map, self.feature_sets)
         return features
@@ -1328,10 +1324,10 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def forward(
         self,
         x: Float[Tensor, 'b ch h w'],
-        labels: Int[Tensor, 'b'] | None = None,         # None: no classification
+        labels: Int[Tensor, 'b'] | None = None,  # None: no classification
         *,
-        cls_weight = 0.,                                # lambda, of the classification in the loss
-        mask: Float[Tensor, 'b mh mw'] | None = None    # None: drawn
+        cls_weight = 0.,  # lambda, of the classification in the loss
+        mask: Float[Tensor, 'b mh mw'] | None = None  # None: drawn
     ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
         """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
 
@@ -1339,8 +1335,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
-        has_head = exists(self.to_logits)
-        check(has_head or not exists(labels), 'labels were given to a model without a classifier: set num_classes')
+        fits = exists(self.to_logits) or not exists(labels)
+        check(fits, 'labels were given to a model without a classifier: set num_classes')
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
 
@@ -1354,6 +1350,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
             cross_entropy = F.cross_entropy(logits, labels, reduction = 'none')
             accuracy = (logits.argmax(dim = -1) == labels).to(error)
+
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
@@ -1379,7 +1376,7 @@ class BackboneFeatures(Module):
 
     backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict of them.
     num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
-    Everything else goes to PixelInput: image_size, mean and std that the backbone was trained with.
+    pixel_input_kwargs: image_size, mean and std that the backbone was trained with, see PixelInput.
     """
 
     def __init__(self, backbone, *, num_prefix_tokens = 0, feature_sets = FEATURE_SETS, **pixel_input_kwargs):
@@ -1397,11 +1394,11 @@ class BackboneFeatures(Module):
 
         for name, out in outputs.items():
             if out.ndim == 3:
-                tokens = out[:, self.num_prefix_tokens:]
-                num, side = tokens.shape[1], math.isqrt(tokens.shape[1])
-                behind = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
-                check(side ** 2 == num, f'{name} has {behind}, expected a square number')
-                out = rearrange(tokens, 'b (h w) d -> b d h w', h = side)
+                out = out[:, self.num_prefix_tokens:]
+                num, side = out.shape[1], math.isqrt(out.shape[1])
+                found = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
+                check(side ** 2 == num, f'{name} has {found}, expected a square number')
+                out = rearrange(out, 'b (h w) d -> b d h w', h = side)
 
             check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
             features |= map_features(name, out, self.feature_sets)
@@ -1411,7 +1408,7 @@ class BackboneFeatures(Module):
 class ConvNeXtFeatures(Module):
     """The second encoder of the pixel models, ConvNeXt-V2, with its features under the release's names (A.4).
 
-    model: a ConvNextV2Model of transformers. Everything else goes to PixelInput. Runs in float32 also under autocast.
+    model: a ConvNextV2Model of transformers, runs in float32 also under autocast. Everything else goes to PixelInput.
     """
 
     def __init__(self, model, **pixel_input_kwargs):
@@ -1426,6 +1423,7 @@ class ConvNeXtFeatures(Module):
             from transformers import ConvNextV2Model
         except ImportError as error:
             raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
+
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
@@ -1433,10 +1431,10 @@ class ConvNeXtFeatures(Module):
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(self.pixel_input(full_precision(x)), output_hidden_states = True)
             features = {}
-            for i, feature_map in enumerate(out.hidden_states[1:]):     # behind the stem's, b d h w
+            for i, feature_map in enumerate(out.hidden_states[1:]):  # behind the stem's, b d h w
                 std, mean = torch.std_mean(feature_map, dim = 1, correction = 0, keepdim = True)
                 sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)
-                name = f'convenxt_stage_{i}'                            # the release's spelling
+                name = f'convenxt_stage_{i}'  # the release's spelling
                 features |= map_features(name, (feature_map - mean) / (std + 1e-3), sets)
 
             features['global_mean'] = rearrange(out.pooler_output, 'b d -> b 1 d')
