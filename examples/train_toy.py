@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import make_parser
-from drifting_pytorch import DriftField, drift_loss
+from drifting_pytorch import DriftField, GradientField, SharpField, SinkhornField, drift_loss
 
 # targets: n points [n 2] of unit scale, and their modes if they have any
 
@@ -61,12 +61,12 @@ THREE_STARTS = [('bimodal', start) for start in STARTS]
 RUNS = [*THREE_STARTS, ('eight_gaussians', 'between'), ('checkerboard', 'between'), ('swiss_roll', 'between')]
 
 FIELDS = dict(
-    paper = dict(),
-    gaussian = dict(kernel = 'gaussian'),
-    over_y = dict(normalize = 'y'),
-    gradient = dict(normalize = 'gradient'),
-    sharp = dict(normalize = 'sharp'),
-    sinkhorn = dict(normalize = 'sinkhorn')
+    paper = DriftField(),
+    gaussian = DriftField(kernel = 'gaussian'),
+    over_y = DriftField(normalize = 'y'),
+    gradient = GradientField(),
+    sharp = SharpField(),
+    sinkhorn = SinkhornField()
 )
 
 FACTORS = [(1., 1.), (1.5, 1.), (1., 1.5), (2., 1.), (1., 2.), (1., 0.)]
@@ -134,7 +134,9 @@ def evaluate(model, target, num = 4_000, seed = 1234):
 
 # training
 
-def train(target_name, start_name, *, steps, batch, learning_rate, temperatures, seed, field = None, snapshots = 5):
+def train(
+    target_name, start_name, *, steps, batch, learning_rate, temperatures, seed, field = FIELDS['paper'], snapshots = 5
+):
     """Returns the model, [(step, points)] on the way, [(step, {temperature: drift rms})] and the metrics."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -143,10 +145,8 @@ def train(target_name, start_name, *, steps, batch, learning_rate, temperatures,
     model = Generator(*STARTS[start_name])
     optimizer = torch.optim.AdamW(model.parameters(), lr = learning_rate, betas = (0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min = learning_rate / 20)
-    field = DriftField(**(field or {}))
-    is_transport = field.normalize == 'sinkhorn'
 
-    if is_transport:                                # its regularisation, one as in 2605.11755
+    if field.needs_neg:                             # transport: its regularisation, one as in 2605.11755
         temperatures = (0.05,)
 
     fixed = torch.randn(1_000, 8, generator = generator)
@@ -162,10 +162,9 @@ def train(target_name, start_name, *, steps, batch, learning_rate, temperatures,
             break
 
         points = model(torch.randn(batch, 8, generator = generator))
-
         neg = None
 
-        if is_transport:                            # needs negatives of their own
+        if field.needs_neg:
             neg = model(torch.randn(batch, 8, generator = generator)).detach()[None]
 
         # the whole method: one group, raw points. The release's affinity floor would freeze low-dimensional data
@@ -295,7 +294,7 @@ def jobs_of(args):
     if args.ablation:
         return 'ablation', {
             f'{target} {a} V+ - {b} V-': dict(
-                target_name = target, start_name = 'between', field = dict(attraction = a, repulsion = b)
+                target_name = target, start_name = 'between', field = DriftField(attraction = a, repulsion = b)
             )
             for target in ('bimodal', 'checkerboard')
             for a, b in FACTORS

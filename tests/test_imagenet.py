@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import ROOT
-from drifting_pytorch import ConvNeXtV2, DriftingGenerator, ImageFolder, LatentMAE
+from drifting_pytorch import DriftingGenerator, ImageFolder, LatentMAE
 from drifting_pytorch.drifting import center_crop
 
 sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
@@ -324,8 +324,10 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
     extra = ('--group-chunk-size', '1')
 
     if space == 'pixel':
-        save_file(ConvNeXtV2(dims = (4, 4, 4, 8), depths = (1, 1, 1, 1)).state_dict(), tmp_path / 'model.safetensors')
-        extra += ('--convnext', str(tmp_path))
+        transformers = pytest.importorskip('transformers')
+        config = transformers.ConvNextV2Config(hidden_sizes = [4, 4, 4, 8], depths = [1, 1, 1, 1])
+        transformers.ConvNextV2Model(config).save_pretrained(tmp_path / 'convnext')
+        extra += ('--convnext', tmp_path / 'convnext')
 
     # resumed in the middle it ends where the straight run ends
 

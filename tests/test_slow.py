@@ -119,7 +119,7 @@ def test_field_recovers_the_plane_and_only_if_anti_symmetric(monkeypatch):
     results = {case: [] for case in cases}
 
     for (start, (attraction, repulsion)), runs in results.items():
-        field = dict(attraction = attraction, repulsion = repulsion)
+        field = DriftField(attraction = attraction, repulsion = repulsion)
 
         for seed in range(5):
             runs.append(train_toy.train('bimodal', start, seed = seed, field = field, **kwargs)[3])

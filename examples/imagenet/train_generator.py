@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import AUGMENTS, add_run_options, given, load_dataset, run_settings
-from drifting_pytorch import ConvNeXtV2, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
+from drifting_pytorch import ConvNeXtFeatures, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
 from drifting_pytorch.drifting import check
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
@@ -57,8 +57,8 @@ def options(argv):
     parser.add_argument('--encoder', required = True, help = 'folder of a LatentMAE, from train_mae.py or published')
     parser.add_argument(
         '--convnext', default = None,
-        help = "the pixel presets' second encoder: timm/convnextv2_base.fcmae_ft_in22k_in1k on the hub, "
-               "which the release uses, or a folder with a model.safetensors; None for none"
+        help = "the pixel presets' second encoder: facebook/convnextv2-base-22k-224 on the hub, which the release "
+               "uses, or a local folder of transformers; None for none"
     )
     parser.add_argument(
         '--augment', choices = AUGMENTS, default = None,
@@ -122,7 +122,7 @@ def main(argv = None):
     encoders = [mae]
 
     if args.convnext is not None:
-        encoders.append(ConvNeXtV2.from_pretrained(args.convnext))
+        encoders.append(ConvNeXtFeatures.from_pretrained(args.convnext))
 
     trainer = Trainer.from_preset(
         args.preset, model, FeatureDriftLoss(encoders), dataset,
