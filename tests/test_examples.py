@@ -31,9 +31,11 @@ def launched(script, *args, processes = 2):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     return run(*command, EXAMPLES / script, *args, env = env, timeout = 300)
 
-def test_readme_code_runs(tmp_path, monkeypatch):
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags = re.DOTALL)
-    assert len(blocks) > 3
+@pytest.mark.parametrize('name, least', [('README.md', 6), ('examples/README.md', 3), ('tests/README.md', 0)])
+def test_readme_code_runs(tmp_path, monkeypatch, name, least):
+    text = (ROOT / name).read_text().replace('num_train_steps = 200,', 'num_train_steps = 20,')
+    blocks = re.findall(r'```python\n(.*?)```', text, flags = re.DOTALL)
+    assert len(blocks) >= least
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'tests').symlink_to(ROOT / 'tests')
@@ -47,7 +49,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     namespace = {}
 
     for block in blocks:
-        exec(compile(block, 'README.md', 'exec'), namespace)
+        exec(compile(block, name, 'exec'), namespace)
 
 def test_minimal(tmp_path):
     run(sys.executable, EXAMPLES / 'minimal.py', 4, cwd = tmp_path)
@@ -256,7 +258,7 @@ def test_benchmark(tmp_path):
     assert 0 < results['step']['whole'][0]['utilisation'] < 1
 
     few, many = (row['peak MiB beyond inputs'] for row in results['growth'])           # one group, two
-    assert many - few < 2.5 * results['growth'][0]['generated features MiB']
+    assert many < 2.1 * few
 
 def test_benchmark_compares_equals(examples):
     import benchmark

@@ -227,7 +227,7 @@ def ours(gen, pos, uncond, uncond_weight, **kwargs):
     return drift_loss(gen, pos, uncond, uncond_weight = uncond_weight, diagnostics = False, **kwargs)[0]
 
 def compiled_field():
-    """What FeatureDriftLoss.compile compiles of the loss on a GPU."""
+    """What compile = True compiles of the loss itself, on a GPU."""
     field = DriftField()
     field.coefficients = torch.compile(field.coefficients)
     return field
@@ -350,7 +350,7 @@ def benchmark_features(args):
     return rows
 
 def benchmark_growth(args):
-    """With a fixed number of problems at a time. Processes, if there are several, share the groups."""
+    """Time and memory over the size of the problems. Processes, if there are several, share the groups."""
     world = int(os.environ.get('WORLD_SIZE', 1))
     Accelerator(cpu = args.device.type == 'cpu')            # knows the other processes
 
@@ -361,11 +361,9 @@ def benchmark_growth(args):
         locations = (4, 16, 64),
         dim = (64, 128, 256, 512)
     )
-    chunk_size = 16
 
     if args.quick:
         grown = dict(groups = (1, 2))
-        chunk_size = 4
 
     # every point once and all interleaved, so that they may be compared along any axis
 
@@ -379,7 +377,7 @@ def benchmark_growth(args):
                 points.append(sizes)
 
     inputs = [problems_of(args, world, **sizes) for sizes in points]
-    runs = dict(enumerate(gradient(partial(ours, chunk_size = chunk_size), [each]) for each in inputs))
+    runs = dict(enumerate(gradient(ours, [each]) for each in inputs))
     times = interleaved(runs, args)
 
     rows = [
@@ -393,7 +391,7 @@ def benchmark_growth(args):
         for i, sizes in enumerate(points)
     ]
 
-    show(f'The loss, {chunk_size} problems at a time, as it grows', rows)
+    show('The loss as it grows, forward and backward', rows)
     return rows
 
 def problems_of(args, world, groups, samples, locations, dim):
@@ -467,7 +465,7 @@ def parts_of_step(trainer, batches, args):
     watch.mark('real samples')
 
     with accelerator.autocast():
-        (part,) = trainer.replays(inputs)
+        (part,) = trainer.chunks(inputs)
         gen = trainer.generate(trainer.model, *part)
         watch.mark('generator')
 
@@ -529,7 +527,7 @@ def benchmark_step(args):
     with tempfile.TemporaryDirectory() as folder:       # of one group, they grow with the groups
         trainer, batches = make_trainer(args, folder, preset, 1)
         flops_per_group = flops_of(partial(trainer.train_step, batches))
-        num_gen = trainer.num_gen
+        num_gen = trainer.settings.num_gen
 
     del trainer, batches
     groups, whole, each, peak = measure_largest_step(args, preset, sizes)
@@ -574,7 +572,8 @@ def product_shapes(model, batch, dtype):
     for hook in hooks:
         hook.remove()
 
-    heads, tokens, dim_head = batch * model.blocks[0].attn.heads, model.num_tokens, model.dim_head
+    tokens, dim_head = model.rotary.shape[1:]
+    heads = batch * model.blocks[0].attn.heads
 
     for shape in ((heads, tokens, dim_head, tokens), (heads, tokens, tokens, dim_head)):
         shapes[shape] = shapes.get(shape, 0) + len(model.blocks)
