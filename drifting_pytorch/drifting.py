@@ -691,7 +691,6 @@ class DriftProblems:
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
-        """The weight of every y, [b 1 y]."""
         weight = self.gen.new_ones(self.b, 1, self.y)
         if exists(uncond_weight):
             check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
@@ -774,7 +773,6 @@ class DriftProblems:
         return (total * self.weight[part]).sum()
 
     def scale(self, sums):
-        """S from the sums of all problems."""
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
 
     def unit(self, scale):
@@ -806,7 +804,6 @@ class DriftProblems:
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     def stats(self, scale, sums):
-        """DriftStats from the scale and the sums of all problems."""
         mean_sq, *diagnosed = sums[:-1] / sums[-1]
         means = [mean_sq.clamp(min = 0).sqrt(), *diagnosed]
         found = [dict(zip(self.temperatures, mean, strict = True)) for mean in means]
@@ -1477,8 +1474,7 @@ class ImageFolder(Dataset):
 
     A label is the place of the image's folder among the class folders, or 0 where the folder itself holds the images.
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random. num_classes: of class folders, None without.
-    Raises ValueError for a folder without images or with images next to class folders, and with its name for an image
-    that cannot be read.
+    Raises ValueError for folders without images or with images next to class folders, and for unreadable images.
     """
 
     def __init__(self, root, image_size, *, channels = 3, flip = False):
@@ -1486,18 +1482,16 @@ class ImageFolder(Dataset):
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
         self.root, self.image_size = Path(root), image_size
         self.channels, self.flip = channels, flip
-
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+        folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
         mixed = self.classes and images_in(root)
         check(not mixed, f'{root} has both class folders and images: move the images into the folder of their class')
-        self.files = []
 
+        self.files = []
         for label, name in enumerate(self.classes or ['']):
             found = images_in(self.root / name)
-            kinds = ', '.join(IMAGE_EXTENSIONS)
-            check(found, f'{self.root / name} has no images ({kinds}): remove it or fill it')
+            check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)}): remove it or fill it')
             self.files += [(os.path.join(name, file), label) for file in found]
 
     def __len__(self):
@@ -1513,7 +1507,7 @@ class ImageFolder(Dataset):
             with Image.open(self.root / name) as file:
                 check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
                 picture = file.convert('RGB' if self.channels == 3 else 'L')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:       # all that Pillow raises
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
@@ -1531,6 +1525,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
     else:
         alpha = low * (high / low) ** uniform
+
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
@@ -1543,8 +1538,8 @@ class SampleQueue:
         check_positive(num_classes = num_classes, size = size)
         self.num_classes, self.size = num_classes, size
         self.device, self.dtype = device, dtype
-        self.pushed = torch.zeros(num_classes, dtype = torch.long)      # ever pushed, per class
-        self.samples = None                                             # [class slot ...], allocated at the first push
+        self.pushed = torch.zeros(num_classes, dtype = torch.long)  # ever pushed, per class
+        self.samples = None  # [class slot ...], allocated at the first push
 
     @property
     def filled(self):
@@ -1553,16 +1548,15 @@ class SampleQueue:
 
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, non-finite samples."""
-        num = len(samples)
+        num, shape = len(samples), tuple(samples.shape[1:])
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
         labels = checked_labels(labels.cpu(), self.num_classes, num)
         check_range('real samples', samples, -math.inf)
-
         if not exists(self.samples):
-            shape, dtype = samples.shape[1:], default(self.dtype, samples.dtype)
+            dtype = default(self.dtype, samples.dtype)
             self.samples = torch.zeros(self.num_classes, self.size, *shape, device = self.device, dtype = dtype)
-        shape, held = tuple(samples.shape[1:]), tuple(self.samples.shape[2:])
+        held = tuple(self.samples.shape[2:])
         check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
 
         # by class; within its class each sample has a place among those of this push
@@ -1583,24 +1577,25 @@ class SampleQueue:
         """Samples [c num ...] of the classes labels [c], without replacement within each row."""
         labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
-        short = {int(label): int(count) for label, count in zip(labels, filled, strict = True) if count < num}
+        short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
         check(not short, f'{num} samples were asked for, but these classes hold fewer (class: samples): {short}')
 
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
-        slot = keys.topk(num, dim = -1).indices     # c num
-        labels = rearrange(labels, 'c -> c 1')
-        return self.samples[labels.to(self.device, non_blocking = True), slot.to(self.device, non_blocking = True)]
+        places = rearrange(labels, 'c -> c 1'), keys.topk(num, dim = -1).indices  # c num
+        labels, slot = (t.to(self.device, non_blocking = True) for t in places)
+        return self.samples[labels, slot]
 
     def state_dict(self):
-        state = dict(pushed = self.pushed)
-        return {**state, 'samples': self.samples} if exists(self.samples) else state
+        state = dict(pushed = self.pushed, samples = self.samples)
+        return {name: t for name, t in state.items() if exists(t)}
 
     def load_state_dict(self, state):
         if 'samples' in state:
             saved, own = tuple(state['samples'].shape[:2]), (self.num_classes, self.size)
             check(saved == own, f'the saved queue has (num_classes, size) {saved}, this one {own}')
             self.samples = state['samples'].to(self.device, copy = True)
+
         self.pushed = state['pushed'].cpu().clone()
 
 def endless_shuffle(length, *, seed, start = 0):
@@ -1614,7 +1609,7 @@ def endless_shuffle(length, *, seed, start = 0):
 class SeededDataset(Dataset):
     """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
 
-    Its index is (position in the run, index in the dataset). It yields (float32 sample, label), label 0 without labels.
+    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0).
     """
 
     def __init__(self, dataset, seed, sample_shape, with_labels):
@@ -1627,17 +1622,17 @@ class SeededDataset(Dataset):
     def __getitem__(self, place):
         position, index = place
         seed = seed_for(self.seed, 'sample', position)
-        torch.default_generator.manual_seed(seed)       # of the cpu alone: all devices take longer than many a sample
+        torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take longer than many a sample
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
-
         try:
             sample, label = self.dataset[index]
         except Exception as error:
             raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
+
         shape = tuple(getattr(sample, 'shape', (None,)))
-        first = f'the first one has {self.sample_shape}'
-        check(shape == self.sample_shape, f'sample {index} of the dataset has shape {shape}, {first}')
+        found = f'sample {index} of the dataset has shape {shape}'
+        check(shape == self.sample_shape, f'{found}, the first one has {self.sample_shape}')
         return sample.float(), label if self.with_labels else 0
 
 # ───────────────────────────────────────────────────────────────────────────────
@@ -1652,6 +1647,13 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+def append_json(path, entry):
+    with open(path, 'a') as file:
+        file.write(json.dumps(entry) + '\n')
+
 def sha256(path):
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -1660,7 +1662,7 @@ def sha256(path):
     return digest.hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
-    """Writes a safetensors file; copy: tensors may share memory. Returns what the manifest says of it."""
+    """Writes a safetensors file, with copy where tensors share memory. Returns what the manifest says of it."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
     return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
@@ -1681,7 +1683,7 @@ def discard(folder):
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. Each process looks at its own queue, the first at all else too."""
     try:
-        files = json.loads((folder / 'manifest.json').read_text())['files']
+        files = read_json(folder / 'manifest.json')['files']
         missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
         if missing:
             return f'its manifest does not have {", ".join(sorted(missing))}'
@@ -1702,13 +1704,11 @@ class Checkpoints:
     def __init__(self, root, keep):
         self.root, self.keep = Path(root), keep
 
-    def folders(self):
-        """Oldest first. What has another name is not ours."""
+    def folders(self, after = -1):
+        """Oldest first, of the steps after one. What has another name is not ours."""
         ours = [path for path in self.root.glob('step-*') if re.fullmatch(r'step-\d+', path.name) and path.is_dir()]
-        return sorted(ours, key = self.step_of)
-
-    def step_of(self, folder):
-        return int(folder.name.removeprefix('step-'))
+        steps = {int(path.name.removeprefix('step-')): path for path in ours}
+        return [steps[step] for step in sorted(steps) if step > after]
 
     def newest_good(self):
         return next((folder for folder in reversed(self.folders()) if not damage(folder)), None)
@@ -1722,7 +1722,6 @@ class Checkpoints:
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
-
         discard(folder)
         unfinished.rename(folder)
         flush(self.root)
@@ -1731,11 +1730,10 @@ class Checkpoints:
 
     def set_aside(self, step):
         """Those after step, of a run that was left for an earlier one: they neither count nor are removed."""
-        for folder in self.folders():
-            if self.step_of(folder) > step:
-                aside = folder.with_name(f'left-{folder.name}')
-                discard(aside)
-                folder.rename(aside)
+        for folder in self.folders(after = step):
+            aside = folder.with_name(f'left-{folder.name}')
+            discard(aside)
+            folder.rename(aside)
 
 def together(work):
     """Run work() in every process; an error of one is an error of all. Returns the results of all."""
@@ -1750,7 +1748,7 @@ def together(work):
         raise OSError(problem)
     return results
 
-# states are those of the whole model, also where it is sharded; without gradients a parameter has none in an optimizer
+# states are of the whole model, also where it is sharded; a parameter without gradients has none in an optimizer
 
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
@@ -1765,6 +1763,8 @@ def check_fits(module, state_dict):
 
 # signals
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
@@ -1774,10 +1774,10 @@ def interruptions():
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):       # ignored in the background of a script
-            with suppress(ValueError):                  # only the main thread is told of signals
+        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
+            with suppress(ValueError):  # only the main thread is told of signals
                 signal.signal(number, remember)
                 handlers[number] = handler
 
@@ -1789,7 +1789,7 @@ def interruptions():
 
 def ignore_signals(worker):
     """Workers end with the process that they read for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 # pictures and records
@@ -1807,9 +1807,8 @@ def image_grid(images, *, min_size = 48):
 def versions():
     found = {'python': platform.python_version()}
     for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-        with suppress(PackageNotFoundError):    # this file alone, copied
+        with suppress(PackageNotFoundError):  # this file alone, copied
             found[name] = version(name)
-
     return found
 
 # settings
@@ -1826,41 +1825,42 @@ class LoopSettings:
     seed: int = 0
 
     learning_rate: float = 2e-4
-    lr_warmup_steps: int = 5_000            # linear from 1e-6, then constant
-    lr_decay_start: int | None = None       # from here on it falls as 1 / sqrt(step). None: never (paper)
-    betas: tuple = (0.9, 0.95)              # of AdamW
+    lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
+    lr_decay_start: int | None = None  # from here on it falls as 1 / sqrt(step). None: never (paper)
+    betas: tuple = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
-    max_grad_norm: float | None = 2.        # None: no clipping
-    ema_decay: float = 0.999                # of the averaged weights
+    max_grad_norm: float | None = 2.  # None: no clipping
+    ema_decay: float = 0.999  # of the averaged weights
 
     gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None      # None: that of accelerate's launch, or bf16 if the GPU has it
-    compile: bool = False                   # model, encoders and, on a GPU, the field
-    cpu: bool = False                       # train on the cpu even where there is a GPU
-    num_workers: int = free(0)              # processes that read data
+    mixed_precision: str | None = None  # None: that of accelerate's launch, or bf16 if the GPU has it
+    compile: bool = False  # model, encoders and, on a GPU, the field
+    cpu: bool = False  # train on the cpu even where there is a GPU
+    num_workers: int = free(0)  # processes that read data
 
-    log_with: str | None = free(None)       # trackers of accelerate
-    log_every: int = free(10)               # steps, 0 for never: into metrics.jsonl and the trackers
-    sample_every: int = free(1_000)         # steps: grids of images, into samples/
-    save_every: int = free(1_000)           # steps: into checkpoints/
-    keep_checkpoints: int = free(3)         # the newest
+    log_with: str | None = free(None)  # trackers of accelerate
+    log_every: int = free(10)  # steps, 0 for never: into metrics.jsonl and the trackers
+    sample_every: int = free(1_000)  # steps: grids of images, into samples/
+    save_every: int = free(1_000)  # steps: into checkpoints/
+    keep_checkpoints: int = free(3)  # the newest
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
-    resume_from_checkpoint: str | Path | None = free(None)      # a folder, or 'latest', if there is any
-    overwrite: bool = free(False)       # remove an earlier run from the folder; or else it is refused
+    resume_from_checkpoint: str | Path | None = free(None)  # a folder, or 'latest', if there is any
+    overwrite: bool = free(False)  # remove an earlier run from the folder; or else it is refused
 
     def __post_init__(self):
-        names = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
+        self.check_positive('num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints')
+
+    def check_positive(self, *names):
         check_positive(**{name: getattr(self, name) for name in names})
 
 class BaseTrainer:
     """The training loop through accelerate, for any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
-    A subclass says what is trained:
-    backward(batches, micro_step, sync) adds the gradient of a micro step, averaged over processes if sync, and returns
-        the loss () and details of it; metrics(details) what to log of them, {name: tensor ()}, and which names go onto
-        the progress bar; pictures() samples for the grid, [b ch h w], and its number of rows.
+    A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
+    over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
+    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
@@ -1875,7 +1875,6 @@ class BaseTrainer:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
-
         self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
         self.step, self.samples_read, self.queues = 0, 0, {}
@@ -1893,23 +1892,22 @@ class BaseTrainer:
             project_dir = settings.results_folder,
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
-
-        accelerator.gradient_accumulation_steps = 1     # whatever the environment says: train_step accumulates
+        accelerator.gradient_accumulation_steps = 1  # whatever the environment says: train_step accumulates
         is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
 
     def check_dataset(self, dataset):
-        """The shape of a sample."""
-        given, num = type(dataset).__name__, self.samples_per_process * self.world
-        check(hasattr(dataset, '__len__'), f'the dataset must be map-style, with a length, got {given}')
+        num = self.samples_per_process * self.world
+        has_length = hasattr(dataset, '__len__')
+        check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
         check(len(dataset) >= num, f'the dataset has {len(dataset)} samples, fewer than the {num} read per step')
 
         first = dataset[0]
         is_pair = isinstance(first, (tuple, list)) and len(first) == 2
         sample = first[0] if is_pair else first
-        given = getattr(sample, 'dtype', type(sample).__name__)
         fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
+        given = getattr(sample, 'dtype', type(sample).__name__)
         check(fits, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
         return tuple(sample.shape)
 
@@ -1923,7 +1921,7 @@ class BaseTrainer:
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
 
-        self.ema = EMA(     # which would warm its decay up otherwise
+        self.ema = EMA(  # which would warm its decay up otherwise
             self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay, update_every = 1,
             update_after_step = -1, include_online_model = False, use_foreach = not is_sharded
         )
@@ -1933,9 +1931,9 @@ class BaseTrainer:
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
-        folder, settings = self.results_folder, self.settings
+        folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
+        probe = folder / f'.probe-{self.rank}'
         try:
-            probe = folder / f'.probe-{self.rank}'
             folder.mkdir(parents = True, exist_ok = True)
             probe.touch()
             probe.unlink()
@@ -1943,21 +1941,18 @@ class BaseTrainer:
             raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
 
         paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
-        earlier, resumes = [path for path in paths if path.exists()], exists(settings.resume_from_checkpoint)
+        earlier = [path for path in paths if path.exists()]
         wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
-        check(resumes or settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
+        check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
         self.accelerator.wait_for_everyone()
-
         if self.is_main:
-            leftovers = self.checkpoints.root.glob('unfinished-*')
-            for path in earlier if settings.overwrite and not resumes else list(leftovers):
+            for path in list(self.checkpoints.root.glob('unfinished-*')) if resumes else earlier:
                 remove = shutil.rmtree if path.is_dir() else os.unlink
                 remove(path)
 
         self.accelerator.wait_for_everyone()
 
     def record(self):
-        """The settings, for the records of a run."""
         return json.loads(json.dumps(dataclasses.asdict(self.settings), default = str))
 
     def is_due(self, every, step):
@@ -2012,7 +2007,6 @@ class BaseTrainer:
         return (1e-6 + (settings.learning_rate - 1e-6) * warmup) * decay
 
     def synced(self, sync):
-        """Around a backward pass: whether it averages gradients over processes."""
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def clip_gradients(self):
@@ -2047,14 +2041,14 @@ class BaseTrainer:
     def check_finite(self, loss, details, norms):
         """Stops the run before broken weights are saved. A broken gradient stays in them: the newest step tells."""
         norm = norms['grad_norm']
-        is_scaled = exists(self.accelerator.scaler)     # fp16: it leaves steps with broken gradients out itself
+        is_scaled = exists(self.accelerator.scaler)  # fp16: it leaves steps with broken gradients out itself
         is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
-        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:     # all processes say the same
+        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
 
         values = {name: float(value) for name, value in self.metrics(details)[0].items()}
-        broken = ', '.join(f'{name} is {value}' for name, value in values.items() if not math.isfinite(value))
-        found = broken or 'the loss is finite: the model or the encoder, backwards'
+        broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
+        found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
         good = default(self.checkpoints.newest_good(), 'none')
         raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
@@ -2067,12 +2061,11 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients: what went wrong, and the last good checkpoint.
         """
         settings, accelerator, batches = self.settings, self.accelerator, self.batches()
-        ask_every = 1 if self.world == 1 else 10    # several processes tell each other of signals every tenth step
-        look_every = 1 if self.device.type == 'cpu' else 10     # at the loss: an accelerator is waited for
+        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
+        look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         config = {name: str(value) for name, value in self.record().items()}
         accelerator.init_trackers('drifting-pytorch', config = config)
         self.record_start()
-
         if self.step == 0:
             self.before_training(batches)
         num_steps, self.clock, stopped = settings.num_train_steps, (time.perf_counter(), self.step), False
@@ -2100,22 +2093,17 @@ class BaseTrainer:
             signal.raise_signal(received[0])
 
     def record_start(self):
-        """A line of starts.jsonl."""
+        device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
+        failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
+        machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
         if self.is_main:
-            device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-            failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')     # of the working directory
-            machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
-
-            start = dict(
+            append_json(self.results_folder / 'starts.jsonl', dict(
                 step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
                 git = None if failed else revision, hardware = dict(device = device, **machine),
                 precision = self.accelerator.mixed_precision, config = self.record()
-            )
-            with open(self.results_folder / 'starts.jsonl', 'a') as file:
-                file.write(json.dumps(start) + '\n')
+            ))
 
     def log(self, bar, loss, details, norms):
-        """A line of metrics.jsonl, the trackers, the progress bar."""
         metrics, on_bar = self.metrics(details)
         metrics = {'loss': loss, **norms, **metrics}
         values = [torch.as_tensor(value, dtype = torch.float32, device = self.device) for value in metrics.values()]
@@ -2130,24 +2118,21 @@ class BaseTrainer:
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         self.accelerator.log(metrics, step = self.step)
-
         if self.is_main:
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
-            with open(self.results_folder / 'metrics.jsonl', 'a') as file:
-                file.write(json.dumps(metrics) + '\n')
+            append_json(self.results_folder / 'metrics.jsonl', metrics)
 
     @torch.no_grad()
     def save_pictures(self):
         has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
-        if has_images and (self.is_main or self.accelerator.is_fsdp2):      # a sharded model needs every process
+        if has_images and (self.is_main or self.accelerator.is_fsdp2):  # a sharded model needs every process
             samples, rows = self.pictures()
             images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
             grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
-
             if self.is_main:
-                path = self.results_folder / 'samples' / f'step-{self.step:08d}.png'
-                path.parent.mkdir(exist_ok = True)
-                grid.save(path)
+                folder = self.results_folder / 'samples'
+                folder.mkdir(exist_ok = True)
+                grid.save(folder / f'step-{self.step:08d}.png')
 
     # checkpoints
 
@@ -2164,22 +2149,21 @@ class BaseTrainer:
     def write_states(self):
         """Models and optimizer by the main process, which alone is given them, and each one's queue."""
         optimizer = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
-        moments = optimizer.get('state', {}).items()
-        queues = {name: queue.state_dict().items() for name, queue in self.queues.items()}
-
-        states = dict(
-            model = dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
-            ema = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
-            optimizer = {f'{name}.{kind}': t for name, state in moments for kind, t in state.items()}
-        )
-        states[f'queue-{self.rank}'] = {f'{name}.{key}': t for name, state in queues.items() for key, t in state}
+        moments = optimizer.get('state', {})
+        queues = {name: queue.state_dict() for name, queue in self.queues.items()}
+        states = {
+            'model': dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
+            'ema': dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
+            'optimizer': {f'{name}.{kind}': t for name, state in moments.items() for kind, t in state.items()},
+            f'queue-{self.rank}': {f'{name}.{key}': t for name, state in queues.items() for key, t in state.items()}
+        }
 
         folder, written = self.checkpoints.unfinished(self.step), {}
         folder.mkdir(parents = True, exist_ok = True)
         for name, state in states.items():
             if state:
-                file, copy = f'{name}.safetensors', not name.startswith('queue')
-                written[file] = save_tensors(state, folder / file, copy)
+                file = f'{name}.safetensors'
+                written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
 
         return written
 
@@ -2189,7 +2173,6 @@ class BaseTrainer:
             files |= lines
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
-
         self.checkpoints.complete(self.step, dict(
             step = self.step, samples_read = self.samples_read, num_processes = self.world,
             scaler = scaler.state_dict() if exists(scaler) else None,
@@ -2201,7 +2184,7 @@ class BaseTrainer:
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        for folder in self.checkpoints.folders()[::-1] if given == 'latest' else [Path(given)]:
+        for folder in reversed(self.checkpoints.folders()) if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
                 self.load(folder)
@@ -2232,13 +2215,12 @@ class BaseTrainer:
             trimmed.replace(path)
 
     def load(self, folder):
-        manifest = json.loads((folder / 'manifest.json').read_text())
+        manifest = read_json(folder / 'manifest.json')
         before, now, world = manifest['config'], self.record(), manifest['num_processes']
         wanted = f'these are {self.world}: each has a queue of its own'
         check(world == self.world, f'the checkpoint is of {world} processes, {wanted}')
-
-        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in now if name in before and before[name] != now[name] and name not in may_change]
+        free = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
+        names = [name for name in now if name in before and before[name] != now[name] and name not in free]
         if names and self.is_main:
             changed = ', '.join(f'{name} {before[name]} -> {now[name]}' for name in names)
             warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 3)
@@ -2247,23 +2229,23 @@ class BaseTrainer:
             state_dict = read_tensors(folder / f'{name}.safetensors')
             check_fits(module, state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
-        self.load_optimizer(read_tensors(folder / 'optimizer.safetensors'))
+
+        optimizer, moments = self.optimizer.optimizer, {}
+        for key, t in read_tensors(folder / 'optimizer.safetensors').items():
+            name, kind = key.rsplit('.', 1)
+            moments.setdefault(name, {})[kind] = t
+
+        state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': moments}
+        dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
 
         states = read_tensors(folder / f'queue-{self.rank}.safetensors') if self.queues else {}
         for name, queue in self.queues.items():
             own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
             queue.load_state_dict(own)
+
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         if exists(self.accelerator.scaler) and manifest['scaler']:
             self.accelerator.scaler.load_state_dict(manifest['scaler'])
-
-    def load_optimizer(self, tensors):
-        optimizer = self.optimizer.optimizer
-        state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': {}}
-        for key, t in tensors.items():
-            name, kind = key.rsplit('.', 1)
-            state_dict['state'].setdefault(name, {})[kind] = t
-        dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
 
     def reshard_average(self):
         if self.accelerator.is_fsdp2:
@@ -2284,26 +2266,25 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64                    # class groups per step, of all processes together
-    num_gen: int = 64                       # generated samples per group
-    num_pos: int = 64                       # real samples per group
-    num_uncond: int = 16                    # unconditional samples per group
-    group_chunk_size: int | None = None     # groups at a time: the same gradient in less memory, but slower
+    num_groups: int = 64  # class groups per step, of all processes together
+    num_gen: int = 64  # generated samples per group
+    num_pos: int = 64  # real samples per group
+    num_uncond: int = 16  # unconditional samples per group
+    group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
 
-    alpha_range: tuple = (1., 4.)       # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64                         # real samples read per step by every process (release)
-    class_queue_size: int = 128                 # real samples that stay, of each class
-    uncond_queue_size: int = 1000               # and of all classes
-    queue_device: str | None = None             # None: the accelerator
-    queue_dtype: torch.dtype | None = None      # None: float32
+    push_size: int = 64  # real samples read per step by every process (release)
+    class_queue_size: int = 128  # real samples that stay, of each class
+    uncond_queue_size: int = 1000  # and of all classes
+    queue_device: str | None = None  # None: the accelerator
+    queue_dtype: torch.dtype | None = None  # None: float32
 
     def __post_init__(self):
         super().__post_init__()
-        names = 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size'
-        check_positive(**{name: getattr(self, name) for name in names})
+        self.check_positive('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size')
         check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
@@ -2327,8 +2308,8 @@ TRAINER_PRESETS = {
 
 class StepDetails(NamedTuple):
     breakdown: Breakdown
-    alpha: Tensor               # guidance scales of the step [c]
-    spread: Tensor | None       # deviation of generated samples within their groups, in that of the positives
+    alpha: Tensor  # guidance scales of the step [c]
+    spread: Tensor | None  # deviation of generated samples within their groups, in that of the positives
 
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8).
@@ -2372,8 +2353,8 @@ class Trainer(BaseTrainer):
         if exists(self.settings.group_chunk_size):
             is_fp16 = self.accelerator.mixed_precision == 'fp16'
             check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-            is_even = num % world == 0 or not self.accelerator.is_fsdp2
-            check(is_even, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
+            fits = num % world == 0 or not self.accelerator.is_fsdp2
+            check(fits, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
 
     def make_queues(self, num_real):
         """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
@@ -2401,13 +2382,13 @@ class Trainer(BaseTrainer):
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, each at most one pass over the data."""
-        num_pos, positives = self.settings.num_pos, self.queues['positives']
+        num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
-            held = cat([queue.filled for queue in self.queues.values()])
-            held = self.accelerator.gather(rearrange(held, 'n -> 1 n').to(self.device)).amin(dim = 0).tolist()
-            short = {label: num for label, num in enumerate(held[:positives.num_classes]) if num < num_pos}
+            held = rearrange(cat([queue.filled for queue in self.queues.values()]), 'n -> 1 n')
+            held = self.accelerator.gather(held.to(self.device)).amin(dim = 0).tolist()
+            short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
             if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
                 return
 
@@ -2425,7 +2406,6 @@ class Trainer(BaseTrainer):
         return labels.long()
 
     def of_this_process(self, t):
-        """Its part of what was drawn for all groups."""
         return t.tensor_split(self.world)[self.rank]
 
     def draw(self, newest_labels, micro_step):
@@ -2473,10 +2453,7 @@ class Trainer(BaseTrainer):
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     def chunks(self, inputs):
-        """The generator's inputs, group_chunk_size groups at a time."""
-        num = len(inputs[0])
-        size = default(self.settings.group_chunk_size, num)
-        return [[t[i:i + size] if exists(t) else None for t in inputs] for i in range(0, num, size)]
+        return chunked(inputs, self.settings.group_chunk_size)
 
     def without_graph(self, chunks):
         """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
@@ -2493,15 +2470,15 @@ class Trainer(BaseTrainer):
 
         In chunks: samples without a graph, the loss's gradient on them, and chunk by chunk from there to the weights.
         """
-        settings = self.settings
+        settings, options = self.settings, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
-        chunks, options = self.chunks(self.inputs(labels, alpha, micro_step)), {}
+        chunks = self.chunks(self.inputs(labels, alpha, micro_step))
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
 
-        share = len(labels) * self.world / settings.num_groups      # processes may have unequal numbers of groups
+        share = len(labels) * self.world / settings.num_groups  # processes may have unequal numbers of groups
         share = share / settings.gradient_accumulation_steps
         if not exists(settings.group_chunk_size):
             self.seed_model(0)
@@ -2511,6 +2488,7 @@ class Trainer(BaseTrainer):
                 self.accelerator.backward(loss * share)
 
             return loss.detach(), details
+
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
         grads = torch.autograd.grad(loss * share, gen)[0].split(settings.group_chunk_size)
@@ -2522,17 +2500,15 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """The loss () and StepDetails."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
         check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
         loss, breakdown = result
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
-
         if self.logs_this_step and self.settings.num_pos > 1:
-            spreads = [t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos)]
-            spread = spreads[0] / spreads[1]
+            of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
+            spread = of_gen / of_pos
         return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
@@ -2544,12 +2520,11 @@ class Trainer(BaseTrainer):
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
         metrics |= {'spread': spread} if exists(spread) else {}
         drifts = {}
-
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-            for kind in ('drift_rms', 'neighbors', 'uncond_share', 'potential'):
-                for temperature, value in getattr(stats, kind).items():
-                    metrics[f'feature/{name}/{kind}/{temperature}'] = value
+            for kind, values in stats._asdict().items():
+                if kind != 'scale':
+                    metrics |= {f'feature/{name}/{kind}/{temperature}': value for temperature, value in values.items()}
 
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
@@ -2576,26 +2551,26 @@ class Trainer(BaseTrainer):
 
     def pictures(self):
         """Ten samples each of the first ten classes, always from the same noise."""
-        seed, rows = self.settings.seed, min(10, default(self.num_classes, 10))
-        if not exists(self.num_classes):
-            return self.sample(num_samples = rows * 10, seed = seed), rows
-        return self.sample(repeat(torch.arange(rows), 'rows -> (rows 10)'), seed = seed), rows
+        rows = min(10, default(self.num_classes, 10))
+        labels = repeat(torch.arange(rows), 'rows -> (rows 10)')
+        asked = dict(labels = labels) if exists(self.num_classes) else dict(num_samples = len(labels))
+        return self.sample(**asked, seed = self.settings.seed), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
     """What MAETrainer is told, besides. Smaller batches want a smaller learning rate."""
 
-    batch_size: int = 8192              # of all processes together
+    batch_size: int = 8192  # of all processes together
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
     ema_decay: float = 0.9995
-    finetune_steps: int = free(0)       # the last ones: the weight of the classification, lambda, rises
-    cls_weight: float = 0.1             # linearly to this
-    cls_warmup_steps: int = 1_000       # in so many steps
+    finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
+    cls_weight: float = 0.1  # linearly to this
+    cls_warmup_steps: int = 1_000  # in so many steps
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(batch_size = self.batch_size)
+        self.check_positive('batch_size')
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
@@ -2656,7 +2631,7 @@ class MAETrainer(BaseTrainer):
 # 10. weights - our own, and those that the authors published
 # ───────────────────────────────────────────────────────────────────────────────
 
-RELEASE = 'Goodeat/drifting'    # on the hub
+RELEASE = 'Goodeat/drifting'  # on the hub
 RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
 OUR_FILES = 'config.json', 'model.safetensors'
 
@@ -2710,10 +2685,10 @@ def flatten(tree, *path):
     if torch.is_tensor(tree):
         return {name: tree}
     check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-    if '__msgpack_chunked_array__' in tree:     # above 1 GiB in pieces. Lists may come as maps {'0': ..., '1': ...}
-        shape, chunks = (tree[key] for key in ('shape', 'chunks'))
-        shape, chunks = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in (shape, chunks))
-        return {name: cat([chunk.flatten() for chunk in chunks]).reshape(shape)}
+    if '__msgpack_chunked_array__' in tree:  # above 1 GiB in pieces. Lists may come as maps {'0': ..., '1': ...}
+        lists = (tree['shape'], tree['chunks'])
+        shape, pieces = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in lists)
+        return {name: cat([piece.flatten() for piece in pieces]).reshape(shape)}
 
     flat = {}
     for key, branch in tree.items():
@@ -2727,22 +2702,21 @@ def read_msgpack(path):
     except ImportError as error:
         raise ImportError("these weights need msgpack: pip install 'drifting-pytorch[pretrained]'") from error
 
-    def to_tensor(code, data):      # extension type 1 is an array: (shape, dtype name, bytes)
+    def to_tensor(code, data):  # extension type 1 is an array: (shape, dtype name, bytes)
         shape, name, raw = msgpack.unpackb(data, max_bin_len = len(data))
         dtype = getattr(torch, name, None)
         check(code == 1 and isinstance(dtype, torch.dtype), f'unknown array type {code}, {name!r}')
         return torch.frombuffer(bytearray(raw), dtype = dtype).reshape(shape)
 
     try:
-        with open(path, 'rb') as file:      # array by array, never the whole file
+        with open(path, 'rb') as file:  # array by array, never the whole file
             unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
             params = flatten(unpacker.unpack())
             at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
             check(at_end, 'there is something behind the last array')
+            return params
     except (ValueError, TypeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
-
-    return params
 
 def translated(params, rules):
     """The parameters under our names, in PyTorch's layout. params is emptied on the way: none is held twice."""
@@ -2751,10 +2725,10 @@ def translated(params, rules):
         t, name = params.pop(path), path
         for pattern, ours in (*rules, *OUR_LAYOUT):
             name = re.sub(pattern, ours, name)
-
         if path.endswith('/kernel'):
-            t = rearrange(t, '... i o -> o i ...')      # (in, out), or (h, w, in, out)
+            t = rearrange(t, '... i o -> o i ...')  # (in, out), or (h, w, in, out)
         state[name] = t.float().contiguous()
+
     return state
 
 def mae_from_release(config, params):
@@ -2768,11 +2742,11 @@ def generator_from_release(config, params):
     refused = 'which this generator does not offer'
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
         check(config[option], f'the published generator has {option} = False, {refused}')
-
     for name, same in (('out_channels', 'in_channels'), ('cond_dim', 'hidden_size')):
         value = config.get(name, config[same])
         found = f'{name} = {value} and {same} = {config[same]}'
         check(value == config[same], f'the published generator has {found}, {refused}')
+
     heads, num_styles = config['num_heads'], config['noise_coords'] if config['noise_classes'] > 0 else 0
     state = translated(params, GENERATOR_NAMES)
 
@@ -2780,7 +2754,7 @@ def generator_from_release(config, params):
         check(name in state, f'the published weights lack the parameter that becomes {name}')
         return state.pop(name)
 
-    def interleaved(t, heads):      # the release rotates one half of a head with the other, x-transformers neighbours
+    def interleaved(t, heads):  # the release rotates one half of a head with the other, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
     styles = [take(f'style.{i}.weight') for i in range(num_styles)]
@@ -2794,8 +2768,8 @@ def generator_from_release(config, params):
             for name, t in dict(q = interleaved(q, heads), k = interleaved(k, heads), v = v.clone()).items():
                 ours = f'attn.to_{name}.weight' if kind == 'weight' else f'{name}_bias'
                 state[f'{block}.{ours}'] = t
-
             state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
+
         for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
             state[name] = interleaved(take(name), 1)
 
@@ -2819,8 +2793,7 @@ def from_pretrained(cls, name, *, revision = None):
     name: of a published model; or of a repository on the hub ('user/name', downloaded once; revision: a commit, tag or
         branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
         which need the extra [pretrained]).
-    Raises ValueError for an unknown name, a damaged file, and weights that do not fit, with what is missing, unknown or
-    of another shape.
+    Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes.
     """
     kind, published, translate = PUBLISHED[cls]
     folder, is_published = Path(name), name in published
@@ -2830,17 +2803,16 @@ def from_pretrained(cls, name, *, revision = None):
     files = RELEASE_FILES if is_release else OUR_FILES
 
     if folder.is_dir() and not is_published:
-        wanted = 'expected a folder of save_pretrained or a published model'
-        is_model = is_release or (folder / 'config.json').is_file()
-        check(is_model, f'{folder} has neither config.json nor metadata.json: {wanted}')
         config, weights = (folder / file for file in files)
-        kind = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
-        check(weights.is_file(), f'{folder} is not {kind}: it has no {weights.name}')
+        wanted = 'expected a folder of save_pretrained or a published model'
+        check(config.is_file(), f'{folder} has neither config.json nor metadata.json: {wanted}')
+        origin = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
+        check(weights.is_file(), f'{folder} is not {origin}: it has no {weights.name}')
     else:
         repository, path = (RELEASE, f'models/{kind}/jax/{name}/') if is_published else (str(name), '')
         config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
 
-    arguments = json.loads(config.read_text())
+    arguments = read_json(config)
     if is_release:
         arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
     else:
@@ -2848,11 +2820,11 @@ def from_pretrained(cls, name, *, revision = None):
 
     is_ours = arguments.keys() <= inspect.signature(cls).parameters.keys()
     check(is_ours, f'{name} is not a {cls.__name__}: its config.json has {", ".join(arguments)}')
-    with torch.device('meta'):      # the weights are taken as they are read, never two copies of them
+    with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
         model = cls(**arguments)
     check_fits(model, state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:       # the readers are explained last, so that the models could come first
+for model_class in PUBLISHED:  # the readers are explained last, so that the models could come first
     model_class.from_pretrained = classmethod(from_pretrained)
