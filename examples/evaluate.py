@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from common import LATENT_CHANNELS, autocast, load_vae, make_parser, sha256, to_uint8
 from drifting_pytorch import DriftingGenerator
-from drifting_pytorch.drifting import check, image_grid, load_checked, seeded
+from drifting_pytorch.drifting import check, image_grid, seeded
 
 PICTURED = 8        # samples in the picture of neighbours
 NEIGHBORS = 6       # training images next to each
@@ -322,7 +322,7 @@ def load_checkpoint(checkpoint):
     check(config, f'{checkpoint} does not say which DriftingGenerator it is of: it has no config.json')
 
     model = DriftingGenerator(**config)
-    load_checked(model, load_file(checkpoint / 'ema.safetensors'))
+    model.load_state_dict(load_file(checkpoint / 'ema.safetensors'))
     return model.eval()
 
 def installed(package):
