@@ -85,21 +85,24 @@ def check(condition, message):
         raise ValueError(message)
 
 def check_positive(**values):
-    """Each value, by its name, must be above 0, or None where that is its default."""
+    """None, where it is a default, passes too."""
     for name, value in values.items():
         check(not exists(value) or value > 0, f'{name} must be above 0, got {value}')
 
 def check_shape(name, t, expected, hint = ''):
-    check(tuple(t.shape) == tuple(expected), f'{name} has shape {tuple(t.shape)}, expected {tuple(expected)}{hint}')
+    """A word in expected, as 'batch', stands for any size."""
+    given, wanted = tuple(t.shape), str(tuple(expected)).replace("'", '')
+    pairs = zip(given, expected, strict = False)
+    same = all(isinstance(want, str) or want == size for size, want in pairs)
+    check(same and len(given) == len(expected), f'{name} has shape {given}, expected {wanted}{hint}')
 
 def can_read(t):
-    """Whether looking at values is free: on an accelerator it would stall the step, in a compiled graph break it."""
+    """Whether looking at values is free: it would stall an accelerator, and break a compiled graph."""
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
-    """All values must be finite and between low and high."""
     if can_read(t):
-        found = t.aminmax()     # nan if any is
+        found = t.aminmax()  # nan if any is
         fits = all(low <= bound <= high and bound.isfinite() for bound in found)
         check(fits, f'{name} must be finite and in {low} .. {high}, got {found.min} .. {found.max}')
 
@@ -112,7 +115,7 @@ def checked_labels(labels, num_classes, batch):
     return labels.long()
 
 def check_points(**points):
-    """Point sets [... n d] by name (None is left out): floating, not empty, finite, of equal groups and dimension."""
+    """Point sets [... n d] by name, or None: floating, not empty, finite, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
     first, reference = next(iter(points.items()))
 
@@ -134,7 +137,7 @@ def full_precision(t):
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 def chunked(tensors, size = None):
-    """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows. size None: one chunk."""
+    """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
     num = len(tensors[0])
     size = default(size, num)
     return [[t[i:i + size] if exists(t) else None for t in tensors] for i in range(0, num, size)]
@@ -149,7 +152,7 @@ def geometric_mean_of_softmaxes(logits):
         row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
         top = row.amax(dim = -2, keepdim = True)
 
-        # both softmaxes from one exponential, 2 to 4 times faster on a cpu, unless a whole row or column would vanish
+        # both softmaxes from one exponential, 2 to 4 times faster, unless a whole row or column would vanish
         if min((row - top).min(), (column - top).min()) > -50:
             kernel = logits.sub_(top).exp_()
             over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
@@ -163,17 +166,17 @@ class DriftField(Module):
 
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
-    normalize: how the kernel becomes an affinity (Table 11). 'both', the geometric mean of the softmaxes over y and
-        over x (paper); 'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what takes
-        the place of the softmaxes), which underflows where distances far exceed the temperature.
-    attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry, and training.
+    normalize: from kernel to affinity (Table 11). 'both', the geometric mean of softmaxes over y and over x (paper);
+        'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what takes their place),
+        which underflows where distances far exceed the temperature.
+    attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
     """
 
     # what the loss has to know of a field; the fields of later work (section 6) differ in it
 
-    scale_power = 1             # the scale S is the root of this order of the mean of distance ** scale_power
-    needs_neg = False           # the negatives are a second generated batch, not the generated samples themselves
-    has_potential = False       # the field is the gradient of a scalar, `potential`
+    scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
+    needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
+    has_potential = False  # the field is the gradient of a scalar, `potential`
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
@@ -228,7 +231,7 @@ class DriftField(Module):
 
     @property
     def zero_sum(self):
-        """Whether the coefficients of every point sum to zero: a subclass whose do not must say so."""
+        """Whether the coefficients of every point sum to zero."""
         return self.attraction == self.repulsion
 
     def apply_coefficients(self, W, x, y):
@@ -236,7 +239,7 @@ class DriftField(Module):
         V = rearrange(W, '... t n y -> ... (t n) y') @ y
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
-        # open: with a != b the factors act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
+        # open: a != b act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
         if not self.zero_sum:
             W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
             V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
@@ -283,8 +286,8 @@ def plain_drift_loss(
 ) -> Float[Tensor, 'b']:
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
-    gen: generated, pos: real, uncond: real samples of any class, with weights (A.7). To be read, and to test against:
-    `drift_loss` (section 5) computes the same fast, in parts, and over all processes. Returns the loss [b].
+    gen: generated, pos: real, uncond: real samples of any class, with weights (A.7). Returns the loss [b].
+    To be read, and to test against: `drift_loss` (section 5) computes the same fast and over all processes.
     """
     field = default(field, DriftField())
     (_, g, d), p = gen.shape, pos.shape[1]
@@ -323,12 +326,12 @@ PRESETS = {
 }
 
 def run_block(block, *args, checkpointing):
-    """A block of a network; with checkpointing it is computed again in the backward pass, not kept."""
+    """With checkpointing what is inside is computed again in the backward pass, not kept."""
     recompute = checkpointing and torch.is_grad_enabled()
     return checkpoint(block, *args, use_reentrant = False) if recompute else block(*args)
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean x^2 + 1e-6) times a gain (release; x-transformers' has no epsilon), never in half precision."""
+    """x / sqrt(mean x^2 + 1e-6) times a gain (release), never in half precision."""
 
     def __init__(self, dim):
         super().__init__(dim, eps = 1e-6)
@@ -352,8 +355,8 @@ class Modulation(Module):
 class Block(Module):
     """Attention and SwiGLU of x-transformers inside adaLN-zero.
 
-    As in the release every linear has a bias (those of the attention are added around it), and queries and keys have
-    one gain for each dimension of a head, shared by the heads.
+    Release: every linear has a bias (those of the attention are added around it), and the heads share the gains of
+    queries and keys.
     """
 
     def __init__(self, dim, heads, dim_ff):
@@ -379,7 +382,7 @@ class Block(Module):
         return x + self.ff(h) * ff_gate
 
     def init_weights(self):
-        """Release: queries, keys and values are one xavier matrix, the two halves of SwiGLU's input one each."""
+        """Release: queries, keys and values are one xavier matrix, each half of SwiGLU's input is one."""
         nn.init.zeros_(self.modulation.linear.weight)
         for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
             nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
@@ -393,7 +396,7 @@ def sinusoidal(t, dim):
     return cat((angles.cos(), angles.sin()), dim = -1)
 
 def sincos_2d(size, dim):
-    """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows, which the learned one starts from."""
+    """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
     sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
     rows = repeat(sin_first, 'h d -> (h w) d', w = size)
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
@@ -403,8 +406,8 @@ def sincos_2d(size, dim):
 def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha = 1., seed = None, batch_size = None):
     """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
 
-    labels [b], a tensor or a list, or num_samples for an unconditional generator; alpha: a number >= 1 or [b].
-    Noise and styles are drawn on the cpu: a seed gives the same samples on every device. batch_size bounds the memory.
+    labels [b], or num_samples for an unconditional generator; alpha: a number >= 1 or [b]. batch_size bounds the
+    memory. Noise and styles are drawn on the cpu: a seed gives the same samples on every device.
     """
     num_classes, training = getattr(model, 'num_classes', None), model.training
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
@@ -467,7 +470,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
 
-        # condition. Style tables are rows of one embedding, each token looks into its own (paper: all into the same)
+        # condition; style tables are rows of one embedding, one for each token (paper: one for all)
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
@@ -481,7 +484,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), on the cpu also where the parameters are on the meta device
+        # rotary positions of all tokens (release: 1d), on the cpu even if the parameters are on the meta device
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -533,10 +536,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        """The arguments of forward, alpha and styles as tensors."""
         b, has_classes = len(noise), exists(self.num_classes)
-        shape, expected = tuple(noise.shape), ', '.join(map(str, self.noise_shape))
-        check(shape[1:] == self.noise_shape, f'noise has shape {shape}, expected (batch, {expected})')
+        check_shape('noise', noise, ('batch', *self.noise_shape))
         check_range('noise', noise, -math.inf)
         dtype = self.rotary.dtype
         fits = dtype in (torch.float32, torch.float64)
@@ -607,7 +608,7 @@ def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '..
 
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product. It loses the digits of a common offset: centre the points."""
+    """|x|^2 + |y|^2 - 2 x.y, one matrix product, which loses the digits of a common offset: centre the points."""
     x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
@@ -658,7 +659,7 @@ class DriftProblems:
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
         check_points(gen = gen, pos = pos, uncond = uncond, neg = neg)
-        check(gen.ndim == 3, f'gen has shape {tuple(gen.shape)}, expected [problems, samples, features]')
+        check_shape('gen', gen, ('problems', 'samples', 'features'))
         self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
         has_neg = exists(neg) or not self.field.needs_neg
         check(has_neg, f'{type(self.field).__name__} needs neg, a second batch of generated samples')
@@ -666,10 +667,9 @@ class DriftProblems:
         fits = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
         check(fits, f'temperatures must be finite numbers above 0, got {self.temperatures}')
 
-        self.weight_in_softmax, self.affinity_floor = weight_in_softmax, affinity_floor
-        self.self_distance, self.min_scale = self_distance, min_scale
-        self.min_dist_sq, self.min_drift_sq = min_dist_sq, min_drift_sq
-        self.diagnostics = diagnostics
+        self.weight_options = affinity_floor, weight_in_softmax
+        self.self_distance, self.diagnostics = self_distance, diagnostics
+        self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
 
         self.gen = full_precision(gen).detach()
         self.sets = [t for t in (pos, uncond, default(neg, self.gen)) if exists(t)]
@@ -729,7 +729,7 @@ class DriftProblems:
     def coefficients(self, part, scale):
         """W [b t g y] of every temperature, V = W (y - x), and distances [b 1 g y] where a potential needs them.
 
-        Those of the newest part stay: two rounds meet there, and a small loss has one part alone.
+        The newest part's stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] == part:
             return self.newest[1:]
@@ -739,8 +739,7 @@ class DriftProblems:
 
         dist = rearrange(dist, 'b g y -> b 1 g y')
         weight = self.weight[part].expand(-1, len(self.temperatures), -1)  # b t y
-        options = self.affinity_floor, self.weight_in_softmax
-        W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *options)
+        W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *self.weight_options)
         self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
         return self.newest[1:]
 
@@ -857,7 +856,7 @@ class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
 
     encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
-    decoder: a callable in front of the encoders, from latents to pixels. Modules are frozen, gradients pass through.
+    decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass through.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
     group_chunk_size: class groups at a time: the same result, the memory of one chunk, three encoder passes.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
@@ -879,16 +878,9 @@ class FeatureDriftLoss(Module):
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
+        self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'needs_neg', False)
         owners = [getattr(part, '__self__', part) for part in (*self.encoders, decoder)]  # of methods
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
-
-    @property
-    def field(self):
-        return default(self.drift_loss_kwargs.get('field'), DriftField())
-
-    @property
-    def needs_neg(self):
-        return self.field.needs_neg
 
     def with_options(self, *, group_chunk_size = None, compile = False):
         """A copy with the same encoders, in chunks or compiled. On a cpu the field in place is faster uncompiled."""
@@ -897,7 +889,7 @@ class FeatureDriftLoss(Module):
         if compile:
             other.features = torch.compile(self.features)
         if compile and torch.accelerator.is_available():
-            field = copy(self.field)
+            field = copy(default(self.drift_loss_kwargs.get('field'), DriftField()))
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
 
@@ -920,14 +912,11 @@ class FeatureDriftLoss(Module):
             features |= encoded
 
         for name, t in features.items():
-            fits = t.ndim == 3 and len(t) == len(x)
-            expected = f'({len(x)}, locations, feature dim)'
-            check(fits, f'feature {name!r} has shape {tuple(t.shape)}, expected {expected}')
-
+            check_shape(f'feature {name!r}', t, (len(x), 'locations', 'feature dim'))
         return features
 
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
-        """The arguments of drift_loss, feature by feature: every location of every group is its own problem."""
+        """{feature: arguments of drift_loss}, one by one: every location of every group is its own problem."""
         c = len(gen)
         others = dict(pos = pos, uncond = uncond, neg = neg)
         others = {kind: t for kind, t in others.items() if exists(t)}
@@ -1062,7 +1051,7 @@ class GradientField(DriftField):
         return self.logits(dist, temperature) + rearrange(log_weight, '... y -> ... 1 y')
 
     def log_masses(self, log_kernel, dist, num_pos, temperature):
-        """log of what V is divided by [... n 1], for positives and for negatives."""
+        """log of what V is divided by [... n 1], of positives and of negatives."""
         return [t.logsumexp(dim = -1, keepdim = True) for t in log_kernel.tensor_split((num_pos,), dim = -1)]
 
     def slope(self, dist, temperature):
@@ -1172,7 +1161,7 @@ def conv_norm(dim_in, dim_out, kernel = 3, stride = 1):
     return nn.Sequential(conv, group_norm(dim_out))
 
 def lecun_normal_(weight):
-    """flax's initialisation: variance 1 / fan_in, of a normal that is cut at two deviations and widened to keep it."""
+    """flax's: a normal of variance 1 / fan_in, cut at two deviations and widened to keep it."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std = std, a = -2 * std, b = 2 * std)
 
@@ -1274,7 +1263,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
     def maps(self, x):
-        """{name: [b d h w]} of a folded input: the stem, every second block of a stage, and its normalised output."""
+        """{name: [b d h w]} of a folded input: stem, every second block of a stage, its normalised output."""
         maps = {'conv1': F.relu(self.stem(x))}
         x = maps['conv1']
         for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
@@ -1308,7 +1297,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
     def reconstruct(self, x, mask):
-        """The decoder's picture [b ch h w] of samples whose patches in mask [b h w] were dropped, and the last map."""
+        """Samples [b ch h w] from what the mask [b h w] leaves of them, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
         y = F.relu(self.bridge(maps['layer4']))
@@ -1397,7 +1386,7 @@ class BackboneFeatures(Module):
                 check(side ** 2 == num, f'{name} has {found}, expected a square number')
                 out = rearrange(out, 'b (h w) d -> b d h w', h = side)
 
-            check(out.ndim == 4, f'{name} has shape {tuple(out.shape)}, expected a map [b d h w] or tokens [b n d]')
+            check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
             features |= map_features(name, out, self.feature_sets)
 
         return features
@@ -1424,7 +1413,7 @@ class ConvNeXtFeatures(Module):
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of images x [b 3 h w]: each stage standardised over its channels, and the pooled output."""
+        """{name: [b f d]} of images x [b 3 h w]: stages standardised over channels, and the pooled output."""
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(self.pixel_input(full_precision(x)), output_hidden_states = True)
             features = {}
@@ -1442,7 +1431,7 @@ class ConvNeXtFeatures(Module):
 # 8. data - A.7, A.8
 # ───────────────────────────────────────────────────────────────────────────────
 
-# every random number of a run is drawn from a seed that is made of its place in the run, so that it can be repeated
+# every random number of a run comes from a seed made of its place in the run, which can so be repeated
 
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise')."""
@@ -1529,7 +1518,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class: positives are drawn from it, unconditional samples from one of one class.
+    """The newest real samples of every class: positives, or in a queue of one class unconditional samples (A.8).
 
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
@@ -1574,7 +1563,7 @@ class SampleQueue:
         self.pushed += counts
 
     def draw(self, labels, num, generator = None):
-        """Samples [c num ...] of the classes labels [c], without replacement within each row."""
+        """Samples [c num ...] of the classes labels [c], without replacement within a row."""
         labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
         filled = self.filled[labels]
         short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
@@ -1622,7 +1611,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, place):
         position, index = place
         seed = seed_for(self.seed, 'sample', position)
-        torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take longer than many a sample
+        torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take long
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
         try:
@@ -1662,7 +1651,7 @@ def sha256(path):
     return digest.hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
-    """Writes a safetensors file, with copy where tensors share memory. Returns what the manifest says of it."""
+    """copy: where tensors may share memory. Returns what the manifest says of the file."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
     return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
@@ -1681,7 +1670,7 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. Each process looks at its own queue, the first at all else too."""
+    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
     try:
         files = read_json(folder / 'manifest.json')['files']
         missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
@@ -1710,14 +1699,11 @@ class Checkpoints:
         steps = {int(path.name.removeprefix('step-')): path for path in ours}
         return [steps[step] for step in sorted(steps) if step > after]
 
-    def newest_good(self):
-        return next((folder for folder in reversed(self.folders()) if not damage(folder)), None)
-
     def unfinished(self, step):
         return self.root / f'unfinished-{step:08d}'
 
     def complete(self, step, manifest):
-        """Only when all files are written it gets the name of a checkpoint. The oldest ones go."""
+        """Only when all files are written it gets its name. The oldest ones go."""
         unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
         for path in (*unfinished.iterdir(), unfinished):
@@ -1729,7 +1715,7 @@ class Checkpoints:
             discard(old)
 
     def set_aside(self, step):
-        """Those after step, of a run that was left for an earlier one: they neither count nor are removed."""
+        """Those after step, which the run was resumed before: they neither count nor are removed."""
         for folder in self.folders(after = step):
             aside = folder.with_name(f'left-{folder.name}')
             discard(aside)
@@ -1748,7 +1734,7 @@ def together(work):
         raise OSError(problem)
     return results
 
-# states are of the whole model, also where it is sharded; a parameter without gradients has none in an optimizer
+# states are of the whole model, even if it is sharded; an optimizer has none of parameters without gradients
 
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
@@ -1814,7 +1800,7 @@ def versions():
 # settings
 
 def free(value):
-    """The default of a setting that a resumed run may change and still repeat what it would have been."""
+    """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
 
 @dataclasses.dataclass(kw_only = True)
@@ -1912,7 +1898,7 @@ class BaseTrainer:
         return tuple(sample.shape)
 
     def prepare(self, model):
-        """Release: AdamW on all parameters, and the plain average of the weights from the start, at every step."""
+        """Release: AdamW on all parameters, and their plain average from the start, at every step."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
         average = deepcopy(model) if is_sharded else None
         options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
@@ -1995,7 +1981,7 @@ class BaseTrainer:
         return samples, torch.as_tensor(labels)
 
     def seed_model(self, *key):
-        """For a model with dropout: what it draws next is a function of the place in the run."""
+        """What a model with dropout draws next is a function of the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
         for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed)
@@ -2010,7 +1996,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def clip_gradients(self):
-        """{'grad_norm': of all parameters before it, and in a step that is logged of every part of the model}."""
+        """The norms before it {'grad_norm': ...}: of all parameters, and when they are logged of every part."""
         norms = {}
         for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
             grads = [p.grad for p in part.parameters() if exists(p.grad)]
@@ -2022,7 +2008,7 @@ class BaseTrainer:
         return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
 
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of the last micro step on this process, and gradient norms."""
+        """One optimiser step. Returns loss and details of this process's last micro step, and gradient norms."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2039,7 +2025,7 @@ class BaseTrainer:
         return loss, details, norms
 
     def check_finite(self, loss, details, norms):
-        """Stops the run before broken weights are saved. A broken gradient stays in them: the newest step tells."""
+        """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
         norm = norms['grad_norm']
         is_scaled = exists(self.accelerator.scaler)  # fp16: it leaves steps with broken gradients out itself
         is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
@@ -2050,15 +2036,15 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
-        good = default(self.checkpoints.newest_good(), 'none')
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {good}')
+        good = [folder for folder in self.checkpoints.folders() if not damage(folder)]
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
 
     # the loop
 
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients: what went wrong, and the last good checkpoint.
+        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint.
         """
         settings, accelerator, batches = self.settings, self.accelerator, self.batches()
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
@@ -2137,7 +2123,7 @@ class BaseTrainer:
     # checkpoints
 
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest. Until it is complete nothing is named so."""
+        """Write results_folder/checkpoints/step-..., and keep the newest."""
         try:
             written = together(self.write_states)
             together(lambda: self.complete(written) if self.is_main else None)
@@ -2147,7 +2133,7 @@ class BaseTrainer:
             raise OSError(f'{problem}. The last one is {[None, *self.checkpoints.folders()][-1]}') from error
 
     def write_states(self):
-        """Models and optimizer by the main process, which alone is given them, and each one's queue."""
+        """Queues by each process, the rest by the main one, which alone is given it."""
         optimizer = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
         moments = optimizer.get('state', {})
         queues = {name: queue.state_dict() for name, queue in self.queues.items()}
@@ -2202,7 +2188,7 @@ class BaseTrainer:
         self.accelerator.wait_for_everyone()
 
     def trim_metrics(self):
-        """What was logged after the checkpoint will be logged again; a line cut short by a crash goes too."""
+        """What was logged after the checkpoint will be logged again; lines cut short by a crash go too."""
         path = self.results_folder / 'metrics.jsonl'
 
         def stays(line):
@@ -2252,7 +2238,7 @@ class BaseTrainer:
             self.ema.ema_model.reshard()
 
     def save_pretrained(self, folder):
-        """Write the averaged model into a folder, for its from_pretrained. On every process, it may be sharded."""
+        """Write the averaged model into a folder, for its from_pretrained. To be called in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
         wanted = 'of others save trainer.ema.ema_model.state_dict()'
         check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
@@ -2300,7 +2286,7 @@ PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)
 
 TRAINER_PRESETS = {
     'ablation': {},
-    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),    # paper: num_pos = 128, one of four ema_decay
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),  # paper: num_pos = 128, one of four ema_decay
     'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
     'B/16': {**PIXEL, 'learning_rate': 2e-4},
     'L/16': PIXEL,
@@ -2314,8 +2300,8 @@ class StepDetails(NamedTuple):
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8).
 
-    model: any module with the call model(noise, labels, alpha, styles), an attribute num_classes (None: unconditional,
-        labels are ignored) and, if noise does not have the shape of a sample, noise_shape.
+    model: any module with the call model(noise, labels, alpha, styles) and the attributes num_classes (None:
+        unconditional, labels are ignored) and, if it is not that of a sample, noise_shape.
     loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
@@ -2381,7 +2367,7 @@ class Trainer(BaseTrainer):
         return self.settings.num_groups * self.settings.num_gen
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, each at most one pass over the data."""
+        """Read until every class has enough positives in every process, at most one pass over the data."""
         num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
@@ -2409,13 +2395,13 @@ class Trainer(BaseTrainer):
         return t.tensor_split(self.world)[self.rank]
 
     def draw(self, newest_labels, micro_step):
-        """labels [c], alpha [c], pos [c p ...], uncond [c u ...] or None, of this process's groups."""
+        """labels [c], alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         options = dict(low = low, high = high, power = settings.alpha_power, no_cfg_frac = settings.no_cfg_frac)
         alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
 
-        # release: labels of the newest real samples, without replacement; in turns, where more are asked for
+        # release: labels of the newest real samples, without replacement, or in turns
         c, num = len(alpha), len(newest_labels)
         turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
         labels = newest_labels[cat(turns)[:c]]
@@ -2428,7 +2414,7 @@ class Trainer(BaseTrainer):
         return labels, alpha, pos.float(), uncond
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """noise [c g ...], labels, alpha, styles [c g s]: noise and styles depend on the step and the group alone."""
+        """noise [c g ...], labels, alpha, styles [c g s]; noise and styles are the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
         for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
@@ -2443,7 +2429,7 @@ class Trainer(BaseTrainer):
     # the step
 
     def generate(self, model, noise, labels, alpha, styles):
-        """Generated samples [c g ...] of noise [c g ...], labels [c], alpha [c], styles [c g s]."""
+        """Generated samples [c g ...] of what `inputs` gives."""
         c, g = noise.shape[:2]
         labels, alpha = (repeat(t, 'c -> (c g)', g = g) if exists(t) else None for t in (labels, alpha))
         noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
@@ -2514,7 +2500,7 @@ class Trainer(BaseTrainer):
     # what is seen of it
 
     def metrics(self, details):
-        """On the bar goes what tells progress: the drift before it is normalised, averaged over features."""
+        """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max()}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
@@ -2539,7 +2525,7 @@ class Trainer(BaseTrainer):
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
-            hint = 'Small data: affinity_floor = 0.; see "Small data" in the README'
+            hint = 'See "Small data" in the README: affinity_floor = 0.'
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
@@ -2617,7 +2603,7 @@ class MAETrainer(BaseTrainer):
         return metrics, ('reconstruction', 'accuracy')
 
     def pictures(self):
-        """Of the first ten samples: as they are, what is left under the mask, the reconstruction of the rest."""
+        """The first ten samples, what the mask leaves of them, and their reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
         samples = stack([self.dataset[i, i][0] for i in range(num)]).to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
@@ -2719,7 +2705,7 @@ def read_msgpack(path):
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
 def translated(params, rules):
-    """The parameters under our names, in PyTorch's layout. params is emptied on the way: none is held twice."""
+    """The parameters under our names, in PyTorch's layout. params is emptied: none is held twice."""
     state = {}
     for path in list(params):
         t, name = params.pop(path), path
@@ -2732,12 +2718,10 @@ def translated(params, rules):
     return state
 
 def mae_from_release(config, params):
-    """The arguments and the state dict of a LatentMAE."""
     config = {**MAE_DEFAULTS, **config}
     return {ours: config[theirs] for ours, theirs in MAE_OPTIONS.items()}, translated(params, MAE_NAMES)
 
 def generator_from_release(config, params):
-    """The arguments and the state dict of a DriftingGenerator."""
     config = {**GENERATOR_DEFAULTS, **config}
     refused = 'which this generator does not offer'
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
@@ -2778,7 +2762,7 @@ def generator_from_release(config, params):
     arguments['bf16_rotary'] = config['use_bf16'] and not config['attn_fp32']
     return arguments, state
 
-# of each model: its kind in the authors' repository, the names there, and its translation
+# of each model: its kind and names in the authors' repository; its translation into arguments and state dict
 
 PUBLISHED = {
     DriftingGenerator: (
