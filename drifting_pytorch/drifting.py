@@ -53,9 +53,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 1. helpers
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 # dimension letters, everywhere in this file
 #
@@ -91,10 +91,12 @@ def check_positive(**values):
 
 def check_shape(name, t, expected, hint = ''):
     """A word in expected, as 'batch', stands for any size."""
-    given, wanted = tuple(t.shape), str(tuple(expected)).replace("'", '')
-    pairs = zip(given, expected, strict = False)
-    same = all(isinstance(want, str) or want == size for size, want in pairs)
-    check(same and len(given) == len(expected), f'{name} has shape {given}, expected {wanted}{hint}')
+    given, same = tuple(t.shape), t.ndim == len(expected)
+    for size, want in zip(given, expected, strict = False):
+        same = same and (size == want or isinstance(want, str))
+    if not same:
+        wanted = str(tuple(expected)).replace("'", '')
+        raise ValueError(f'{name} has shape {given}, expected {wanted}{hint}')
 
 def can_read(t):
     """Whether looking at values is free: it would stall an accelerator, and break a compiled graph."""
@@ -142,9 +144,9 @@ def chunked(tensors, size = None):
     size = default(size, num)
     return [[t[i:i + size] if exists(t) else None for t in tensors] for i in range(0, num, size)]
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
@@ -172,7 +174,7 @@ class DriftField(Module):
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
     """
 
-    # what the loss has to know of a field; the fields of later work (section 6) differ in it
+    # what the loss has to know of a field; those of later work (section 6) differ in it
 
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
@@ -273,9 +275,9 @@ class DriftField(Module):
             W = self.coefficients(dist, num_pos, num_neg, float(temperature))
             return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 3. the loss on one feature as the paper writes it - A.6
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 def plain_drift_loss(
     gen: Float[Tensor, 'b g d'],
@@ -314,9 +316,9 @@ def plain_drift_loss(
 
     return (gen / unit - target).square().mean(dim = (1, 2))
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 4. generator - A.2, Table 8
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
@@ -445,7 +447,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    bf16_rotary: rotary positions rounded to bfloat16. Only for published weights that were trained with them.
+    bf16_rotary: rotary positions rounded to bfloat16, for published weights that were trained so.
     checkpointing: compute each block again in the backward pass instead of keeping what is inside.
 
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
@@ -563,7 +565,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: None where num_classes is None. alpha: the guidance scale, >= 1. styles: None, they are drawn.
+        labels: None where num_classes is. alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, and non-finite values.
         """
         noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
@@ -585,9 +587,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """Samples [b ch h w] for labels [b], see sample_from."""
         return sample_from(self, self.noise_shape, labels, **kwargs)
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -637,7 +639,7 @@ class DriftProblems:
     """b independent drifting problems of one feature (class group x location), in parts that fit a cache.
 
     S and lambda are means over all problems of a step, so there are three rounds: sum_distances, sum_drift, loss.
-    Between them the caller adds up what else belongs to the step: other processes, other chunks of the batch.
+    Between them the caller adds what else belongs to the step: other processes, other chunks of the batch.
     """
 
     def __init__(
@@ -943,7 +945,7 @@ class FeatureDriftLoss(Module):
                 check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
 
         has_alpha = exists(alpha) or not exists(uncond)
-        check(has_alpha, 'uncond was given without alpha: pass the guidance scale [groups], 1 is no guidance')
+        check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
         if exists(alpha):
             expected, given = (len(gen),), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
             wanted = f'alpha must be a tensor of shape {expected}, one guidance scale per group'
@@ -1031,9 +1033,9 @@ class FeatureDriftLoss(Module):
 
         return KnownGradient.apply(gen, total, cat(grads)), Breakdown(losses, stats)
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 6. fields of later work
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
@@ -1130,9 +1132,9 @@ class SinkhornField(DriftField):
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 7. feature encoders - A.3-A.5
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
@@ -1358,7 +1360,7 @@ class PixelInput(Module):
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
-    """Drifting features of any vision backbone, for example of timm with SimCLR's, MoCo's or DINO's weights.
+    """Drifting features of any vision backbone, as one of timm with the weights of SimCLR, MoCo or DINO.
 
     backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict of them.
     num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
@@ -1392,9 +1394,9 @@ class BackboneFeatures(Module):
         return features
 
 class ConvNeXtFeatures(Module):
-    """The second encoder of the pixel models, ConvNeXt-V2, with its features under the release's names (A.4).
+    """ConvNeXt-V2, the second encoder of the pixel models, with features under the release's names (A.4).
 
-    model: a ConvNextV2Model of transformers, runs in float32 also under autocast. Everything else goes to PixelInput.
+    model: a ConvNextV2Model of transformers, always run in float32. Everything else goes to PixelInput.
     """
 
     def __init__(self, model, **pixel_input_kwargs):
@@ -1427,9 +1429,9 @@ class ConvNeXtFeatures(Module):
             features['global_std'] = features['convenxt_stage_3_std']
             return features
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 8. data - A.7, A.8
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 # every random number of a run comes from a seed made of its place in the run, which can so be repeated
 
@@ -1461,13 +1463,13 @@ def center_crop(picture, size):
 class ImageFolder(Dataset):
     """Images [ch size size] in [-1, 1] of a folder, and their labels.
 
-    A label is the place of the image's folder among the class folders, or 0 where the folder itself holds the images.
-    channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random. num_classes: of class folders, None without.
+    A label is the place of the image's folder among the class folders, or 0 where there are none (num_classes None).
+    channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     Raises ValueError for folders without images or with images next to class folders, and for unreadable images.
     """
 
     def __init__(self, root, image_size, *, channels = 3, flip = False):
-        check(os.path.isdir(root), f'{root} is not a folder: expected one of images, or of class folders of images')
+        check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
         self.root, self.image_size = Path(root), image_size
         self.channels, self.flip = channels, flip
@@ -1475,7 +1477,7 @@ class ImageFolder(Dataset):
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
         mixed = self.classes and images_in(root)
-        check(not mixed, f'{root} has both class folders and images: move the images into the folder of their class')
+        check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
 
         self.files = []
         for label, name in enumerate(self.classes or ['']):
@@ -1624,9 +1626,9 @@ class SeededDataset(Dataset):
         check(shape == self.sample_shape, f'{found}, the first one has {self.sample_shape}')
         return sample.float(), label if self.with_labels else 0
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 9. trainers - A.3, A.8, A.9
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 # checkpoints: files, nothing of training
 
@@ -2166,7 +2168,6 @@ class BaseTrainer:
         ))
 
     def resume(self):
-        """Go on from resume_from_checkpoint, if that was given and is there."""
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
@@ -2613,9 +2614,9 @@ class MAETrainer(BaseTrainer):
         self.reshard_average()
         return cat((samples, left, restored)), 3
 
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 # 10. weights - our own, and those that the authors published
-# ───────────────────────────────────────────────────────────────────────────────
+# ────────────────────────────────────────────────────────────
 
 RELEASE = 'Goodeat/drifting'  # on the hub
 RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
