@@ -175,7 +175,6 @@ class DriftField(Module):
     """
 
     # what the loss has to know of a field; those of later work (section 6) differ in it
-
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
     has_potential = False  # the field is the gradient of a scalar, `potential`
@@ -261,9 +260,8 @@ class DriftField(Module):
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
-        x, num_pos = full_precision(x), y_pos.shape[-2]
+        x, num_pos, num_neg = full_precision(x), y_pos.shape[-2], default(y_neg, x).shape[-2]
         y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
-        num_neg = y.shape[-2] - num_pos
 
         with torch.autocast(x.device.type, enabled = False):
             center = reduce(y, '... y d -> ... 1 d', 'mean')
@@ -538,12 +536,11 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        b, has_classes = len(noise), exists(self.num_classes)
+        b, has_classes, dtype = len(noise), exists(self.num_classes), self.rotary.dtype
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_range('noise', noise, -math.inf)
-        dtype = self.rotary.dtype
-        fits = dtype in (torch.float32, torch.float64)
-        check(fits, f'the model is {dtype}, its positions too: keep it in float32, under torch.autocast')
+        is_precise = dtype in (torch.float32, torch.float64)
+        check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
         wanted = 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
@@ -792,6 +789,7 @@ class DriftProblems:
             V_sq = self.squared_lengths(part, W)
         else:
             V_sq = self.vectors(part, scale).norm(dim = (2, 3)).square().sum(dim = 0)
+
         sums = [V_sq / (self.d * self.unit(scale) ** 2)]
 
         if self.diagnostics:
@@ -918,7 +916,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
-        """{feature: arguments of drift_loss}, one by one: every location of every group is its own problem."""
+        """(feature, arguments of drift_loss): every location of every group is its own problem."""
         c = len(gen)
         others = dict(pos = pos, uncond = uncond, neg = neg)
         others = {kind: t for kind, t in others.items() if exists(t)}
@@ -1299,7 +1297,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
     def reconstruct(self, x, mask):
-        """Samples [b ch h w] from what the mask [b h w] leaves of them, and the encoder's last map."""
+        """Samples [b ch h w] from what a mask [b h w] leaves of them, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
         y = F.relu(self.bridge(maps['layer4']))
@@ -1736,7 +1734,7 @@ def together(work):
         raise OSError(problem)
     return results
 
-# states are of the whole model, even if it is sharded; an optimizer has none of parameters without gradients
+# states of the whole model, even if sharded; an optimizer has none of parameters without gradients
 
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
@@ -1844,7 +1842,7 @@ class LoopSettings:
         check_positive(**{name: getattr(self, name) for name in names})
 
 class BaseTrainer:
-    """The training loop through accelerate, for any model: AdamW, warmup, average, metrics, pictures, checkpoints.
+    """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
@@ -1998,7 +1996,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def clip_gradients(self):
-        """The norms before it {'grad_norm': ...}: of all parameters, and when they are logged of every part."""
+        """{'grad_norm': of all parameters before it}, and when it is logged that of every part."""
         norms = {}
         for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
             grads = [p.grad for p in part.parameters() if exists(p.grad)]
@@ -2239,7 +2237,7 @@ class BaseTrainer:
             self.ema.ema_model.reshard()
 
     def save_pretrained(self, folder):
-        """Write the averaged model into a folder, for its from_pretrained. To be called in every process."""
+        """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
         wanted = 'of others save trainer.ema.ema_model.state_dict()'
         check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
@@ -2415,7 +2413,7 @@ class Trainer(BaseTrainer):
         return labels, alpha, pos.float(), uncond
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """noise [c g ...], labels, alpha, styles [c g s]; noise and styles are the same for any number of processes."""
+        """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
         for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
