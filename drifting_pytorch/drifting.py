@@ -277,6 +277,7 @@ class DriftField(Module):
 # 3. the loss on one feature as the paper writes it - A.6
 # ────────────────────────────────────────────────────────────
 
+@typecheck
 def plain_drift_loss(
     gen: Float[Tensor, 'b g d'],
     pos: Float[Tensor, 'b p d'],
@@ -414,10 +415,11 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     fits = exists(labels) == exists(num_classes) and exists(labels) != exists(num_samples)
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
-    num = len(labels) if exists(labels) else num_samples
+    labels = torch.as_tensor(labels) if exists(labels) else None
+    num = labels.numel() if exists(labels) else num_samples
     check_positive(num_samples = num, batch_size = batch_size)
     if exists(labels):
-        labels = checked_labels(torch.as_tensor(labels), num_classes, num)
+        labels = checked_labels(labels, num_classes, num)
     alpha = torch.as_tensor(alpha, dtype = torch.float32)
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
@@ -2036,8 +2038,8 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
-        good = [folder for folder in self.checkpoints.folders() if not damage(folder)]
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
+        good = (folder for folder in reversed(self.checkpoints.folders()) if not damage(folder))
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {next(good, "none")}')
 
     # the loop
 
@@ -2446,7 +2448,7 @@ class Trainer(BaseTrainer):
         for i, chunk in enumerate(chunks):
             self.seed_model(i)
             with torch.no_grad():
-                samples.append(self.generate(self.unwrapped, *chunk))
+                samples.append(self.generate(self.model, *chunk))
 
         return cat(samples)
 
