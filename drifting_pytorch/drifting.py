@@ -23,6 +23,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -75,8 +76,15 @@ def default(val, d):
 
 def typecheck(fn):
     """Checks the shapes in the signature of fn, where DRIFTING_TYPECHECK=1 is set before the import."""
-    is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
-    return jaxtyped(fn, typechecker = beartype) if is_on else fn
+    if os.environ.get('DRIFTING_TYPECHECK', '0') in ('', '0'):
+        return fn
+    checked = jaxtyped(fn, typechecker = beartype)
+
+    @wraps(fn)
+    def unless_compiling(*args, **kwargs):
+        return fn(*args, **kwargs) if torch.compiler.is_compiling() else checked(*args, **kwargs)
+
+    return unless_compiling
 
 # input is checked by hand, always, with errors of one line that say what to do
 
@@ -287,8 +295,8 @@ def plain_drift_loss(
 ) -> Float[Tensor, 'b']:
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
-    gen: generated, pos: real, uncond: real samples of any class, with weights (A.7). Returns the loss [b].
-    To be read, and to test against: `drift_loss` (section 5) computes the same fast and over all processes.
+    gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
+    Returns the loss [b]. To be read, and to test against: `drift_loss` (section 5) does the same fast.
     """
     field = default(field, DriftField())
     (_, g, d), p = gen.shape, pos.shape[1]
@@ -398,7 +406,7 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
-    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
     rows = repeat(sin_first, 'h d -> (h w) d', w = size)
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
@@ -436,6 +444,8 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
         return cat(samples)
     finally:
         model.train(training)
+        if hasattr(model, 'reshard'):  # FSDP
+            model.reshard()
 
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
@@ -476,8 +486,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
-        self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
+        self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
         # tokens [registers | patches]
@@ -486,12 +496,13 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), on the cpu even if the parameters are on the meta device
+        # rotary positions of all tokens (release: 1d), real also where the weights are still to be read (meta)
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
             angles = rotary(torch.arange(num_register_tokens + size ** 2)).detach().float()
 
+        angles = angles if self.pos_embed.is_meta else angles.to(self.pos_embed.device)
         self.register_buffer('rotary', rearrange(angles, 'n dh -> 1 n dh'), persistent = False)
 
         self.blocks = ModuleList([Block(dim, heads, dim_ff) for _ in range(depth)])
@@ -512,15 +523,14 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
                 nn.init.xavier_uniform_(module.weight)
             if isinstance(module, nn.Linear) and exists(module.bias):
                 nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std = 0.02)
-
-        for weight in (self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
-            nn.init.normal_(weight, std = 0.02)
-
-        # every block starts as the identity, and the output as 0
         for block in self.blocks:
             block.init_weights()
+
+        embeddings = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
+            nn.init.normal_(weight, std = 0.02)
+
+        # the output starts as 0, as every block does as the identity
         for linear in (self.final_modulation.linear, self.to_patch):
             nn.init.zeros_(linear.weight)
 
@@ -666,7 +676,8 @@ class DriftProblems:
         check(has_neg, f'{type(self.field).__name__} needs neg, a second batch of generated samples')
         self.temperatures = tuple(map(float, temperatures))
         fits = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
-        check(fits, f'temperatures must be finite numbers above 0, got {self.temperatures}')
+        fits = fits and len(set(self.temperatures)) == len(self.temperatures)
+        check(fits, f'temperatures must be different, finite numbers above 0, got {self.temperatures}')
 
         self.weight_options = affinity_floor, weight_in_softmax
         self.self_distance, self.diagnostics = self_distance, diagnostics
@@ -947,9 +958,9 @@ class FeatureDriftLoss(Module):
         has_alpha = exists(alpha) or not exists(uncond)
         check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
         if exists(alpha):
-            expected, given = (len(gen),), tuple(alpha.shape) if torch.is_tensor(alpha) else alpha
-            wanted = f'alpha must be a tensor of shape {expected}, one guidance scale per group'
-            check(given == expected, f'{wanted}, got {given}')
+            given = tuple(alpha.shape) if torch.is_tensor(alpha) else repr(alpha)
+            wanted = f'alpha must be a tensor of shape ({len(gen)},), one guidance scale per group'
+            check(torch.is_tensor(alpha) and given == (len(gen),), f'{wanted}, got {given}')
             check_range('alpha', alpha, 1)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
             check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
@@ -978,7 +989,7 @@ class FeatureDriftLoss(Module):
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
         chunks = chunked(list(samples.values()), self.group_chunk_size)
-        return self.loss_of_chunks([dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
+        return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
@@ -1005,6 +1016,7 @@ class FeatureDriftLoss(Module):
 
                 if i == len(chunks):
                     yield name, problems, sum_over_processes(totals[name])
+                del problems  # or two features would be held at a time
 
     @torch.no_grad()
     def stats_of(self, chunks, options):
@@ -1012,12 +1024,13 @@ class FeatureDriftLoss(Module):
         scales, stats = {}, {}
         for name, problems, total in self.totals(chunks, options):
             scales[name] = problems.scale(total)
+            del problems
         for name, problems, total in self.totals(chunks, options, scales):
             stats[name] = problems.stats(scales[name], total)
+            del problems
         return stats
 
-    def loss_of_chunks(self, chunks, options):
-        gen = cat([chunk['gen'] for chunk in chunks])
+    def loss_of_chunks(self, gen, chunks, options):
         stats = self.stats_of(chunks, options)
         losses, grads, total = {}, [], 0
         for chunk in chunks:
@@ -2526,15 +2539,12 @@ class Trainer(BaseTrainer):
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
-            hint = 'See "Small data" in the README: affinity_floor = 0.'
+            hint = 'With few dimensions use affinity_floor = 0., see "Your data" in the README'
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model, see sample_from."""
-        try:
-            return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
-        finally:
-            self.reshard_average()
+        return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
         """Ten samples each of the first ten classes, always from the same noise."""
@@ -2780,14 +2790,15 @@ def from_pretrained(cls, name, *, revision = None):
         which need the extra [pretrained]).
     Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes.
     """
-    kind, published, translate = PUBLISHED[cls]
-    folder, is_published = Path(name), name in published
+    kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
+    folder = Path(name)
+    is_published = name in published and not folder.is_dir()
     known = is_published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
     check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
     is_release = is_published or (folder / 'metadata.json').is_file()
     files = RELEASE_FILES if is_release else OUR_FILES
 
-    if folder.is_dir() and not is_published:
+    if folder.is_dir():
         config, weights = (folder / file for file in files)
         wanted = 'expected a folder of save_pretrained or a published model'
         check(config.is_file(), f'{folder} has neither config.json nor metadata.json: {wanted}')
