@@ -2382,6 +2382,7 @@ class Trainer(BaseTrainer):
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
+        # open: nothing is said of steps before the queues are full. So there are none
         num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):

@@ -6,6 +6,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import LatentMAE, MAETrainer
+from drifting_pytorch.drifting import MAESettings
 from helpers import rows, weights
 
 # stripes
@@ -50,6 +51,12 @@ def test_lambda_ramps_linearly(tmp_path):
     for t.step in range(10):
         ramp.append(t.cls_weight_at(t.step))
     assert ramp == pytest.approx([0.] * 7 + [0.05, 0.1, 0.1])
+
+def test_defaults_are_the_release_s():
+    settings = MAESettings()
+    found = settings.batch_size, settings.learning_rate, settings.lr_warmup_steps, settings.betas, settings.ema_decay
+    assert found == (8192, 4e-3, 4_000, (0.9, 0.95), 0.9995)
+    assert (settings.weight_decay, settings.cls_weight, settings.cls_warmup_steps) == (0.01, 0.1, 1_000)
 
 def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
     settings = dict(finetune_steps = 2, save_every = 4)
