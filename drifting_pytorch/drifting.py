@@ -700,6 +700,7 @@ class DriftProblems:
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None, None  # the newest part, its W, its distances
+        self.placed = None, None, None  # the part in the buffer, its x, its y
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
@@ -719,11 +720,15 @@ class DriftProblems:
 
         Centred on the generated samples, whose distances then keep their digits also where they nearly coincide.
         """
+        if self.placed[0] == part:
+            return self.placed[1:]
         center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
         y = self.buffer[:len(center)]
         for t, out in zip(self.sets, y.split(self.sizes, dim = 1), strict = True):
             torch.sub(t[part], center, out = out)
-        return y[:, -self.g:] if self.own_negatives else self.gen[part] - center, y
+        x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
+        self.placed = part, x, y
+        return x, y
 
     def squares(self, part):
         """Squared distances [b g y], and if |V| comes from them those among positives and unconditional [b o o]."""
@@ -1032,19 +1037,19 @@ class FeatureDriftLoss(Module):
 
     def loss_of_chunks(self, gen, chunks, options):
         stats = self.stats_of(chunks, options)
-        losses, grads, total = {}, [], 0
-        for chunk in chunks:
+        losses, grad, total = {}, torch.empty_like(gen), 0
+        for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
             x = chunk['gen'].detach().requires_grad_()
             share = len(x) / len(gen)
             with torch.enable_grad():
                 loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
 
-            grads.append(torch.autograd.grad(loss, x)[0] * share)
+            part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
 
-        return KnownGradient.apply(gen, total, cat(grads)), Breakdown(losses, stats)
+        return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
 
 # ────────────────────────────────────────────────────────────
 # 6. fields of later work
@@ -1769,24 +1774,24 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
-    received, handlers = [], {}
+    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
+    ignored = signal.SIG_IGN, None  # in the background of a script
+    handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in SIGNALS:
-        handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
-            with suppress(ValueError):  # only the main thread is told of signals
-                signal.signal(number, remember)
-                handlers[number] = handler
+    for number in handlers:
+        with suppress(ValueError):  # only the main thread is told of signals
+            signal.signal(number, remember)
 
     try:
         yield received
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            with suppress(ValueError):
+                signal.signal(number, handler)
 
 def ignore_signals(worker):
     """Workers end with the process that they read for."""
@@ -1861,7 +1866,8 @@ class BaseTrainer:
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
-    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
+    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid;
+    samples_per_process is how many real samples a process reads in a micro step.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
@@ -1880,7 +1886,6 @@ class BaseTrainer:
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
         self.step, self.samples_read, self.queues = 0, 0, {}
         self.prepare(model)
-        self.claim_folder()
 
     def make_accelerator(self):
         settings, mixed_precision = self.settings, self.settings.mixed_precision
@@ -1962,13 +1967,6 @@ class BaseTrainer:
     @property
     def logs_this_step(self):
         return self.is_due(self.settings.log_every, self.step + 1)
-
-    @property
-    def samples_per_process(self):
-        """Real samples that each process reads in a micro step."""
-        num = self.settings.batch_size
-        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
-        return num // self.world
 
     @property
     def samples_trained(self):
@@ -2069,14 +2067,15 @@ class BaseTrainer:
         self.record_start()
         if self.step == 0:
             self.before_training(batches)
-        num_steps, self.clock, stopped = settings.num_train_steps, (time.perf_counter(), self.step), False
+        num_steps, self.clock, signals = settings.num_train_steps, (time.perf_counter(), self.step), []
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
-            while self.step < num_steps and not stopped:
+            while self.step < num_steps and not signals:
                 logs, result = self.logs_this_step, self.train_step(batches)
                 bar.update()
-                stopped = self.step % ask_every == 0 and any(gather_object(received))
-                saves = stopped or self.is_due(settings.save_every, self.step)
+                if self.step % ask_every == 0:
+                    signals = gather_object(received)
+                saves = signals or self.is_due(settings.save_every, self.step)
                 if logs or saves or self.step % look_every == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 if logs:
@@ -2086,23 +2085,24 @@ class BaseTrainer:
                 if saves:
                     self.save()
 
-        if stopped:
+        if signals:
             accelerator.print(f'stopped by a signal, saved at step {self.step}')
         for tracker in accelerator.trackers:
             tracker.finish()
-        if received:
-            signal.raise_signal(received[0])
+        for number in (signals or received)[:1]:
+            signal.raise_signal(number)
 
     def record_start(self):
+        if not self.is_main:
+            return
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
         failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
         machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
-        if self.is_main:
-            append_json(self.results_folder / 'starts.jsonl', dict(
-                step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
-                git = None if failed else revision, hardware = dict(device = device, **machine),
-                precision = self.accelerator.mixed_precision, config = self.record()
-            ))
+        append_json(self.results_folder / 'starts.jsonl', dict(
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
+            git = None if failed else revision, hardware = dict(device = device, **machine),
+            precision = self.accelerator.mixed_precision, config = self.record()
+        ))
 
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
@@ -2181,10 +2181,13 @@ class BaseTrainer:
         ))
 
     def resume(self):
+        """The end of a trainer's __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
+        self.claim_folder()
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        for folder in reversed(self.checkpoints.folders()) if given == 'latest' else [Path(given)]:
+        candidates = reversed(self.checkpoints.folders()) if given == 'latest' else [Path(given)]
+        for folder in candidates:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
                 self.load(folder)
@@ -2197,7 +2200,6 @@ class BaseTrainer:
 
         if self.is_main:
             self.trim_metrics()
-        if self.is_main and self.step > 0:
             self.checkpoints.set_aside(self.step)
         self.accelerator.wait_for_everyone()
 
@@ -2216,9 +2218,9 @@ class BaseTrainer:
 
     def load(self, folder):
         manifest = read_json(folder / 'manifest.json')
-        before, now, world = manifest['config'], self.record(), manifest['num_processes']
-        wanted = f'these are {self.world}: each has a queue of its own'
-        check(world == self.world, f'the checkpoint is of {world} processes, {wanted}')
+        before, now, saved_world = manifest['config'], self.record(), manifest['num_processes']
+        found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
+        check(saved_world == self.world, f'{found}: each has a queue of its own')
         free = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
         names = [name for name in now if name in before and before[name] != now[name] and name not in free]
         if names and self.is_main:
@@ -2589,6 +2591,12 @@ class MAETrainer(BaseTrainer):
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
 
+    @property
+    def samples_per_process(self):
+        num = self.settings.batch_size
+        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        return num // self.world
+
     def record(self):
         return {**super().record(), 'finetune_start': self.finetune_start}
 
@@ -2811,6 +2819,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     arguments = read_json(config)
     if is_release:
+        check('model_config' in arguments, f'{config} is not that of a published model: it has no model_config')
         arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
     else:
         state_dict = {name: t.float() for name, t in read_tensors(weights).items()}

@@ -33,4 +33,6 @@ trainer.train()
 
 samples = trainer.sample(torch.arange(10).repeat_interleave(16), seed = 0)          # sixteen of each, in [-1, 1]
 rows = rearrange((samples + 1) / 2, '(c n) ... -> c n ...', c = 10)
-image_grid(rows).save('results/minimal/samples.png')
+
+if trainer.accelerator.is_main_process:
+    image_grid(rows).save('results/minimal/samples.png')

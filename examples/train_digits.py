@@ -161,6 +161,7 @@ def main():
     trainer.train()
     seconds = time.perf_counter() - start
 
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
     if not trainer.accelerator.is_main_process:     # of several, one looks at the result

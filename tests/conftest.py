@@ -7,8 +7,6 @@ from accelerate.state import AcceleratorState
 os.environ['DRIFTING_TYPECHECK'] = '1'      # before the first import: shapes in signatures are checked in all tests
 pytest.register_assert_rewrite('helpers')
 
-from helpers import REFERENCE, ROOT, launch, relative, run, run_example  # noqa: F401  for modules that ask here for them
-
 torch.set_num_threads(1)                    # small tensors: a second thread only waits
 
 @pytest.fixture

@@ -73,17 +73,18 @@ def launch(fn, world, *args, timeout = 120):
 
     results = []
 
-    for pipe, process in zip(pipes, processes, strict = True):
-        try:
-            assert pipe.poll(timeout), f'no answer within {timeout} s'
-            results.append(pipe.recv())
-            process.join()
-        except EOFError:
-            process.join()
-            results.append(process.exitcode)
-        finally:
-            if process.is_alive():
-                process.kill()
+    try:
+        for pipe, process in zip(pipes, processes, strict = True):
+            try:
+                assert pipe.poll(timeout), f'no answer within {timeout} s'
+                results.append(pipe.recv())
+                process.join()
+            except EOFError:
+                process.join()
+                results.append(process.exitcode)
+    finally:
+        for process in processes:       # where one gives no answer, all wait for it
+            process.kill()
 
     return results
 

@@ -134,6 +134,24 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path):
     assert checkpoint_names(tmp_path) == [*left, 'step-00000004', 'step-00000005']
     assert trainer(tmp_path, resume_from_checkpoint = 'latest').step == 5
 
+def test_damaged_checkpoints_do_not_count(tmp_path):
+    """Where none is sound the run starts again, and keeps what it saves."""
+    trainer(tmp_path, num_train_steps = 8, save_every = 8).train()
+    (tmp_path / 'checkpoints' / 'step-00000008' / 'ema.safetensors').write_bytes(b'')
+
+    with pytest.warns(UserWarning, match = 'step-00000008 cannot be used'):
+        settings = dict(num_train_steps = 4, save_every = 2, keep_checkpoints = 1)
+        again = trainer(tmp_path, resume_from_checkpoint = 'latest', **settings)
+
+    again.train()
+    assert checkpoint_names(tmp_path) == ['left-step-00000008', 'step-00000004']
+
+def test_refused_settings_remove_nothing(tmp_path):
+    trainer(tmp_path, num_train_steps = 2, save_every = 2).train()
+    with pytest.raises(ValueError, match = 'does not fit into uncond_queue_size'):
+        trainer(tmp_path, overwrite = True, num_uncond = 100)
+    assert checkpoint_names(tmp_path) == ['step-00000002']
+
 # exports
 
 def test_checkpoints_of_a_generator_name_it(tmp_path):

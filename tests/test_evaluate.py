@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
 from drifting_pytorch import DriftingGenerator
+from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / 'examples'))
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, run, run_example
 from drifting_pytorch import FeatureDriftLoss, Trainer
+from helpers import ROOT, run, run_example
 
 EXAMPLES = ROOT / 'examples'
 

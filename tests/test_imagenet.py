@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import ROOT
 from drifting_pytorch import DriftingGenerator, ImageFolder, LatentMAE
 from drifting_pytorch.drifting import center_crop
+from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
 

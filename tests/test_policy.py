@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, run_example
+from helpers import ROOT, run_example
 
 # train_policy.py as a module
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from conftest import REFERENCE, ROOT, launch, relative, run
 from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
-from test_trainer import rows, trainer
+from helpers import REFERENCE, ROOT, launch, relative, rows, run, trainer
 
 pytestmark = pytest.mark.slow
 
