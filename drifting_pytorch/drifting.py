@@ -54,9 +54,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
-# ────────────────────────────────────────────────────────────
-# 1. helpers
-# ────────────────────────────────────────────────────────────
+# ── 1. helpers ────────────────────────────────────────────
 
 # dimension letters, everywhere in this file
 #
@@ -83,11 +81,9 @@ def typecheck(fn):
     @wraps(fn)
     def unless_compiling(*args, **kwargs):
         return fn(*args, **kwargs) if torch.compiler.is_compiling() else checked(*args, **kwargs)
-
     return unless_compiling
 
 # input is checked by hand, always, with errors of one line that say what to do
-
 def check(condition, message):
     if not condition:
         raise ValueError(message)
@@ -152,9 +148,7 @@ def chunked(tensors, size = None):
     size = default(size, num)
     return [[t[i:i + size] if exists(t) else None for t in tensors] for i in range(0, num, size)]
 
-# ────────────────────────────────────────────────────────────
-# 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1
-# ────────────────────────────────────────────────────────────
+# ── 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1 ───
 
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
@@ -219,7 +213,6 @@ class DriftField(Module):
         weight_in_softmax: bool = False  # the weight belongs to the kernel, not to the affinity
     ) -> Float[Tensor, '... n y']:
         """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others.
-
         The coefficients of every x sum to zero if attraction = repulsion.
         """
         logits = self.logits(dist, temperature)
@@ -244,7 +237,7 @@ class DriftField(Module):
         return self.attraction == self.repulsion
 
     def apply_coefficients(self, W, x, y):
-        """V [... t n d] = sum_y W (y - x) of coefficients W [... t n y], points x [... n d], samples y [... y d]."""
+        """V [... t n d] = sum_y W (y - x) of W [... t n y], points x [... n d] and samples y [... y d]."""
         V = rearrange(W, '... t n y -> ... (t n) y') @ y
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
@@ -281,9 +274,7 @@ class DriftField(Module):
             W = self.coefficients(dist, num_pos, num_neg, float(temperature))
             return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
 
-# ────────────────────────────────────────────────────────────
-# 3. the loss on one feature as the paper writes it - A.6
-# ────────────────────────────────────────────────────────────
+# ── 3. the loss on one feature as the paper writes it - A.6 ───
 
 @typecheck
 def plain_drift_loss(
@@ -320,12 +311,9 @@ def plain_drift_loss(
             V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
 
         target = gen / unit + V
-
     return (gen / unit - target).square().mean(dim = (1, 2))
 
-# ────────────────────────────────────────────────────────────
-# 4. generator - A.2, Table 8
-# ────────────────────────────────────────────────────────────
+# ── 4. generator - A.2, Table 8 ───────────────────────────
 
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
@@ -341,7 +329,6 @@ def run_block(block, *args, checkpointing):
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean x^2 + 1e-6) times a gain (release), never in half precision."""
-
     def __init__(self, dim):
         super().__init__(dim, eps = 1e-6)
 
@@ -350,7 +337,6 @@ class RMSNorm(nn.RMSNorm):
 
 class Modulation(Module):
     """adaLN-zero: shifts, scales and gates from the condition, 0 at initialisation, never in half precision."""
-
     def __init__(self, dim, num):
         super().__init__()
         self.num = num
@@ -367,7 +353,6 @@ class Block(Module):
     Release: every linear has a bias (those of the attention are added around it), and the heads share the gains of
     queries and keys.
     """
-
     def __init__(self, dim, heads, dim_ff):
         super().__init__()
         dim_head = dim // heads
@@ -462,18 +447,18 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
     """
-
     def __init__(
         self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
         bf16_rotary = False, checkpointing = False
     ):
         super().__init__()
-        check_positive(image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
-        check_positive(dim = dim, heads = heads, style_codebook_size = style_codebook_size)
+        check_positive(image_size = image_size, channels = channels, patch_size = patch_size)
+        check_positive(dim = dim, heads = heads, num_classes = num_classes, style_codebook_size = style_codebook_size)
         numbers = (depth, num_register_tokens, num_style_tokens)
         check(min(numbers) >= 0, f'depth and numbers of tokens must be 0 or more, not negative, got {numbers}')
-        check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
+        is_whole = image_size % patch_size == 0
+        check(is_whole, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         fits = dim % (2 * heads) == 0 and dim % 4 == 0
         check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
 
@@ -496,7 +481,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), real also where the weights are still to be read (meta)
+        # rotary positions of all tokens (release: 1d), real even where the weights are on the meta device
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -596,9 +581,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """Samples [b ch h w] for labels [b], see sample_from."""
         return sample_from(self, self.noise_shape, labels, **kwargs)
 
-# ────────────────────────────────────────────────────────────
-# 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7
-# ────────────────────────────────────────────────────────────
+# ── 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -629,7 +612,6 @@ def sum_over_processes(t):
 
 class KnownGradient(torch.autograd.Function):
     """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean by x."""
-
     @staticmethod
     def forward(ctx, x, loss, grad):
         ctx.save_for_backward(grad)
@@ -650,7 +632,6 @@ class DriftProblems:
     S and lambda are means over all problems of a step, so there are three rounds: sum_distances, sum_drift, loss.
     Between them the caller adds what else belongs to the step: other processes, other chunks of the batch.
     """
-
     def __init__(
         self,
         gen: Float[Tensor, 'b g d'],
@@ -710,14 +691,11 @@ class DriftProblems:
             check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
             check_range('uncond_weight', uncond_weight, 0)
             weight[:, 0, self.p:-self.m] = uncond_weight
-
         return weight
 
     # what is computed of one part
-
     def points(self, part):
         """x [b g d] and y [b y d], in a buffer that is the next part's too.
-
         Centred on the generated samples, whose distances then keep their digits also where they nearly coincide.
         """
         if self.placed[0] == part:
@@ -737,7 +715,6 @@ class DriftProblems:
             others = y[:, :-self.m]
             squares_of_others = squared_distances(others, others) if self.by_distances else None
             self.kept[part.start] = squared_distances(x, y), squares_of_others
-
         return self.kept[part.start]
 
     def distances(self, part):
@@ -745,7 +722,6 @@ class DriftProblems:
 
     def coefficients(self, part, scale):
         """W [b t g y] of every temperature, V = W (y - x), and distances [b 1 g y] where a potential needs them.
-
         The newest part's stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] == part:
@@ -779,7 +755,6 @@ class DriftProblems:
         return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
 
     # round 1: S
-
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
         return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
@@ -796,7 +771,6 @@ class DriftProblems:
         return (scale / self.d ** 0.5).clamp(min = self.min_scale)
 
     # round 2: lambda, and where the drift comes from
-
     def sum_drift(self, scale):
         """[V^2, ... diagnostics, number] of every temperature [t], summed over problems and samples."""
         return sum(self.sum_drift_of(part, scale) for part in self.parts)
@@ -827,7 +801,6 @@ class DriftProblems:
         return DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
 
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
-
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
         drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
@@ -867,7 +840,6 @@ def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Flo
             scale = problems.scale(sum_over_processes(problems.sum_distances()))  # round 1: S
             stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))  # round 2: lambda
         loss, grad = problems.loss(stats)  # round 3
-
     return KnownGradient.apply(full_precision(gen), loss, grad), stats
 
 class FeatureDriftLoss(Module):
@@ -879,7 +851,6 @@ class FeatureDriftLoss(Module):
     group_chunk_size: class groups at a time: the same result, the memory of one chunk, three encoder passes.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
     """
-
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
         unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
@@ -892,7 +863,7 @@ class FeatureDriftLoss(Module):
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         for part in self.encoders:
             fits = callable(part) or hasattr(part, 'features')
-            check(fits, f'encoder must be None, have .features(x), be callable or a list, got {type(part).__name__}')
+            check(fits, f'encoder must have .features(x), be callable, or a list, got {type(part).__name__}')
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
@@ -901,7 +872,7 @@ class FeatureDriftLoss(Module):
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     def with_options(self, *, group_chunk_size = None, compile = False):
-        """A copy with the same encoders, in chunks or compiled. On a cpu the field in place is faster uncompiled."""
+        """A copy with the same encoders, in chunks or compiled. On a cpu the field is faster uncompiled."""
         other = copy(self)
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
         if compile:
@@ -910,7 +881,6 @@ class FeatureDriftLoss(Module):
             field = copy(default(self.drift_loss_kwargs.get('field'), DriftField()))
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
-
         return other
 
     def train(self, mode = True):
@@ -1005,10 +975,8 @@ class FeatureDriftLoss(Module):
         return sum(losses.values()), Breakdown(losses, found)
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
-
     def totals(self, chunks, options, scales = None):
         """Of every feature its name, its problems in the last chunk, and sums over chunks and processes.
-
         The sums are those of the first round, or with the scales {feature: S} those of the second.
         """
         totals = {}
@@ -1021,7 +989,7 @@ class FeatureDriftLoss(Module):
 
                 if i == len(chunks):
                     yield name, problems, sum_over_processes(totals[name])
-                del problems  # or two features would be held at a time
+                del problems  # or two features are held
 
     @torch.no_grad()
     def stats_of(self, chunks, options):
@@ -1048,17 +1016,13 @@ class FeatureDriftLoss(Module):
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
-
         return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
 
-# ────────────────────────────────────────────────────────────
-# 6. fields of later work
-# ────────────────────────────────────────────────────────────
+# ── 6. fields of later work ───────────────────────────────
 
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
-
-    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus the same over negatives; r = |x - y|, or t if Gaussian.
+    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus that over negatives; r = |x - y|, or t if Gaussian.
     """
 
     zero_sum = False
@@ -1088,7 +1052,6 @@ class GradientField(DriftField):
 
 class SharpField(GradientField):
     """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
-
     With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
 
@@ -1135,7 +1098,6 @@ class SinkhornField(DriftField):
         for _ in range(self.iters if m > 0 else 0):
             u = -math.log(n) - (log_kernel + v).logsumexp(dim = -1, keepdim = True)
             v = -math.log(m) - (log_kernel + u).logsumexp(dim = -2, keepdim = True)
-
         return (log_kernel + v).softmax(dim = -1)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
@@ -1150,15 +1112,12 @@ class SinkhornField(DriftField):
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
 
-# ────────────────────────────────────────────────────────────
-# 7. feature encoders - A.3-A.5
-# ────────────────────────────────────────────────────────────
+# ── 7. feature encoders - A.3-A.5 ─────────────────────────
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def map_features(name, x, sets = FEATURE_SETS):
     """The features of a map x [b d h w] (A.5): 'locations', mean and deviation of it and of 2x2 and 4x4 patches.
-
     Returns {name, name_mean, name_std, name_mean_2, ...: [b f d]}; patches that do not divide the map are skipped.
     """
     h, w = x.shape[-2:]
@@ -1168,7 +1127,6 @@ def map_features(name, x, sets = FEATURE_SETS):
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
             var, features[f'{name}_mean{suffix}'] = torch.var_mean(patches, dim = -1, correction = 0)
             features[f'{name}_std{suffix}'] = (var + 1e-6).sqrt()
-
     return features
 
 def group_norm(dim):
@@ -1219,7 +1177,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     patch_size: patches of the input are folded into channels before the stem: 1 for latents, 8 for pixels. The folded
         input must be divisible by 8.
-    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves what the last one gave.
+    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the last one's map.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
     feature_sets: of `.features`, see map_features, and 'norm_x', the norms of the folded input's channels.
@@ -1227,7 +1185,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
     """
-
     def __init__(
         self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
         mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
@@ -1293,7 +1250,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
                     maps[f'{name}_blk{k}'] = x
 
             x = maps[name] = norm(x)  # release: feeds the next stage too
-
         return maps
 
     def features(self, x):
@@ -1361,10 +1317,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
-
 class PixelInput(Module):
     """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
-
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         self.image_size = image_size
@@ -1384,7 +1338,6 @@ class BackboneFeatures(Module):
     num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
     pixel_input_kwargs: image_size, mean and std that the backbone was trained with, see PixelInput.
     """
-
     def __init__(self, backbone, *, num_prefix_tokens = 0, feature_sets = FEATURE_SETS, **pixel_input_kwargs):
         super().__init__()
         self.backbone, self.num_prefix_tokens, self.feature_sets = backbone, num_prefix_tokens, feature_sets
@@ -1408,7 +1361,6 @@ class BackboneFeatures(Module):
 
             check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
             features |= map_features(name, out, self.feature_sets)
-
         return features
 
 class ConvNeXtFeatures(Module):
@@ -1416,7 +1368,6 @@ class ConvNeXtFeatures(Module):
 
     model: a ConvNextV2Model of transformers, always run in float32. Everything else goes to PixelInput.
     """
-
     def __init__(self, model, **pixel_input_kwargs):
         super().__init__()
         self.model = model
@@ -1429,7 +1380,6 @@ class ConvNeXtFeatures(Module):
             from transformers import ConvNextV2Model
         except ImportError as error:
             raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
-
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
@@ -1447,12 +1397,9 @@ class ConvNeXtFeatures(Module):
             features['global_std'] = features['convenxt_stage_3_std']
             return features
 
-# ────────────────────────────────────────────────────────────
-# 8. data - A.7, A.8
-# ────────────────────────────────────────────────────────────
+# ── 8. data - A.7, A.8 ────────────────────────────────────
 
 # every random number of a run comes from a seed made of its place in the run, which can so be repeated
-
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise')."""
     return random.Random(repr(key)).getrandbits(63)
@@ -1468,7 +1415,6 @@ def images_in(folder):
 
 def center_crop(picture, size):
     """The centre [size, size] of a picture as ADM and DiT cut it.
-
     It is halved by a box filter while twice too large, then resized by a bicubic one to the shorter side.
     """
     while min(picture.size) >= 2 * size:
@@ -1485,7 +1431,6 @@ class ImageFolder(Dataset):
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     Raises ValueError for folders without images or with images next to class folders, and for unreadable images.
     """
-
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
@@ -1534,7 +1479,6 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
     else:
         alpha = low * (high / low) ** uniform
-
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
@@ -1542,7 +1486,6 @@ class SampleQueue:
 
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
-
     def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
         check_positive(num_classes = num_classes, size = size)
         self.num_classes, self.size = num_classes, size
@@ -1556,7 +1499,7 @@ class SampleQueue:
         return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
-        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, non-finite samples."""
+        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
         num, shape = len(samples), tuple(samples.shape[1:])
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
@@ -1617,10 +1560,8 @@ def endless_shuffle(length, *, seed, start = 0):
 
 class SeededDataset(Dataset):
     """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
-
     Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0).
     """
-
     def __init__(self, dataset, seed, sample_shape, with_labels):
         self.dataset, self.seed = dataset, seed
         self.sample_shape, self.with_labels = sample_shape, with_labels
@@ -1644,12 +1585,9 @@ class SeededDataset(Dataset):
         check(shape == self.sample_shape, f'{found}, the first one has {self.sample_shape}')
         return sample.float(), label if self.with_labels else 0
 
-# ────────────────────────────────────────────────────────────
-# 9. trainers - A.3, A.8, A.9
-# ────────────────────────────────────────────────────────────
+# ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
 
 # checkpoints: files, nothing of training
-
 def read_tensors(path):
     try:
         return load_file(path)
@@ -1709,7 +1647,6 @@ def damage(folder, rank = 0):
 
 class Checkpoints:
     """Folders step-00000100 of safetensors and a manifest, complete or not there: written aside, then renamed."""
-
     def __init__(self, root, keep):
         self.root, self.keep = Path(root), keep
 
@@ -1755,7 +1692,6 @@ def together(work):
     return results
 
 # states of the whole model, even if sharded; an optimizer has none of parameters without gradients
-
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
@@ -1768,7 +1704,6 @@ def check_fits(module, state_dict):
     check(not (missing or unknown or wrong), f'the weights do not fit the model: {found}')
 
 # signals
-
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
@@ -1799,7 +1734,6 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 # pictures and records
-
 def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
@@ -1818,7 +1752,6 @@ def versions():
     return found
 
 # settings
-
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
@@ -1873,7 +1806,6 @@ class BaseTrainer:
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
     settings that prevent that are warned of.
     """
-
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
@@ -1977,7 +1909,6 @@ class BaseTrainer:
         """Once, before the first step of a run that is not resumed."""
 
     # a step
-
     def batches(self):
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
@@ -2053,7 +1984,6 @@ class BaseTrainer:
         raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {next(good, "none")}')
 
     # the loop
-
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
@@ -2136,7 +2066,6 @@ class BaseTrainer:
                 grid.save(folder / f'step-{self.step:08d}.png')
 
     # checkpoints
-
     def save(self):
         """Write results_folder/checkpoints/step-..., and keep the newest."""
         try:
@@ -2165,7 +2094,6 @@ class BaseTrainer:
             if state:
                 file = f'{name}.safetensors'
                 written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
-
         return written
 
     def complete(self, written):
@@ -2181,7 +2109,7 @@ class BaseTrainer:
         ))
 
     def resume(self):
-        """The end of a trainer's __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
+        """The end of __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
         self.claim_folder()
         given = self.settings.resume_from_checkpoint
         if not exists(given):
@@ -2294,7 +2222,6 @@ class GeneratorSettings(LoopSettings):
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
 # Table 8, what differs from the ablation; where paper and release differ, the release's value
-
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
 LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
@@ -2327,7 +2254,6 @@ class Trainer(BaseTrainer):
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
     them, and classes with too few samples.
     """
-
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
@@ -2384,7 +2310,7 @@ class Trainer(BaseTrainer):
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
-        # open: nothing is said of steps before the queues are full. So there are none
+        # open: nothing is said of steps before the queues are full
         num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
@@ -2400,7 +2326,6 @@ class Trainer(BaseTrainer):
         raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
 
     # what goes into a step
-
     def push(self, batches):
         """The next real samples of this process go into its queues. Returns their labels [n]."""
         samples, labels = self.read(batches)
@@ -2444,7 +2369,6 @@ class Trainer(BaseTrainer):
         return stack(noise), labels, alpha, stack(styles) if has_styles else None
 
     # the step
-
     def generate(self, model, noise, labels, alpha, styles):
         """Generated samples [c g ...] of what `inputs` gives."""
         c, g = noise.shape[:2]
@@ -2465,13 +2389,11 @@ class Trainer(BaseTrainer):
             self.seed_model(i)
             with torch.no_grad():
                 samples.append(self.generate(self.model, *chunk))
-
         return cat(samples)
 
     def backward(self, batches, micro_step, sync):
         """The gradient of one micro step.
-
-        In chunks: samples without a graph, the loss's gradient on them, and chunk by chunk from there to the weights.
+        In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk to the weights.
         """
         settings, options = self.settings, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
@@ -2489,7 +2411,6 @@ class Trainer(BaseTrainer):
                 gen = self.generate(self.model, *chunks[0])
                 loss, details = self.loss(gen, pos, uncond, alpha, options)
                 self.accelerator.backward(loss * share)
-
             return loss.detach(), details
 
         gen = self.without_graph(chunks).requires_grad_()
@@ -2499,7 +2420,6 @@ class Trainer(BaseTrainer):
             self.seed_model(i)
             with self.synced(sync and i == len(chunks) - 1):
                 self.accelerator.backward((self.generate(self.model, *chunk) * grad).sum())
-
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
@@ -2515,7 +2435,6 @@ class Trainer(BaseTrainer):
         return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
-
     def metrics(self, details):
         """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
@@ -2527,7 +2446,7 @@ class Trainer(BaseTrainer):
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
             for kind, values in stats._asdict().items():
                 if kind != 'scale':
-                    metrics |= {f'feature/{name}/{kind}/{temperature}': value for temperature, value in values.items()}
+                    metrics |= {f'feature/{name}/{kind}/{t}': value for t, value in values.items()}
 
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
@@ -2578,7 +2497,6 @@ class MAETrainer(BaseTrainer):
     settings: see MAESettings and LoopSettings. to_image: see Trainer.
     The pictures are of samples, of what is left of them, and of reconstructions.
     """
-
     def __init__(self, model, dataset, *, to_image = None, **settings):
         settings = MAESettings(**settings)
         fits = settings.finetune_steps == 0 or exists(model.num_classes)
@@ -2633,16 +2551,13 @@ class MAETrainer(BaseTrainer):
         self.reshard_average()
         return cat((samples, left, restored)), 3
 
-# ────────────────────────────────────────────────────────────
-# 10. weights - our own, and those that the authors published
-# ────────────────────────────────────────────────────────────
+# ── 10. weights - our own, and those that the authors published ───
 
 RELEASE = 'Goodeat/drifting'  # on the hub
 RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
 OUR_FILES = 'config.json', 'model.safetensors'
 
 # what the release's reader takes where a config does not say it
-
 MAE_DEFAULTS = dict(
     base_channels = 64, in_channels = 3, input_patch_size = 1, num_classes = 1000, patch_size = 4, layers = (2, 2, 2, 2)
 )
@@ -2653,7 +2568,6 @@ GENERATOR_DEFAULTS = dict(
 )
 
 # our names of its options and parameters: patterns, applied one after the other
-
 MAE_OPTIONS = dict(
     dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes',
     mask_patch_size = 'patch_size', layers = 'layers'
@@ -2734,7 +2648,6 @@ def translated(params, rules):
         if path.endswith('/kernel'):
             t = rearrange(t, '... i o -> o i ...')  # (in, out), or (h, w, in, out)
         state[name] = t.float().contiguous()
-
     return state
 
 def mae_from_release(config, params):
@@ -2783,7 +2696,6 @@ def generator_from_release(config, params):
     return arguments, state
 
 # of each model: its kind and names in the authors' repository; its translation into arguments and state dict
-
 PUBLISHED = {
     DriftingGenerator: (
         'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), generator_from_release
@@ -2819,7 +2731,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     arguments = read_json(config)
     if is_release:
-        check('model_config' in arguments, f'{config} is not that of a published model: it has no model_config')
+        check('model_config' in arguments, f'{config} has no model_config: it is not of a published model')
         arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
     else:
         state_dict = {name: t.float() for name, t in read_tensors(weights).items()}
