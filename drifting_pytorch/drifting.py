@@ -863,7 +863,7 @@ class FeatureDriftLoss(Module):
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         for part in self.encoders:
             fits = callable(part) or hasattr(part, 'features')
-            check(fits, f'encoder must have .features(x), be callable, or a list, got {type(part).__name__}')
+            check(fits, f'encoder must be callable, have .features(x), or be a list, got {type(part).__name__}')
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
