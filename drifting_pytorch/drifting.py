@@ -2149,8 +2149,8 @@ class BaseTrainer:
         before, now, saved_world = manifest['config'], self.record(), manifest['num_processes']
         found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
         check(saved_world == self.world, f'{found}: each has a queue of its own')
-        free = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in now if name in before and before[name] != now[name] and name not in free]
+        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
+        names = [name for name in now if name in before and before[name] != now[name] and name not in may_change]
         if names and self.is_main:
             changed = ', '.join(f'{name} {before[name]} -> {now[name]}' for name in names)
             warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 3)
@@ -2176,10 +2176,6 @@ class BaseTrainer:
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         if exists(self.accelerator.scaler) and manifest['scaler']:
             self.accelerator.scaler.load_state_dict(manifest['scaler'])
-
-    def reshard_average(self):
-        if self.accelerator.is_fsdp2:
-            self.ema.ema_model.reshard()
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
@@ -2548,7 +2544,8 @@ class MAETrainer(BaseTrainer):
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)
         restored = left + model.reconstruct(samples, mask)[0] * dropped
-        self.reshard_average()
+        if self.accelerator.is_fsdp2:
+            model.reshard()
         return cat((samples, left, restored)), 3
 
 # ── 10. weights - our own, and those that the authors published ───
