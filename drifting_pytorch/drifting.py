@@ -23,7 +23,6 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -73,15 +72,9 @@ def default(val, d):
     return val if exists(val) else d
 
 def typecheck(fn):
-    """Checks the shapes in the signature of fn, where DRIFTING_TYPECHECK=1 is set before the import."""
-    if os.environ.get('DRIFTING_TYPECHECK', '0') in ('', '0'):
-        return fn
-    checked = jaxtyped(fn, typechecker = beartype)
-
-    @wraps(fn)
-    def unless_compiling(*args, **kwargs):
-        return fn(*args, **kwargs) if torch.compiler.is_compiling() else checked(*args, **kwargs)
-    return unless_compiling
+    """Checks the shapes in the signature of fn, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
+    is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
+    return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
 # input is checked by hand, always, with errors of one line that say what to do
 def check(condition, message):
@@ -674,13 +667,12 @@ class DriftProblems:
         self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
 
         # in many dimensions W is smaller than V = W y, and |V| can be had without V, see squared_lengths
-        self.in_coefficients = self.y < 0.7 * self.d
-        self.by_distances = self.in_coefficients and self.field.zero_sum and self.own_negatives
+        self.in_coefficients = self.y < 0.7 * self.d and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
-        self.newest = None, None, None  # the newest part, its W, its distances
+        self.newest = None, None  # the newest part, its W
         self.placed = None, None, None  # the part in the buffer, its x, its y
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
@@ -709,39 +701,39 @@ class DriftProblems:
         return x, y
 
     def squares(self, part):
-        """Squared distances [b g y], and if |V| comes from them those among positives and unconditional [b o o]."""
+        """Squared distances [b g y], and where |V| comes from them those among positives and unconditional [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
             others = y[:, :-self.m]
-            squares_of_others = squared_distances(others, others) if self.by_distances else None
+            squares_of_others = squared_distances(others, others) if self.in_coefficients else None
             self.kept[part.start] = squared_distances(x, y), squares_of_others
         return self.kept[part.start]
 
     def distances(self, part):
         return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
 
-    def coefficients(self, part, scale):
-        """W [b t g y] of every temperature, V = W (y - x), and distances [b 1 g y] where a potential needs them.
-        The newest part's stay: two rounds meet there, and a small loss has one part alone.
-        """
-        if self.newest[0] == part:
-            return self.newest[1:]
+    def masked_distances(self, part, scale):
+        """[b 1 g y] in units of S; no sample sees itself."""
         dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
         if self.own_negatives:
-            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)  # mask self
+            dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)
+        return rearrange(dist, 'b g y -> b 1 g y')
 
-        dist = rearrange(dist, 'b g y -> b 1 g y')
-        weight = self.weight[part].expand(-1, len(self.temperatures), -1)  # b t y
-        W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *self.weight_options)
-        self.newest = part, W, dist if self.diagnostics and self.field.has_potential else None
-        return self.newest[1:]
+    def coefficients(self, part, scale):
+        """W [b t g y] of every temperature, V = W (y - x).
+        The newest part's stay: two rounds meet there, and a small loss has one part alone.
+        """
+        if self.newest[0] != part:
+            dist, weight = self.masked_distances(part, scale), self.weight[part].expand(-1, len(self.temperatures), -1)
+            W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *self.weight_options)
+            self.newest = part, W
+        return self.newest[1]
 
     def vectors(self, part, scale):
         """V [b t g d], where there are more samples than dimensions."""
         key = part.start, 'V'
         if key not in self.kept:
-            W, _ = self.coefficients(part, scale)
-            self.kept[key] = self.field.apply_coefficients(W, *self.points(part))
+            self.kept[key] = self.field.apply_coefficients(self.coefficients(part, scale), *self.points(part))
         return self.kept[key]
 
     def squared_lengths(self, part, W):
@@ -776,8 +768,8 @@ class DriftProblems:
         return sum(self.sum_drift_of(part, scale) for part in self.parts)
 
     def sum_drift_of(self, part, scale):
-        W, dist = self.coefficients(part, scale)
-        if self.by_distances:
+        W = self.coefficients(part, scale)
+        if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
         else:
             V_sq = self.vectors(part, scale).norm(dim = (2, 3)).square().sum(dim = 0)
@@ -789,7 +781,8 @@ class DriftProblems:
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
 
-        if exists(dist):
+        if self.diagnostics and self.field.has_potential:
+            dist = self.masked_distances(part, scale)
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
@@ -811,7 +804,7 @@ class DriftProblems:
 
     def loss_of(self, part, scale, norms, grad):
         """The loss of a part [b]; its gradient goes into grad [b g d]."""
-        fields = self.coefficients(part, scale)[0] if self.in_coefficients else self.vectors(part, scale)
+        fields = self.coefficients(part, scale) if self.in_coefficients else self.vectors(part, scale)
         total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
         V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
         if self.in_coefficients:

@@ -1,6 +1,7 @@
 """What takes long: pytest -m slow -s, a quarter of an hour"""
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -225,8 +226,9 @@ def test_full_size_artifact_loads_without_a_second_copy(tmp_path):
 
 # compiled
 
-def test_compiled_step_is_the_same(tmp_path):
+def test_compiled_step_is_the_same(tmp_path, monkeypatch):
     """Generator, encoder and field through torch.compile, against plain python: what the first step logs."""
+    monkeypatch.setattr(DriftField, 'coefficients', inspect.unwrap(DriftField.coefficients))     # unchecked shapes
     results = []
 
     for compile in (False, True):
