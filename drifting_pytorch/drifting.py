@@ -72,7 +72,7 @@ def default(val, d):
     return val if exists(val) else d
 
 def typecheck(fn):
-    """Checks the shapes in the signature of fn, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
+    """Checks the shapes in fn's signature, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
     return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
@@ -82,18 +82,27 @@ def check(condition, message):
         raise ValueError(message)
 
 def check_positive(**values):
-    """None, where it is a default, passes too."""
+    """Whole numbers above 0. None, where it is a default, passes too."""
+    check_whole(1, **values)
+
+def check_whole(low, **values):
     for name, value in values.items():
-        check(not exists(value) or value > 0, f'{name} must be above 0, got {value}')
+        is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        fits = not exists(value) or is_whole and value >= low
+        check(fits, f'{name} must be a whole number from {low} on, got {value!r}')
+
+def check_finite(low = 0, **values):
+    for name, value in values.items():
+        fits = isinstance(value, (int, float)) and low <= value < math.inf
+        check(fits, f'{name} must be a finite number from {low} on, got {value!r}')
 
 def check_shape(name, t, expected, hint = ''):
     """A word in expected, as 'batch', stands for any size."""
-    given, same = tuple(t.shape), t.ndim == len(expected)
-    for size, want in zip(given, expected, strict = False):
-        same = same and (size == want or isinstance(want, str))
-    if not same:
-        wanted = str(tuple(expected)).replace("'", '')
-        raise ValueError(f'{name} has shape {given}, expected {wanted}{hint}')
+    check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
+    sizes = zip(t.shape, expected, strict = False)
+    same = t.ndim == len(expected) and all(size == want or isinstance(want, str) for size, want in sizes)
+    wanted = '' if same else str(tuple(expected)).replace("'", '')
+    check(same, f'{name} has shape {tuple(t.shape)}, expected {wanted}{hint}')
 
 def can_read(t):
     """Whether looking at values is free: it would stall an accelerator, and break a compiled graph."""
@@ -105,18 +114,29 @@ def check_range(name, t, low, high = math.inf):
         fits = all(low <= bound <= high and bound.isfinite() for bound in found)
         check(fits, f'{name} must be finite and in {low} .. {high}, got {found.min} .. {found.max}')
 
+def as_tensor(name, values):
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{name} must be numbers or a tensor of them, got {values!r}') from error
+
 def checked_labels(labels, num_classes, batch):
-    """Labels of any integer type as the int64 that indexing wants."""
+    """Labels, also as a list and of any integer type, as the int64 that indexing wants."""
+    labels = as_tensor('labels', labels)
     check_shape('labels', labels, (batch,))
     is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
     check(is_integer, f'labels must be integers, got {labels.dtype}')
     check_range('labels', labels, 0, num_classes - 1)
     return labels.long()
 
+def full_precision(t):
+    """Half precision in float32; float32 and float64 as they are."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
 def check_points(**points):
     """Point sets [... n d] by name, or None: floating, not empty, finite, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
-    first, reference = next(iter(points.items()))
+    (first, reference), *_ = points.items()
 
     for name, t in points.items():
         check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
@@ -128,12 +148,10 @@ def check_points(**points):
         same = t.shape[:-2] == reference.shape[:-2]
         check(same, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
-        finite = not can_read(t) or t.sum().isfinite() or t.isfinite().all()
-        check(finite, f'{name} has non-finite values (nan or inf)')
-
-def full_precision(t):
-    """Half precision in float32; float32 and float64 as they are."""
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+        if can_read(t) and not full_precision(t).norm().isfinite():
+            largest = t.abs().max()
+            check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
+            raise ValueError(f'{name} has values up to {largest:.2g}, of which distances overflow: make them smaller')
 
 def chunked(tensors, size = None):
     """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
@@ -180,6 +198,7 @@ class DriftField(Module):
         check(not exists(later), f'normalize = {normalize!r} is a class of its own: use {later}()')
         check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
+        check_finite(attraction = attraction, repulsion = repulsion)
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
@@ -394,34 +413,42 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
 
     labels [b], or num_samples for an unconditional generator; alpha: a number >= 1 or [b]. batch_size bounds the
-    memory. Noise and styles are drawn on the cpu: a seed gives the same samples on every device.
+    memory. Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
     """
-    num_classes, training = getattr(model, 'num_classes', None), model.training
+    num_classes = getattr(model, 'num_classes', None)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
     fits = exists(labels) == exists(num_classes) and exists(labels) != exists(num_samples)
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
-    labels = torch.as_tensor(labels) if exists(labels) else None
-    num = labels.numel() if exists(labels) else num_samples
+    num = as_tensor('labels', labels).numel() if exists(labels) else num_samples
     check_positive(num_samples = num, batch_size = batch_size)
-    if exists(labels):
-        labels = checked_labels(labels, num_classes, num)
-    alpha = torch.as_tensor(alpha, dtype = torch.float32)
+    check_whole(0, seed = seed)
+    labels = checked_labels(labels, num_classes, num) if exists(labels) else None
+    alpha = as_tensor('alpha', alpha).float()
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
     generator = torch.Generator()
-    generator.manual_seed(int(default(seed, generator.seed())))
-    noise = torch.randn(num, *noise_shape, generator = generator)
-    styles = model.draw_styles(num, generator) if hasattr(model, 'draw_styles') else None
+    generator.manual_seed(default(seed, generator.seed()))
+    seeds = torch.randint(2 ** 63 - 1, (num,), generator = generator)
     device, samples = next(model.parameters()).device, []
+    modes = {module: module.training for module in model.modules()}
     model.eval()
 
     try:
-        for batch in chunked((noise, labels, alpha.expand(num), styles), batch_size):
-            samples.append(model(*(t.to(device) if exists(t) else None for t in batch)))
+        for batch, *inputs in chunked((seeds, labels, alpha.expand(num)), batch_size):
+            noise, styles = [], []
+            for seed in batch.tolist():
+                generator.manual_seed(seed)
+                noise.append(torch.randn(noise_shape, generator = generator, dtype = torch.float32))
+                if hasattr(model, 'draw_styles'):
+                    styles.append(model.draw_styles(1, generator))
+
+            inputs = stack(noise), *inputs, cat(styles) if styles else None
+            samples.append(model(*(t.to(device) if exists(t) else None for t in inputs)))
         return cat(samples)
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         if hasattr(model, 'reshard'):  # FSDP
             model.reshard()
 
@@ -448,8 +475,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         super().__init__()
         check_positive(image_size = image_size, channels = channels, patch_size = patch_size)
         check_positive(dim = dim, heads = heads, num_classes = num_classes, style_codebook_size = style_codebook_size)
-        numbers = (depth, num_register_tokens, num_style_tokens)
-        check(min(numbers) >= 0, f'depth and numbers of tokens must be 0 or more, not negative, got {numbers}')
+        check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         is_whole = image_size % patch_size == 0
         check(is_whole, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         fits = dim % (2 * heads) == 0 and dim % 4 == 0
@@ -535,9 +561,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         wanted = 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
         if has_classes:
-            labels = checked_labels(labels, self.num_classes, b)
-        if not torch.is_tensor(alpha):
-            alpha = torch.full((b,), float(alpha), device = noise.device)
+            labels = checked_labels(labels, self.num_classes, b).to(noise.device)
+        alpha = as_tensor('alpha', alpha).to(noise.device)
+        alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
 
@@ -606,13 +632,17 @@ def sum_over_processes(t):
 class KnownGradient(torch.autograd.Function):
     """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean by x."""
     @staticmethod
-    def forward(ctx, x, loss, grad):
-        ctx.save_for_backward(grad)
+    def forward(x, loss, grad):
         return loss.clone()
 
     @staticmethod
+    def setup_context(ctx, inputs, output):  # apart, so that torch.func.grad works
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
     def backward(ctx, grad_loss):
-        check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative: leave out create_graph')
+        is_first = not torch.is_grad_enabled()
+        check(is_first, 'the drifting loss has no second derivative: leave out create_graph and torch.func')
         grad, = ctx.saved_tensors
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
@@ -645,19 +675,24 @@ class DriftProblems:
     ):
         check_points(gen = gen, pos = pos, uncond = uncond, neg = neg)
         check_shape('gen', gen, ('problems', 'samples', 'features'))
+        check_finite(affinity_floor = affinity_floor, self_distance = self_distance, min_scale = min_scale)
+        check_finite(min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
         self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
+        check(isinstance(self.field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
         has_neg = exists(neg) or not self.field.needs_neg
         check(has_neg, f'{type(self.field).__name__} needs neg, a second batch of generated samples')
-        self.temperatures = tuple(map(float, temperatures))
-        fits = self.temperatures and all(0 < value < math.inf for value in self.temperatures)
-        fits = fits and len(set(self.temperatures)) == len(self.temperatures)
-        check(fits, f'temperatures must be different, finite numbers above 0, got {self.temperatures}')
+        values = temperatures if isinstance(temperatures, (tuple, list)) else [temperatures]
+        fits = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+        fits = fits and 0 < len(values) == len(set(values))
+        check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
+        self.temperatures = tuple(map(float, values))
 
         self.weight_options = affinity_floor, weight_in_softmax
         self.self_distance, self.diagnostics = self_distance, diagnostics
         self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
 
-        self.gen = full_precision(gen).detach()
+        self.x = full_precision(gen)  # the gradient flows to it
+        self.gen = self.x.detach()
         self.sets = [t for t in (pos, uncond, default(neg, self.gen)) if exists(t)]
         self.sizes = [t.shape[1] for t in self.sets]
         self.b, self.g, self.d = gen.shape
@@ -796,6 +831,8 @@ class DriftProblems:
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
+        same = tuple(stats.drift_rms) == self.temperatures
+        check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
         norms = drift_sq.sqrt() * self.unit(stats.scale)  # t
         grad = torch.empty_like(self.gen)
@@ -813,6 +850,14 @@ class DriftProblems:
         torch.mul(V, -2 / (self.b * self.g * self.d * self.unit(scale)), out = grad)
         return V.square_().mean(dim = (1, 2))
 
+    def solve(self, stats = None):
+        with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
+            if not exists(stats):
+                scale = self.scale(sum_over_processes(self.sum_distances()))  # round 1: S
+                stats = self.stats(scale, sum_over_processes(self.sum_drift(scale)))  # round 2: lambda
+            loss, grad = self.loss(stats)  # round 3
+        return KnownGradient.apply(self.x, loss, grad), stats
+
 def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
     """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
@@ -827,13 +872,7 @@ def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Flo
     Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights
     and temperatures that are not above 0.
     """
-    problems = DriftProblems(gen, pos, uncond, **options)
-    with torch.no_grad(), torch.autocast(gen.device.type, enabled = False):
-        if not exists(stats):
-            scale = problems.scale(sum_over_processes(problems.sum_distances()))  # round 1: S
-            stats = problems.stats(scale, sum_over_processes(problems.sum_drift(scale)))  # round 2: lambda
-        loss, grad = problems.loss(stats)  # round 3
-    return KnownGradient.apply(full_precision(gen), loss, grad), stats
+    return DriftProblems(gen, pos, uncond, **options).solve(stats)
 
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
@@ -896,8 +935,8 @@ class FeatureDriftLoss(Module):
             check_shape(f'feature {name!r}', t, (len(x), 'locations', 'feature dim'))
         return features
 
-    def problems(self, gen, pos, uncond = None, neg = None, uncond_weight = None):
-        """(feature, arguments of drift_loss): every location of every group is its own problem."""
+    def problems(self, options, gen, pos, uncond = None, neg = None, uncond_weight = None):
+        """(feature, its DriftProblems): every location of every group is its own problem."""
         c = len(gen)
         others = dict(pos = pos, uncond = uncond, neg = neg)
         others = {kind: t for kind, t in others.items() if exists(t)}
@@ -912,11 +951,17 @@ class FeatureDriftLoss(Module):
             arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
-            yield name, arguments
+            try:
+                problems = DriftProblems(**arguments, **options)
+            except ValueError as error:
+                raise ValueError(f'feature {name!r}: {error}') from None
+            yield name, problems
+            del arguments, points, problems  # or two features are held
 
     def check_samples(self, gen, pos, uncond, alpha, neg):
         for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
-            if exists(t):
+            if exists(t) or name in ('gen', 'pos'):
+                check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
                 given = f'{name} has shape {tuple(t.shape)}'
                 fits = t.ndim >= 3 and t.numel() > 0
                 check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')
@@ -956,30 +1001,28 @@ class FeatureDriftLoss(Module):
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
+        is_possible = not torch.is_inference_mode_enabled()
+        check(is_possible, 'group_chunk_size takes gradients: use torch.no_grad() instead of torch.inference_mode()')
         chunks = chunked(list(samples.values()), self.group_chunk_size)
         return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
         losses, found, stats = {}, {}, default(stats, {})
-        for name, arguments in self.problems(**samples):
-            loss, found[name] = drift_loss(**arguments, **options, stats = stats.get(name))
+        for name, problems in self.problems(options, **samples):
+            loss, found[name] = problems.solve(stats.get(name))
             losses[name] = loss.mean()
+            del problems
         return sum(losses.values()), Breakdown(losses, found)
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
-    def totals(self, chunks, options, scales = None):
-        """Of every feature its name, its problems in the last chunk, and sums over chunks and processes.
-        The sums are those of the first round, or with the scales {feature: S} those of the second.
-        """
+    def totals(self, chunks, options, sums_of):
+        """Of every feature its name, its problems in the last chunk, and sums over chunks and processes."""
         totals = {}
         for i, chunk in enumerate(chunks, 1):
-            for name, arguments in self.problems(**chunk):
-                problems = DriftProblems(**arguments, **options)
+            for name, problems in self.problems(options, **chunk):
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    sums = problems.sum_drift(scales[name]) if exists(scales) else problems.sum_distances()
-                    totals[name] = totals.get(name, 0) + sums
-
+                    totals[name] = totals.get(name, 0) + sums_of(name, problems)
                 if i == len(chunks):
                     yield name, problems, sum_over_processes(totals[name])
                 del problems  # or two features are held
@@ -988,12 +1031,12 @@ class FeatureDriftLoss(Module):
     def stats_of(self, chunks, options):
         """{feature: DriftStats} over all chunks and processes."""
         scales, stats = {}, {}
-        for name, problems, total in self.totals(chunks, options):
-            scales[name] = problems.scale(total)
-            del problems
-        for name, problems, total in self.totals(chunks, options, scales):
-            stats[name] = problems.stats(scales[name], total)
-            del problems
+        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_distances()):
+            scales[name] = last.scale(sums)
+            del last
+        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_drift(scales[name])):
+            stats[name] = last.stats(scales[name], sums)
+            del last
         return stats
 
     def loss_of_chunks(self, gen, chunks, options):

@@ -277,6 +277,41 @@ def test_sampling_is_reproducible_and_leaves_the_model_as_it_was():
     assert not torch.equal(model.sample(labels), model.sample(labels))               # no seed, fresh samples
     assert relative(model.sample(labels, alpha = torch.linspace(1, 3, 7), seed = 0), a) > 1e-3
 
+def test_a_sample_depends_on_its_seed_and_place_alone(monkeypatch):
+    model = awake(tiny())
+    labels = [0, 1, 2, 3, 4, 0, 0]
+    samples = model.sample(labels, seed = 0)
+    assert relative(model.sample(labels[:3], seed = 0), samples[:3]) < 1e-5
+
+    drawn = []
+    monkeypatch.setattr(model, 'forward', lambda noise, *rest: drawn.append((noise, *rest)) or noise)
+    model.sample(labels, seed = 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model.sample(torch.tensor(labels), seed = 0, batch_size = 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    (noise, _, alpha, styles), *parts = drawn
+    assert torch.equal(torch.cat([part[0] for part in parts]), noise)
+    assert torch.equal(torch.cat([part[3] for part in parts]), styles)
+    assert noise.dtype == alpha.dtype == parts[0][2].dtype == torch.float32
+    assert [len(part[0]) for part in parts] == [3, 3, 1]        # no more noise at a time than asked for
+
+def test_sampling_leaves_every_module_in_its_mode():
+    model = awake(tiny()).train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    model.sample([0], seed = 0)
+    assert [module.training for module in model.modules()] == before
+    assert not all(before)
+
+def test_labels_and_alpha_may_be_lists():
+    model = awake(tiny()).eval()
+    noise, styles = torch.randn(2, 2, 8, 8), torch.zeros(2, 4, dtype = torch.long)
+    out = model(noise, [1, 2], [1., 2.], styles)
+    assert torch.equal(out, model(noise, torch.tensor([1, 2]), torch.tensor([1., 2.]), styles))
+
 @pytest.mark.parametrize('call, says', [
     (lambda m, x, y: m(x[:, :1], y), 'noise has shape (2, 1, 8, 8), expected (batch, 2, 8, 8)'),
     (lambda m, x, y: m(x[0], y), 'noise has shape'),
@@ -293,16 +328,22 @@ def test_sampling_is_reproducible_and_leaves_the_model_as_it_was():
     (lambda m, x, y: m(x, torch.tensor([True, False])), 'labels must be integers, got torch.bool'),
     (lambda m, x, y: m.bfloat16()(x, y), 'the model is torch.bfloat16'),
     (lambda m, x, y: m.sample(), 'pass labels'),
-    (lambda m, x, y: m.sample([]), 'must be above 0, got 0'),
-    (lambda m, x, y: m.sample(y, batch_size = 0), 'must be above 0'),
+    (lambda m, x, y: tiny(depth = 1.5), 'depth must be a whole number from 0 on, got 1.5'),
+    (lambda m, x, y: m(x.numpy(), y), 'noise must be a tensor, got ndarray'),
+    (lambda m, x, y: m(x, ['a', 'b']), "labels must be numbers or a tensor of them, got ['a', 'b']"),
+    (lambda m, x, y: m(x, y, 'strong'), "alpha must be numbers or a tensor of them, got 'strong'"),
+    (lambda m, x, y: m.sample(y, seed = 0.5), 'seed must be a whole number from 0 on, got 0.5'),
+    (lambda m, x, y: m.sample(['a', 'b']), 'labels must be numbers'),
+    (lambda m, x, y: m.sample([]), 'must be a whole number from 1 on, got 0'),
+    (lambda m, x, y: m.sample(y, batch_size = 0), 'must be a whole number from 1 on'),
     (lambda m, x, y: m.sample(y, alpha = [1., 2., 3.]), 'alpha has shape (3,), expected a number or (2,)'),
     (lambda m, x, y: tiny(num_classes = None).sample([0]), 'pass num_samples, no labels'),
-    (lambda m, x, y: tiny(num_style_tokens = -1), 'not negative'),
+    (lambda m, x, y: tiny(num_style_tokens = -1), 'must be a whole number from 0 on, got -1'),
     (lambda m, x, y: m.sample([5]), 'labels must be finite and in 0 .. 4'),
     (lambda m, x, y: tiny(num_classes = None)(x, y), 'labels must be None'),
     (lambda m, x, y: tiny(patch_size = 3), 'multiple of patch_size'),
     (lambda m, x, y: tiny(heads = 3), 'twice the heads'),
-    (lambda m, x, y: tiny(num_classes = 0), 'num_classes must be above 0'),
+    (lambda m, x, y: tiny(num_classes = 0), 'num_classes must be a whole number from 1 on'),
     (lambda m, x, y: DriftingGenerator.from_preset('XL/2'), 'unknown preset'),
 ])
 def test_bad_input_is_one_clear_line(call, says):

@@ -626,6 +626,18 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, temperatures = ()), 'temperatures'),
     (lambda: drift_loss(X, X, temperatures = (0.1, -1.)), 'temperatures'),
     (lambda: drift_loss(X, X, temperatures = (0.1, float('nan'))), 'temperatures'),
+    (lambda: drift_loss(X, X, temperatures = (0.1, 0.1)), 'temperatures must be different'),
+    (lambda: drift_loss(X, X, temperatures = 'warm'), "finite numbers above 0, got 'warm'"),
+    (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, as DriftField(), got 'laplace'"),
+    (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a finite number from 0 on'),
+    (lambda: drift_loss(X, X, min_scale = -1.), 'min_scale must be a finite number from 0 on, got -1.0'),
+    (lambda: drift_loss(X, X, stats = drift_loss(X, X, temperatures = 1.)[1]), 'stats are of the temperatures (1.0,)'),
+    (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),
+    (lambda: drift_loss(X * 1e30, X), 'gen has values up to'),
+    (lambda: FeatureDriftLoss(lambda x: dict(a = 1e25 * x[:, None]))(X, X), "feature 'a': gen has values up to"),
+    (lambda: FeatureDriftLoss()(X.tolist(), X), 'gen must be a tensor, got list'),
+    (lambda: FeatureDriftLoss()(X, None), 'pos must be a tensor, got NoneType'),
+    (lambda: torch.func.grad(lambda x: drift_loss(x, X)[0].mean())(X), 'no second derivative'),
     (lambda: drift_loss(X.numpy(), X), 'gen must be a tensor, got ndarray'),
     (lambda: FeatureDriftLoss(temperature = (0.1,)), "unknown arguments ['temperature']"),
     (lambda: FeatureDriftLoss(lambda x: {})(X, X), 'an encoder must return a dict'),
@@ -638,7 +650,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
         "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"
     ),
     (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha must be a tensor'),
-    (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be above 0'),
+    (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be a whole number from 1 on'),
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
@@ -663,3 +675,19 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
 def test_bad_input_is_one_clear_line(call, says):
     with raises_one_line(says):
         call()
+
+def test_without_a_gradient():
+    loss_fn = FeatureDriftLoss()
+    with torch.inference_mode():
+        loss, _ = loss_fn(X, X + 1)
+        with raises_one_line('use torch.no_grad() instead of torch.inference_mode()'):
+            FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)
+
+    assert torch.equal(loss, loss_fn(X, X + 1)[0])
+    with torch.no_grad():
+        assert relative(FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)[0], loss) < 1e-6
+
+def test_one_temperature_may_be_a_number():
+    loss, stats = drift_loss(X, X + 1, temperatures = 0.1)
+    assert torch.equal(loss, drift_loss(X, X + 1, temperatures = (0.1,))[0])
+    assert list(stats.drift_rms) == [0.1]
