@@ -134,7 +134,7 @@ def full_precision(t):
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 def check_points(**points):
-    """Point sets [... n d] by name, or None: floating, not empty, finite, of equal groups and dimension."""
+    """Point sets [... n d] by name, or None: floating, not empty, of equal groups and dimension."""
     points = {name: t for name, t in points.items() if exists(t)}
     (first, reference), *_ = points.items()
 
@@ -148,10 +148,14 @@ def check_points(**points):
         same = t.shape[:-2] == reference.shape[:-2]
         check(same, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
         check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
-        if can_read(t) and not full_precision(t).norm().isfinite():
+
+def check_values(result, **points):
+    """Where a result is not finite: which of the points that it was made of are not, or too large."""
+    if can_read(result) and not math.isfinite(result.sum()):
+        for name, t in points.items():
             largest = t.abs().max()
             check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
-            raise ValueError(f'{name} has values up to {largest:.2g}, of which distances overflow: make them smaller')
+            check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
 
 def chunked(tensors, size = None):
     """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
@@ -168,7 +172,7 @@ def geometric_mean_of_softmaxes(logits):
         top = row.amax(dim = -2, keepdim = True)
 
         # both softmaxes from one exponential, 2 to 4 times faster, unless a whole row or column would vanish
-        if min((row - top).min(), (column - top).min()) > -50:
+        if (row - top).min() > -50 and (column - top).min() > -50:
             kernel = logits.sub_(top).exp_()
             over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
             return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
@@ -202,6 +206,7 @@ class DriftField(Module):
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
+        self.zero_sum = attraction == repulsion  # whether the coefficients of every point sum to zero
 
     def logits(self, dist, temperature):
         """log k(x, y)."""
@@ -228,25 +233,21 @@ class DriftField(Module):
         The coefficients of every x sum to zero if attraction = repulsion.
         """
         logits = self.logits(dist, temperature)
-        weight = rearrange(default(weight, dist.new_ones(dist.shape[-1])), '... y -> ... 1 y')
-        if weight_in_softmax:
+        weight = rearrange(weight, '... y -> ... 1 y') if exists(weight) else None
+        if weight_in_softmax and exists(weight):
             logits = logits + weight.log().clamp(min = -1e6)
             weight = (weight > 0).to(weight)
 
         A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5)
-        A *= weight  # release: behind the softmax
-        A_pos, A_neg = A[..., :num_pos], A[..., num_pos:]
+        if exists(weight):
+            A *= weight  # release: behind the softmax
+        A_pos, A_neg = A.tensor_split((num_pos,), dim = -1)
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
         # cross weights: every positive acts together with every negative, which is the anti-symmetry
         A_pos *= self.attraction * sum_neg
         A_neg *= -self.repulsion * sum_pos
         return A
-
-    @property
-    def zero_sum(self):
-        """Whether the coefficients of every point sum to zero."""
-        return self.attraction == self.repulsion
 
     def apply_coefficients(self, W, x, y):
         """V [... t n d] = sum_y W (y - x) of W [... t n y], points x [... n d] and samples y [... y d]."""
@@ -273,18 +274,23 @@ class DriftField(Module):
         """
         check_points(x = x, y_pos = y_pos, y_neg = y_neg)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
-        x, num_pos, num_neg = full_precision(x), y_pos.shape[-2], default(y_neg, x).shape[-2]
-        y = cat((y_pos, default(y_neg, x)), dim = -2).to(x.dtype)
+        negatives = default(y_neg, x)
+        points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
+        num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
 
         with torch.autocast(x.device.type, enabled = False):
-            center = reduce(y, '... y d -> ... 1 d', 'mean')
-            x, y = x - center, y - center
-            dist = torch.cdist(x, y, compute_mode = 'donot_use_mm_for_euclid_dist')  # exact
+            center = reduce(points[1], '... y d -> ... 1 d', 'mean')
+            x_centered, y = (t - center for t in points)
+            dist = torch.cdist(x_centered, y, compute_mode = 'donot_use_mm_for_euclid_dist')  # exact
             if not exists(y_neg) and not self.needs_neg:
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)  # mask self
 
             W = self.coefficients(dist, num_pos, num_neg, float(temperature))
-            return self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x, y).squeeze(-3)
+            V = self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x_centered, y).squeeze(-3)
+        check_values(V, x = x, y_pos = y_pos, y_neg = negatives)
+        return V
+
+DRIFT_FIELD = DriftField()
 
 # ── 3. the loss on one feature as the paper writes it - A.6 ───
 
@@ -294,14 +300,13 @@ def plain_drift_loss(
     pos: Float[Tensor, 'b p d'],
     uncond: Float[Tensor, 'b u d'],
     uncond_weight: Float[Tensor, 'b u'],
-    *, temperatures = (0.02, 0.05, 0.2), field = None, affinity_floor = 1e-6
+    *, temperatures = (0.02, 0.05, 0.2), field = DRIFT_FIELD, affinity_floor = 1e-6
 ) -> Float[Tensor, 'b']:
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
     Returns the loss [b]. To be read, and to test against: `drift_loss` (section 5) does the same fast.
     """
-    field = default(field, DriftField())
     (_, g, d), p = gen.shape, pos.shape[1]
 
     with torch.no_grad():
@@ -622,7 +627,7 @@ def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '..
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
     """|x|^2 + |y|^2 - 2 x.y, one matrix product, which loses the digits of a common offset: centre the points."""
-    x_sq, y_sq = (t.norm(dim = -1, keepdim = True).square_() for t in (x, y))
+    x_sq, y_sq = (torch.linalg.vector_norm(t, dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
 def sum_over_processes(t):
@@ -632,17 +637,13 @@ def sum_over_processes(t):
 class KnownGradient(torch.autograd.Function):
     """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean by x."""
     @staticmethod
-    def forward(x, loss, grad):
+    def forward(ctx, x, loss, grad):
+        ctx.save_for_backward(grad)
         return loss.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # apart, so that torch.func.grad works
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
     def backward(ctx, grad_loss):
-        is_first = not torch.is_grad_enabled()
-        check(is_first, 'the drifting loss has no second derivative: leave out create_graph and torch.func')
+        check(not torch.is_grad_enabled(), 'the drifting loss has no second derivative: leave out create_graph')
         grad, = ctx.saved_tensors
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
@@ -661,10 +662,10 @@ class DriftProblems:
         pos: Float[Tensor, 'b p d'],
         uncond: Float[Tensor, 'b u d'] | None = None,
         *,
-        uncond_weight: Float[Tensor, 'b u'] | None = None,  # >= 0. None: ones
+        uncond_weight: Float[Tensor, 'b u'] | None = None,  # from 0 on. None: ones
         neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, instead of gen
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
-        field: DriftField | None = None,  # Algorithm 2 by default
+        field = DRIFT_FIELD,  # Algorithm 2
         weight_in_softmax = False,  # guidance weights the affinity (release), or the kernel
         affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
         self_distance = 100.,  # release, of a sample to itself, in units of S
@@ -677,48 +678,59 @@ class DriftProblems:
         check_shape('gen', gen, ('problems', 'samples', 'features'))
         check_finite(affinity_floor = affinity_floor, self_distance = self_distance, min_scale = min_scale)
         check_finite(min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
-        self.field, self.own_negatives = default(field, DriftField()), not exists(neg)
-        check(isinstance(self.field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
-        has_neg = exists(neg) or not self.field.needs_neg
-        check(has_neg, f'{type(self.field).__name__} needs neg, a second batch of generated samples')
+        check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
+        has_neg = exists(neg) or not field.needs_neg
+        check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
         values = temperatures if isinstance(temperatures, (tuple, list)) else [temperatures]
         fits = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
         fits = fits and 0 < len(values) == len(set(values))
         check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
         self.temperatures = tuple(map(float, values))
 
-        self.weight_options = affinity_floor, weight_in_softmax
+        self.field, self.weight_options = field, (affinity_floor, weight_in_softmax)
         self.self_distance, self.diagnostics = self_distance, diagnostics
         self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
 
         self.x = full_precision(gen)  # the gradient flows to it
         self.gen = self.x.detach()
-        self.sets = [t for t in (pos, uncond, default(neg, self.gen)) if exists(t)]
-        self.sizes = [t.shape[1] for t in self.sets]
+        self.own_negatives, self.name = not exists(neg), ''
+        sets = dict(pos = pos, uncond = uncond, neg = default(neg, self.gen))
+        self.sets = {name: t for name, t in sets.items() if exists(t)}
+        self.sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y
-        temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype)
-        self.temperature = rearrange(temperature.to(gen.device, non_blocking = True), 't -> t 1 1')
+        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y, or None: ones
+        temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
+        self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions W is smaller than V = W y, and |V| can be had without V, see squared_lengths
-        self.in_coefficients = self.y < 0.7 * self.d and self.field.zero_sum and self.own_negatives
+        # in many dimensions |V| of all temperatures is cheaper without V = W y, see squared_lengths
+        num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
+        cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
+        is_cheaper = cost_without < num_vectors * self.y * self.d
+        self.in_coefficients = is_cheaper and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-        self.kept = {}  # what two rounds need, by part: distances, vectors
+        self.kept, self.squares = {}, {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None  # the newest part, its W
         self.placed = None, None, None  # the part in the buffer, its x, its y
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
+        if not exists(uncond_weight):
+            return None
+        check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
+        check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
+        check_range('uncond_weight', uncond_weight, 0)
         weight = self.gen.new_ones(self.b, 1, self.y)
-        if exists(uncond_weight):
-            check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
-            check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
-            check_range('uncond_weight', uncond_weight, 0)
-            weight[:, 0, self.p:-self.m] = uncond_weight
+        weight[:, 0, self.p:-self.m] = uncond_weight
         return weight
+
+    def weight_of(self, part):
+        return self.weight[part] if exists(self.weight) else None
+
+    def check_values(self, result):
+        check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
 
     # what is computed of one part
     def points(self, part):
@@ -727,40 +739,39 @@ class DriftProblems:
         """
         if self.placed[0] == part:
             return self.placed[1:]
-        center = reduce(self.gen[part], 'b g d -> b 1 d', 'mean')
+        center = self.gen[part].mean(dim = 1, keepdim = True)
         y = self.buffer[:len(center)]
-        for t, out in zip(self.sets, y.split(self.sizes, dim = 1), strict = True):
+        for t, out in zip(self.sets.values(), y.split(self.sizes, dim = 1), strict = True):
             torch.sub(t[part], center, out = out)
         x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
         self.placed = part, x, y
         return x, y
 
-    def squares(self, part):
-        """Squared distances [b g y], and where |V| comes from them those among positives and unconditional [b o o]."""
+    def distances(self, part):
+        """[b g y], and where |V| comes from them the squares, also those among positives and unconditional [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
-            others = y[:, :-self.m]
-            squares_of_others = squared_distances(others, others) if self.in_coefficients else None
-            self.kept[part.start] = squared_distances(x, y), squares_of_others
+            squares = squared_distances(x, y)
+            self.kept[part.start] = squares.clamp(min = self.min_dist_sq).sqrt_()
+            if self.in_coefficients:
+                others = y[:, :-self.m]
+                self.squares[part.start] = squares, squared_distances(others, others)
         return self.kept[part.start]
-
-    def distances(self, part):
-        return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
 
     def masked_distances(self, part, scale):
         """[b 1 g y] in units of S; no sample sees itself."""
-        dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
+        dist = self.distances(part) / scale.clamp(min = self.min_scale)
         if self.own_negatives:
             dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)
-        return rearrange(dist, 'b g y -> b 1 g y')
+        return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
         """W [b t g y] of every temperature, V = W (y - x).
         The newest part's stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] != part:
-            dist, weight = self.masked_distances(part, scale), self.weight[part].expand(-1, len(self.temperatures), -1)
-            W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, *self.weight_options)
+            options = self.temperature, self.weight_of(part), *self.weight_options
+            W = self.field.coefficients(self.masked_distances(part, scale), self.p, self.m, *options)
             self.newest = part, W
         return self.newest[1]
 
@@ -773,7 +784,7 @@ class DriftProblems:
 
     def squared_lengths(self, part, W):
         """|V|^2 summed over problems and samples [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
-        squares, squares_of_others = self.squares(part)
+        squares, squares_of_others = self.squares[part.start]
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
         products = W_gen @ squares  # b (t g) y
@@ -784,11 +795,13 @@ class DriftProblems:
     # round 1: S
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
-        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
+        weights = self.weight.sum() * self.g if exists(self.weight) else self.gen.new_full((), self.b * self.y * self.g)
+        return stack((sum(map(self.sum_distances_of, self.parts)), weights))
 
     def sum_distances_of(self, part):
-        total = reduce(self.distances(part) ** self.field.scale_power, 'b g y -> b 1 y', 'sum')
-        return (total * self.weight[part]).sum()
+        dist = self.distances(part)
+        total = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
+        return (total * self.weight[part]).sum() if exists(self.weight) else total.sum()
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -807,10 +820,9 @@ class DriftProblems:
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
         else:
-            V_sq = self.vectors(part, scale).norm(dim = (2, 3)).square().sum(dim = 0)
+            V_sq = torch.linalg.vector_norm(self.vectors(part, scale), dim = (0, 2, 3)).square()
 
-        sums = [V_sq / (self.d * self.unit(scale) ** 2)]
-
+        sums = [V_sq]
         if self.diagnostics:
             pull, push = W[..., :self.p], W[..., self.p:]
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
@@ -818,13 +830,14 @@ class DriftProblems:
 
         if self.diagnostics and self.field.has_potential:
             dist = self.masked_distances(part, scale)
-            potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
+            weight = default(self.weight_of(part), dist.new_ones(1, self.y))
+            potential = self.field.potential(dist, self.p, self.temperature, weight)
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     def stats(self, scale, sums):
-        mean_sq, *diagnosed = sums[:-1] / sums[-1]
-        means = [mean_sq.clamp(min = 0).sqrt(), *diagnosed]
+        V_sq, *diagnosed = sums[:-1] / sums[-1]
+        means = [(V_sq.clamp(min = 0) / self.d).sqrt() / self.unit(scale), *diagnosed]
         found = [dict(zip(self.temperatures, mean, strict = True)) for mean in means]
         return DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
 
@@ -833,22 +846,22 @@ class DriftProblems:
         """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
         same = tuple(stats.drift_rms) == self.temperatures
         check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
-        drift_sq = stack(list(stats.drift_rms.values())).square().clamp(min = self.min_drift_sq)
-        norms = drift_sq.sqrt() * self.unit(stats.scale)  # t
+        unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
+        factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         grad = torch.empty_like(self.gen)
-        losses = [self.loss_of(part, stats.scale, norms, grad[part]) for part in self.parts]
-        return cat(losses), grad
+        losses = [self.loss_of(part, stats.scale, factors, grad[part]) for part in self.parts]
+        return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
 
-    def loss_of(self, part, scale, norms, grad):
+    def loss_of(self, part, scale, factors, grad):
         """The loss of a part [b]; its gradient goes into grad [b g d]."""
         fields = self.coefficients(part, scale) if self.in_coefficients else self.vectors(part, scale)
-        total = norms.reciprocal() @ rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
-        V = rearrange(total, 'b (g n) -> b 1 g n', g = self.g)
+        fields = rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
+        V = factors.expand(len(fields), 1, -1) @ fields
+        V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
         if self.in_coefficients:
             V = self.field.apply_coefficients(V, *self.points(part))
-        V = rearrange(V, 'b 1 g d -> b g d')
-        torch.mul(V, -2 / (self.b * self.g * self.d * self.unit(scale)), out = grad)
-        return V.square_().mean(dim = (1, 2))
+        grad.copy_(V[:, 0])
+        return torch.linalg.vector_norm(V, dim = (1, 2, 3)).square_() / (self.g * self.d)
 
     def solve(self, stats = None):
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
@@ -856,6 +869,7 @@ class DriftProblems:
                 scale = self.scale(sum_over_processes(self.sum_distances()))  # round 1: S
                 stats = self.stats(scale, sum_over_processes(self.sum_drift(scale)))  # round 2: lambda
             loss, grad = self.loss(stats)  # round 3
+            self.check_values(loss)
         return KnownGradient.apply(self.x, loss, grad), stats
 
 def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
@@ -951,10 +965,8 @@ class FeatureDriftLoss(Module):
             arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
-            try:
-                problems = DriftProblems(**arguments, **options)
-            except ValueError as error:
-                raise ValueError(f'feature {name!r}: {error}') from None
+            problems = DriftProblems(**arguments, **options)
+            problems.name = f' of feature {name!r}'
             yield name, problems
             del arguments, points, problems  # or two features are held
 
@@ -1022,7 +1034,9 @@ class FeatureDriftLoss(Module):
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    totals[name] = totals.get(name, 0) + sums_of(name, problems)
+                    sums = sums_of(name, problems)
+                problems.check_values(sums)
+                totals[name] = totals.get(name, 0) + sums
                 if i == len(chunks):
                     yield name, problems, sum_over_processes(totals[name])
                 del problems  # or two features are held
@@ -1061,10 +1075,9 @@ class GradientField(DriftField):
     V = sum_y k (y - x) / (r t) / sum_y k over positives, minus that over negatives; r = |x - y|, or t if Gaussian.
     """
 
-    zero_sum = False
-
     def __init__(self, *, kernel = 'laplace', attraction = 1., repulsion = 1.):
         super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
+        self.zero_sum = False
 
     def log_kernel(self, dist, temperature, weight):
         log_weight = weight.log().clamp(min = -1e6)

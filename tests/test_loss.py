@@ -112,10 +112,10 @@ def test_loss_equals_the_formula(rng, shape, guided, options):
 @pytest.mark.parametrize('floor', [0., 1e-6])
 @pytest.mark.parametrize('coincident', [False, True])
 @pytest.mark.parametrize('guided', [False, True])
-@pytest.mark.parametrize('d', [3, 21, 22])      # 15 samples, or 11 unguided: 0.7 d is below them, just below, above
+@pytest.mark.parametrize('d', [3, 80])      # in 80 dimensions fields add up as coefficients
 def test_the_fast_loss_is_the_plain_one(rng, monkeypatch, d, guided, coincident, floor, field, limit):
     gen, pos, uncond, weight = random_problem(rng, b = 7, g = 5, p = 6, u = 4, d = d)
-    options = dict(field = field, affinity_floor = floor, temperatures = (0.05, 0.3))
+    options = dict(field = field, affinity_floor = floor, temperatures = (0.05, 0.3, 1.))
 
     if coincident:
         gen[:, 2:] = gen[:, :1]
@@ -134,10 +134,10 @@ def test_the_fast_loss_is_the_plain_one(rng, monkeypatch, d, guided, coincident,
     # in parts of two problems, the last of one
 
     num_samples = 15 if guided else 11
-    monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', 2 * num_samples * max(d, 2 * 5))
+    monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', 2 * num_samples * max(d, 3 * 5))
     problems = DriftProblems(gen, pos, uncond, **options)
     assert len(problems.parts) == 4
-    assert problems.in_coefficients == (field.zero_sum and num_samples < 0.7 * d)
+    assert problems.in_coefficients == (field.zero_sum and d == 80)
 
     fast, _ = drift_loss(fast_gen, pos, uncond, uncond_weight = weight, **options)
     fast.mean().backward()
@@ -634,10 +634,9 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, stats = drift_loss(X, X, temperatures = 1.)[1]), 'stats are of the temperatures (1.0,)'),
     (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),
     (lambda: drift_loss(X * 1e30, X), 'gen has values up to'),
-    (lambda: FeatureDriftLoss(lambda x: dict(a = 1e25 * x[:, None]))(X, X), "feature 'a': gen has values up to"),
+    (lambda: FeatureDriftLoss(lambda x: dict(a = 1e25 * x[:, None]))(X, X), "gen of feature 'a' has values up to"),
     (lambda: FeatureDriftLoss()(X.tolist(), X), 'gen must be a tensor, got list'),
     (lambda: FeatureDriftLoss()(X, None), 'pos must be a tensor, got NoneType'),
-    (lambda: torch.func.grad(lambda x: drift_loss(x, X)[0].mean())(X), 'no second derivative'),
     (lambda: drift_loss(X.numpy(), X), 'gen must be a tensor, got ndarray'),
     (lambda: FeatureDriftLoss(temperature = (0.1,)), "unknown arguments ['temperature']"),
     (lambda: FeatureDriftLoss(lambda x: {})(X, X), 'an encoder must return a dict'),
