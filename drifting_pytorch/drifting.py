@@ -91,10 +91,10 @@ def check_whole(low, **values):
         fits = not exists(value) or is_whole and value >= low
         check(fits, f'{name} must be a whole number from {low} on, got {value!r}')
 
-def check_finite(low = 0, **values):
+def check_number(low, high, **values):
     for name, value in values.items():
-        fits = isinstance(value, (int, float)) and low <= value < math.inf
-        check(fits, f'{name} must be a finite number from {low} on, got {value!r}')
+        fits = isinstance(value, (int, float)) and low <= value <= high
+        check(fits, f'{name} must be a number in {low} .. {high}, got {value!r}')
 
 def check_shape(name, t, expected, hint = ''):
     """A word in expected, as 'batch', stands for any size."""
@@ -109,6 +109,7 @@ def can_read(t):
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
+    check(not t.is_complex(), f'{name} must be real numbers, got {t.dtype}')
     if can_read(t):
         found = t.aminmax()  # nan if any is
         fits = all(low <= bound <= high and bound.isfinite() for bound in found)
@@ -120,42 +121,39 @@ def as_tensor(name, values):
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f'{name} must be numbers or a tensor of them, got {values!r}') from error
 
-def checked_labels(labels, num_classes, batch):
+def checked_labels(labels, num_classes, *shape, name = 'labels'):
     """Labels, also as a list and of any integer type, as the int64 that indexing wants."""
-    labels = as_tensor('labels', labels)
-    check_shape('labels', labels, (batch,))
+    labels = as_tensor(name, labels)
+    check_shape(name, labels, shape)
     is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
-    check(is_integer, f'labels must be integers, got {labels.dtype}')
-    check_range('labels', labels, 0, num_classes - 1)
+    check(is_integer, f'{name} must be integers, got {labels.dtype}')
+    check_range(name, labels, 0, num_classes - 1)
     return labels.long()
 
 def full_precision(t):
     """Half precision in float32; float32 and float64 as they are."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
-def check_points(**points):
-    """Point sets [... n d] by name, or None: floating, not empty, of equal groups and dimension."""
-    points = {name: t for name, t in points.items() if exists(t)}
-    (first, reference), *_ = points.items()
-
-    for name, t in points.items():
+def check_points(first, reference, **points):
+    """Point sets [... n d] by name: tensors of floating point, not empty, of the same groups and dimension."""
+    groups, dim = 'the leading (group) dimensions must be equal', 'the feature dimension (last) must be equal'
+    for name, t in {first: reference, **points}.items():
         check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
         check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: convert it with .float()')
         given = f'{name} has shape {tuple(t.shape)}'
         check(t.ndim >= 2 and t.numel() > 0, f'{given}, expected [... samples, features] and no empty set')
-
         mismatch = f'{given} but {first} has shape {tuple(reference.shape)}'
-        same = t.shape[:-2] == reference.shape[:-2]
-        check(same, f'{mismatch}: the leading (group) dimensions must be equal, nothing is broadcast')
-        check(t.shape[-1] == reference.shape[-1], f'{mismatch}: the feature dimension (last) must be equal')
+        check(t.shape[:-2] == reference.shape[:-2], f'{mismatch}: {groups}, nothing is broadcast')
+        check(t.shape[-1] == reference.shape[-1], f'{mismatch}: {dim}')
 
 def check_values(result, **points):
-    """Where a result is not finite: which of the points that it was made of are not, or too large."""
+    """Where a result is not finite: why."""
     if can_read(result) and not math.isfinite(result.sum()):
         for name, t in points.items():
             largest = t.abs().max()
             check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
             check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
+        raise ValueError('the field is not finite: its temperatures, weights or factors are too small or too large')
 
 def chunked(tensors, size = None):
     """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
@@ -202,7 +200,7 @@ class DriftField(Module):
         check(not exists(later), f'normalize = {normalize!r} is a class of its own: use {later}()')
         check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
-        check_finite(attraction = attraction, repulsion = repulsion)
+        check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
@@ -272,9 +270,9 @@ class DriftField(Module):
         Raises ValueError for unequal leading or feature dimensions, empty sets, non-finite values, and temperatures
         that are not above 0.
         """
-        check_points(x = x, y_pos = y_pos, y_neg = y_neg)
-        check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
         negatives = default(y_neg, x)
+        check_points('x', x, y_pos = y_pos, y_neg = negatives)
+        check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
         points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
 
@@ -480,6 +478,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         super().__init__()
         check_positive(image_size = image_size, channels = channels, patch_size = patch_size)
         check_positive(dim = dim, heads = heads, num_classes = num_classes, style_codebook_size = style_codebook_size)
+        check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         is_whole = image_size % patch_size == 0
         check(is_whole, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
@@ -557,13 +556,14 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        b, has_classes, dtype = len(noise), exists(self.num_classes), self.rotary.dtype
+        dtype, has_classes = self.rotary.dtype, exists(self.num_classes)
         check_shape('noise', noise, ('batch', *self.noise_shape))
+        check(noise.is_floating_point(), f'noise must be floating point, got {noise.dtype}')
         check_range('noise', noise, -math.inf)
         is_precise = dtype in (torch.float32, torch.float64)
         check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
-        wanted = 'are needed' if has_classes else 'must be None'
+        b, wanted = len(noise), 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
         if has_classes:
             labels = checked_labels(labels, self.num_classes, b).to(noise.device)
@@ -573,8 +573,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check_range('alpha', alpha, 1)
 
         styles = styles if exists(styles) else self.draw_styles(b)
-        check_shape('styles', styles, (b, self.num_style_tokens))
-        check_range('styles', styles, 0, self.style_codebook_size - 1)
+        styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
         return noise.to(self.pos_embed.dtype), labels, alpha, styles
 
     def forward(
@@ -674,10 +673,13 @@ class DriftProblems:
         min_drift_sq = 1e-8,  # release, of the mean of V^2
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
-        check_points(gen = gen, pos = pos, uncond = uncond, neg = neg)
+        sets = dict(pos = pos, uncond = uncond, neg = neg)
+        sets = {name: t for name, t in sets.items() if exists(t) or name == 'pos'}
+        check_points('gen', gen, **sets)
         check_shape('gen', gen, ('problems', 'samples', 'features'))
-        check_finite(affinity_floor = affinity_floor, self_distance = self_distance, min_scale = min_scale)
-        check_finite(min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
+        check_number(0, 1, affinity_floor = affinity_floor)
+        check_number(0, 10 ** 6, self_distance = self_distance, min_scale = min_scale)
+        check_number(0, 10 ** 6, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
         check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
         has_neg = exists(neg) or not field.needs_neg
         check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
@@ -694,8 +696,7 @@ class DriftProblems:
         self.x = full_precision(gen)  # the gradient flows to it
         self.gen = self.x.detach()
         self.own_negatives, self.name = not exists(neg), ''
-        sets = dict(pos = pos, uncond = uncond, neg = default(neg, self.gen))
-        self.sets = {name: t for name, t in sets.items() if exists(t)}
+        self.sets = {**sets, 'neg': default(neg, self.gen)}  # in the order of y
         self.sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
@@ -911,6 +912,7 @@ class FeatureDriftLoss(Module):
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder must be callable, have .features(x), or be a list, got {type(part).__name__}')
 
+        check(decoder is None or callable(decoder), f'decoder must be callable, got {type(decoder).__name__}')
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'needs_neg', False)
@@ -973,7 +975,9 @@ class FeatureDriftLoss(Module):
     def check_samples(self, gen, pos, uncond, alpha, neg):
         for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
             if exists(t) or name in ('gen', 'pos'):
-                check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
+                is_floating = torch.is_tensor(t) and t.is_floating_point()
+                found = getattr(t, 'dtype', type(t).__name__)
+                check(is_floating, f'{name} must be a floating point tensor, got {found}')
                 given = f'{name} has shape {tuple(t.shape)}'
                 fits = t.ndim >= 3 and t.numel() > 0
                 check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')

@@ -232,8 +232,8 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField(normalize = 'gradient'), "'gradient' is a class of its own: use GradientField()"),
     (lambda x, a: DriftField(normalize = 'sharp'), "'sharp' is a class of its own: use SharpField()"),
     (lambda x, a: DriftField(normalize = 'sinkhorn'), "'sinkhorn' is a class of its own: use SinkhornField()"),
-    (lambda x, a: DriftField(repulsion = float('nan')), 'repulsion must be a finite number from 0 on, got nan'),
-    (lambda x, a: DriftField(attraction = '1'), "attraction must be a finite number from 0 on, got '1'"),
+    (lambda x, a: DriftField(repulsion = float('nan')), 'repulsion must be a number in 0 .. 1000000, got nan'),
+    (lambda x, a: DriftField(attraction = '1'), "attraction must be a number in 0 .. 1000000, got '1'"),
     (lambda x, a: DriftField()(x, a * 1e200, temperature = 1.), 'y_pos has values up to'),
     (lambda x, a: SinkhornField(iters = 0), 'iters must be a whole number from 1 on'),
 ])
