@@ -71,6 +71,9 @@ def exists(val):
 def default(val, d):
     return val if exists(val) else d
 
+def existing(**values):
+    return {name: value for name, value in values.items() if exists(value)}
+
 def typecheck(fn):
     """Checks the shapes in fn's signature, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
@@ -673,8 +676,7 @@ class DriftProblems:
         min_drift_sq = 1e-8,  # release, of the mean of V^2
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
-        sets = dict(pos = pos, uncond = uncond, neg = neg)
-        sets = {name: t for name, t in sets.items() if exists(t) or name == 'pos'}
+        sets = dict(pos = pos, **existing(uncond = uncond, neg = neg))
         check_points('gen', gen, **sets)
         check_shape('gen', gen, ('problems', 'samples', 'features'))
         check_number(0, 1, affinity_floor = affinity_floor)
@@ -926,7 +928,7 @@ class FeatureDriftLoss(Module):
         if compile:
             other.features = torch.compile(self.features)
         if compile and torch.accelerator.is_available():
-            field = copy(default(self.drift_loss_kwargs.get('field'), DriftField()))
+            field = copy(self.drift_loss_kwargs.get('field', DRIFT_FIELD))
             field.coefficients = torch.compile(field.coefficients)
             other.drift_loss_kwargs = {**self.drift_loss_kwargs, 'field': field}
         return other
@@ -951,12 +953,9 @@ class FeatureDriftLoss(Module):
             check_shape(f'feature {name!r}', t, (len(x), 'locations', 'feature dim'))
         return features
 
-    def problems(self, options, gen, pos, uncond = None, neg = None, uncond_weight = None):
+    def problems(self, options, gen, uncond_weight = None, **others):
         """(feature, its DriftProblems): every location of every group is its own problem."""
-        c = len(gen)
-        others = dict(pos = pos, uncond = uncond, neg = neg)
-        others = {kind: t for kind, t in others.items() if exists(t)}
-        sizes = [t.shape[1] for t in others.values()]
+        c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
             joined = cat(list(others.values()), dim = 1)
@@ -972,27 +971,15 @@ class FeatureDriftLoss(Module):
             yield name, problems
             del arguments, points, problems  # or two features are held
 
-    def check_samples(self, gen, pos, uncond, alpha, neg):
-        for name, t in dict(gen = gen, pos = pos, uncond = uncond, neg = neg).items():
-            if exists(t) or name in ('gen', 'pos'):
-                is_floating = torch.is_tensor(t) and t.is_floating_point()
-                found = getattr(t, 'dtype', type(t).__name__)
-                check(is_floating, f'{name} must be a floating point tensor, got {found}')
-                given = f'{name} has shape {tuple(t.shape)}'
-                fits = t.ndim >= 3 and t.numel() > 0
-                check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')
-                same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
-                check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
-
-        has_alpha = exists(alpha) or not exists(uncond)
-        check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
-        if exists(alpha):
-            given = tuple(alpha.shape) if torch.is_tensor(alpha) else repr(alpha)
-            wanted = f'alpha must be a tensor of shape ({len(gen)},), one guidance scale per group'
-            check(torch.is_tensor(alpha) and given == (len(gen),), f'{wanted}, got {given}')
-            check_range('alpha', alpha, 1)
-            fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
-            check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
+    def check_samples(self, gen, **others):
+        for name, t in dict(gen = gen, **others).items():
+            is_floating, found = torch.is_tensor(t) and t.is_floating_point(), getattr(t, 'dtype', type(t).__name__)
+            check(is_floating, f'{name} must be a floating point tensor, got {found}')
+            given = f'{name} has shape {tuple(t.shape)}'
+            fits = t.ndim >= 3 and t.numel() > 0
+            check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')
+            same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
+            check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
 
     def forward(
         self,
@@ -1008,8 +995,16 @@ class FeatureDriftLoss(Module):
         Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional
         samples, and all that drift_loss refuses.
         """
-        self.check_samples(gen, pos, uncond, alpha, neg)
-        samples = dict(gen = gen, pos = pos, uncond = uncond, neg = neg)
+        samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
+        self.check_samples(**samples)
+        has_alpha = exists(alpha) or not exists(uncond)
+        check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
+        if exists(alpha):
+            alpha = as_tensor('alpha', alpha).to(gen.device)
+            check_shape('alpha', alpha, (len(gen),), ', one guidance scale per group')
+            check_range('alpha', alpha, 1)
+            fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
+            check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
             samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7

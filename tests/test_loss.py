@@ -648,7 +648,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
         lambda: FeatureDriftLoss(lambda x: {'a': x[:1, None]})(X, X),
         "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"
     ),
-    (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha must be a tensor'),
+    (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha has shape (), expected (2,), one guidance scale per group'),
     (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be a whole number from 1 on'),
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
@@ -666,7 +666,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss()(X, X, X, torch.tensor([float('nan'), 1.])), 'alpha must be'),
     (
         lambda: FeatureDriftLoss()(X, X, X, torch.ones(3)),
-        'alpha must be a tensor of shape (2,), one guidance scale per group, got (3,)'
+        'alpha has shape (3,), expected (2,), one guidance scale per group'
     ),
     (lambda: FeatureDriftLoss()(X, X, None, torch.full((2,), 2.)), 'alpha above 1 needs uncond'),
     (lambda: FeatureDriftLoss(lambda x: dict(a = x))(X, X), "feature 'a' has shape"),
