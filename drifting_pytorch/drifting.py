@@ -1186,18 +1186,14 @@ def conv_norm(dim_in, dim_out, kernel = 3, stride = 1):
     conv = nn.Conv2d(dim_in, dim_out, kernel, stride, padding = kernel // 2, bias = False)
     return nn.Sequential(conv, group_norm(dim_out))
 
-def lecun_normal_(weight):
-    """flax's: a normal of variance 1 / fan_in, cut at two deviations and widened to keep it."""
-    std = weight[0].numel() ** -0.5 / 0.87962566103423978
-    return nn.init.trunc_normal_(weight, std = std, a = -2 * std, b = 2 * std)
-
 class ResidualBlock(Module):
-    def __init__(self, dim_in, dim_out, stride = 1):
+    """Where it widens the map, it halves its sides."""
+    def __init__(self, dim_in, dim_out):
         super().__init__()
+        stride = 1 if dim_in == dim_out else 2
         self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        same = stride == 1 and dim_in == dim_out
-        self.shortcut = nn.Identity() if same else conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
+        self.shortcut = nn.Identity() if stride == 1 else conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
 
     def forward(self, x):
         h = F.relu(self.conv1(x))
@@ -1248,28 +1244,27 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.feature_sets, self.checkpointing = feature_sets, checkpointing
         self.mask_pixels = mask_patch_size * patch_size  # side of a mask patch
 
-        dim_in, dims = channels * patch_size ** 2, [dim * 2 ** i for i in range(4)]
-        self.stem = conv_norm(dim_in, dim)
+        dims = (dim, dim, dim * 2, dim * 4, dim * 8)  # of the stem and the stages
+        self.stem = conv_norm(channels * patch_size ** 2, dim)
         self.stages, self.norms = ModuleList(), ModuleDict()
-        for i, (before, after, depth) in enumerate(zip((dim, *dims[:3]), dims, layers, strict = True), 1):
-            first = ResidualBlock(before, after, stride = 1 if i == 1 else 2)
-            self.stages.append(ModuleList([first, *(ResidualBlock(after, after) for _ in range(depth - 1))]))
-            self.norms[f'layer{i}'] = group_norm(after)
+        for i, depth in enumerate(layers, 1):
+            dims_in = dims[i - 1], *[dims[i]] * (depth - 1)
+            self.stages.append(ModuleList([ResidualBlock(dim_in, dims[i]) for dim_in in dims_in]))
+            self.norms[f'layer{i}'] = group_norm(dims[i])
 
         # decoder: from stage 4 up to stages 3, 2, 1 and the stem
-        self.bridge = conv_norm(dims[3], dims[3])
-        self.ups = ModuleDict(dict(
-            up43 = UpBlock(dims[3], dims[2]), up32 = UpBlock(dims[2], dims[1]),
-            up21 = UpBlock(dims[1], dims[0]), up10 = UpBlock(dims[0], dim)
-        ))
-        self.to_pixels = nn.Conv2d(dim, dim_in, 1)
-        self.to_logits = nn.Linear(dims[3], num_classes) if exists(num_classes) else None
+        self.bridge = conv_norm(dims[4], dims[4])
+        self.ups = ModuleDict({f'up{i}{i - 1}': UpBlock(dims[i], dims[i - 1]) for i in (4, 3, 2, 1)})
+        self.to_pixels = nn.Conv2d(dim, channels * patch_size ** 2, 1)
+        self.to_logits = nn.Linear(dims[4], num_classes) if exists(num_classes) else None
 
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                lecun_normal_(module.weight)
-                if exists(module.bias):
-                    nn.init.zeros_(module.bias)
+        # flax's lecun_normal: of variance 1 / fan_in, cut at two deviations and widened to keep it
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                std = p[0].numel() ** -0.5 / 0.87962566103423978
+                nn.init.trunc_normal_(p, std = std, a = -2 * std, b = 2 * std)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
 
     def check_samples(self, x, multiple = 8):
         multiple *= self.patch_size
@@ -1289,8 +1284,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     def maps(self, x):
         """{name: [b d h w]} of a folded input: stem, every second block of a stage, its normalised output."""
-        maps = {'conv1': F.relu(self.stem(x))}
-        x = maps['conv1']
+        x = F.relu(self.stem(x))
+        maps = {'conv1': x}
         for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
             for k, block in enumerate(stage, 1):
                 x = run_block(block, x, checkpointing = self.checkpointing)
@@ -1332,15 +1327,12 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return y, maps['layer4']
 
     def forward(
-        self,
-        x: Float[Tensor, 'b ch h w'],
-        labels: Int[Tensor, 'b'] | None = None,  # None: no classification
-        *,
-        cls_weight = 0.,  # lambda, of the classification in the loss
-        mask: Float[Tensor, 'b mh mw'] | None = None  # None: drawn
+        self, x: Float[Tensor, 'b ch h w'], labels: Int[Tensor, 'b'] | None = None, *,
+        cls_weight = 0., mask: Float[Tensor, 'b mh mw'] | None = None
     ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
         """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
 
+        labels: None for no classification. cls_weight: lambda. mask: drawn if None.
         Raises ValueError for sizes that do not fit, labels without a classifier, and cls_weight without labels.
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
@@ -1370,8 +1362,8 @@ class PixelInput(Module):
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         self.image_size = image_size
-        self.register_buffer('mean', rearrange(torch.tensor(mean), 'ch -> ch 1 1'), persistent = False)
-        self.register_buffer('std', rearrange(torch.tensor(std), 'ch -> ch 1 1'), persistent = False)
+        for name, values in dict(mean = mean, std = std).items():
+            self.register_buffer(name, rearrange(torch.tensor(values), 'ch -> ch 1 1'), persistent = False)
 
     def forward(self, x):
         wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
@@ -2598,51 +2590,49 @@ class MAETrainer(BaseTrainer):
 
 # ── 10. weights - our own, and those that the authors published ───
 
-RELEASE = 'Goodeat/drifting'  # on the hub
-RELEASE_FILES = 'metadata.json', 'ema_params.msgpack'
-OUR_FILES = 'config.json', 'model.safetensors'
-
-# what the release's reader takes where a config does not say it
-MAE_DEFAULTS = dict(
-    base_channels = 64, in_channels = 3, input_patch_size = 1, num_classes = 1000, patch_size = 4, layers = (2, 2, 2, 2)
-)
-GENERATOR_DEFAULTS = dict(
-    num_classes = 1001, noise_classes = 0, noise_coords = 1, input_size = 32, in_channels = 3, n_cls_tokens = 0,
-    patch_size = 2, hidden_size = 1152, depth = 28, num_heads = 16, mlp_ratio = 4., use_qknorm = False,
-    use_swiglu = False, use_rope = False, use_rmsnorm = False, use_bf16 = False, attn_fp32 = True
-)
-
-# our names of its options and parameters: patterns, applied one after the other
+# the release's options by our names: its name, and what its reader takes where a config does not say it
 MAE_OPTIONS = dict(
-    dim = 'base_channels', channels = 'in_channels', patch_size = 'input_patch_size', num_classes = 'num_classes',
-    mask_patch_size = 'patch_size', layers = 'layers'
+    dim = ('base_channels', 64), channels = ('in_channels', 3), patch_size = ('input_patch_size', 1),
+    num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4),
+    layers = ('layers', (2, 2, 2, 2))
 )
 GENERATOR_OPTIONS = dict(
-    image_size = 'input_size', channels = 'in_channels', patch_size = 'patch_size', dim = 'hidden_size',
-    depth = 'depth', heads = 'num_heads', num_classes = 'num_classes', num_register_tokens = 'n_cls_tokens',
-    ff_mult = 'mlp_ratio'
+    image_size = ('input_size', 32), channels = ('in_channels', 3), patch_size = ('patch_size', 2),
+    dim = ('hidden_size', 1152), depth = ('depth', 28), heads = ('num_heads', 16),
+    ff_mult = ('mlp_ratio', 4.),
+    num_classes = ('num_classes', 1001), num_register_tokens = ('n_cls_tokens', 0),
+    num_style_tokens = ('noise_coords', 1), style_codebook_size = ('noise_classes', 0)
 )
+
+# from its parameters' names to ours: patterns, applied one after the other
 MAE_NAMES = (
-    (r'^encoder/conv1', 'stem/0'), (r'^encoder/gn1', 'stem/1'), (r'^encoder/(layer\d)_norm', r'norms/\1'),
-    (r'^encoder/stages_(\d+)/layers_(\d+)', r'stages/\1/\2'), (r'^decoder/(up\d+)', r'ups/\1'),
-    (r'^decoder/head', 'to_pixels'), (r'^decoder/bridge', 'bridge'), (r'^fc', 'to_logits'),
-    (r'/(conv|gn)(\d)', r'/conv\2/\1'), (r'/proj_(conv|gn)', r'/shortcut/\1'), (r'/conv/', '/0/'), (r'/gn/', '/1/'),
-    (r'concat_norm_fn', 'norm')
+    (r'^(encoder|decoder)/', ''), (r'^stages_(\d+)/layers_', r'stages/\1/'), (r'^up', 'ups/up'),
+    (r'^head', 'to_pixels'), (r'^fc', 'to_logits'),
+
+    # norms, and convolutions with theirs
+    (r'^(layer\d)_norm', r'norms/\1'), (r'concat_norm_fn', 'norm'), (r'proj_(conv|gn)', r'shortcut/\1'),
+    (r'(conv|gn)(\d)', r'conv\2/\1'), (r'conv/', '0/'), (r'gn/', '1/'), (r'^conv1', 'stem')
 )
 GENERATOR_NAMES = (
-    (r'/Dense_0', ''), (r'^LightningDiT_0/blocks_', 'blocks/'), (r'^LightningDiT_0/', 'dit/'),
+    (r'/Dense_0|Torch', ''),
+
+    # condition
     (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'), (r'^RMSNorm_0', 'alpha_embed/3'),
-    (r'^TimestepEmbedder_0/TorchLinear_0', 'alpha_embed/0'), (r'^TimestepEmbedder_0/TorchLinear_1', 'alpha_embed/2'),
-    (r'^dit/TorchLinear_0', 'patch_embed'), (r'^dit/TorchLinear_1', 'register_proj'),
-    (r'^dit/FinalLayer_0/TorchLinear_0', 'final_modulation/linear'),
-    (r'^dit/FinalLayer_0/TorchLinear_1', 'to_patch'), (r'^dit/FinalLayer_0/RMSNorm_0', 'final_norm'),
-    (r'Attention_0/TorchLinear_0', 'qkv'), (r'Attention_0/TorchLinear_1/kernel', 'attn/to_out/weight'),
-    (r'Attention_0/TorchLinear_1/bias', 'out_bias'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
-    (r'SwiGLUFFN_0/TorchLinear_0', 'gate'), (r'SwiGLUFFN_0/TorchLinear_1', 'up'),
-    (r'SwiGLUFFN_0/TorchLinear_2', 'ff/ff/2'), (r'TorchLinear_0', 'modulation/linear'),
-    (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm')
+    (r'^TimestepEmbedder_0/Linear_0', 'alpha_embed/0'),
+    (r'^TimestepEmbedder_0/Linear_1', 'alpha_embed/2'),
+
+    # first and last layer
+    (r'^LightningDiT_0/', ''), (r'^Linear_0', 'patch_embed'), (r'^Linear_1', 'register_proj'),
+    (r'^cls_embed', 'register_embed'), (r'^FinalLayer_0/RMSNorm_0', 'final_norm'),
+    (r'^FinalLayer_0/Linear_0', 'final_modulation/linear'), (r'^FinalLayer_0/Linear_1', 'to_patch'),
+
+    # blocks
+    (r'^blocks_', 'blocks/'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm'),
+    (r'Attention_0/Linear_0', 'qkv'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
+    (r'Attention_0/Linear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/Linear_1/bias', 'out_bias'),
+    (r'SwiGLUFFN_0/Linear_0', 'gate'), (r'SwiGLUFFN_0/Linear_1', 'up'), (r'SwiGLUFFN_0/Linear_2', 'ff/ff/2'),
+    (r'Linear_0', 'modulation/linear')
 )
-OUR_LAYOUT = (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')
 
 def flatten(tree, *path):
     """{'a/b/c': tensor} of nested maps of tensors."""
@@ -2683,67 +2673,64 @@ def read_msgpack(path):
     except (ValueError, TypeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
-def translated(params, rules):
-    """The parameters under our names, in PyTorch's layout. params is emptied: none is held twice."""
+def translated(config, params, options, names):
+    """Arguments and state dict, in PyTorch's layout. params is emptied: none is held twice."""
     state = {}
     for path in list(params):
         t, name = params.pop(path), path
-        for pattern, ours in (*rules, *OUR_LAYOUT):
+        for pattern, ours in (*names, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')):
             name = re.sub(pattern, ours, name)
         if path.endswith('/kernel'):
             t = rearrange(t, '... i o -> o i ...')  # (in, out), or (h, w, in, out)
         state[name] = t.float().contiguous()
-    return state
+    return {ours: config.get(theirs, value) for ours, (theirs, value) in options.items()}, state
 
 def mae_from_release(config, params):
-    config = {**MAE_DEFAULTS, **config}
-    return {ours: config[theirs] for ours, theirs in MAE_OPTIONS.items()}, translated(params, MAE_NAMES)
+    return translated(config, params, MAE_OPTIONS, MAE_NAMES)
 
 def generator_from_release(config, params):
-    config = {**GENERATOR_DEFAULTS, **config}
+    arguments, state = translated(config, params, GENERATOR_OPTIONS, GENERATOR_NAMES)
     refused = 'which this generator does not offer'
     for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
-        check(config[option], f'the published generator has {option} = False, {refused}')
-    for name, same in (('out_channels', 'in_channels'), ('cond_dim', 'hidden_size')):
-        value = config.get(name, config[same])
-        found = f'{name} = {value} and {same} = {config[same]}'
-        check(value == config[same], f'the published generator has {found}, {refused}')
+        check(config.get(option), f'the published generator has {option} = False, {refused}')
+    for name, ours in dict(out_channels = 'channels', cond_dim = 'dim').items():
+        same, wanted = GENERATOR_OPTIONS[ours][0], arguments[ours]
+        found = f'{name} = {config.get(name, wanted)} and {same} = {wanted}'
+        check(config.get(name, wanted) == wanted, f'the published generator has {found}, {refused}')
 
-    heads, num_styles = config['num_heads'], config['noise_coords'] if config['noise_classes'] > 0 else 0
-    state = translated(params, GENERATOR_NAMES)
-
-    def take(name):
-        check(name in state, f'the published weights lack the parameter that becomes {name}')
-        return state.pop(name)
+    if arguments['style_codebook_size'] == 0:
+        arguments |= dict(num_style_tokens = 0, style_codebook_size = 1)
+    arguments['bf16_rotary'] = config.get('use_bf16', False) and not config.get('attn_fp32', True)
 
     def interleaved(t, heads):  # the release rotates one half of a head with the other, x-transformers neighbours
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    styles = [take(f'style.{i}.weight') for i in range(num_styles)]
-    state['style_embed.weight'] = cat((torch.empty(0, config['hidden_size']), *styles))
-    for ours, theirs in (('pos_embed', 'dit.pos_embed'), ('register_embed', 'dit.cls_embed')):
-        state[ours] = rearrange(take(theirs), '1 n d -> n d')
-
-    for block in (f'blocks.{i}' for i in range(config['depth'])):
-        for kind in ('weight', 'bias'):
-            q, k, v = take(f'{block}.qkv.{kind}').chunk(3)
-            for name, t in dict(q = interleaved(q, heads), k = interleaved(k, heads), v = v.clone()).items():
-                ours = f'attn.to_{name}.weight' if kind == 'weight' else f'{name}_bias'
-                state[f'{block}.{ours}'] = t
-            state[f'{block}.ff.ff.0.proj.{kind}'] = cat((take(f'{block}.up.{kind}'), take(f'{block}.gate.{kind}')))
-
-        for name in (f'{block}.attn.q_rmsnorm.weight', f'{block}.attn.k_rmsnorm.weight'):
-            state[name] = interleaved(take(name), 1)
-
-    arguments = {ours: config[theirs] for ours, theirs in GENERATOR_OPTIONS.items()}
-    arguments |= dict(num_style_tokens = num_styles, style_codebook_size = max(1, config['noise_classes']))
-    arguments['bf16_rotary'] = config['use_bf16'] and not config['attn_fp32']
+    # what is missing is found when the weights are loaded
+    styles = [name for name in state if name.startswith('style.')]
+    styles.sort(key = lambda name: int(name.split('.')[1]))
+    state['style_embed.weight'] = cat((torch.empty(0, arguments['dim']), *(state.pop(name) for name in styles)))
+    for name in list(state):
+        if name in ('pos_embed', 'register_embed'):
+            state[name] = state[name].squeeze(0)
+        elif name.endswith('_rmsnorm.weight'):
+            state[name] = interleaved(state[name], 1)
+        elif '.up.' in name:
+            halves = name, name.replace('up', 'gate')
+            state[name.replace('up', 'ff.ff.0.proj')] = cat([state.pop(half) for half in halves if half in state])
+        elif '.qkv.' in name:
+            q, k, v = state.pop(name).tensor_split(3)
+            q, k = (interleaved(t, arguments['heads']) for t in (q, k))
+            for letter, t in dict(q = q, k = k, v = v.clone()).items():
+                ours = f'attn.to_{letter}.weight' if name.endswith('weight') else f'{letter}_bias'
+                state[re.sub('qkv.*', ours, name)] = t
     return arguments, state
 
-# of each model: its kind and names in the authors' repository; its translation into arguments and state dict
+# of each model: its kind and names in the authors' repository, and its translation
 PUBLISHED = {
     DriftingGenerator: (
-        'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'), generator_from_release
+        'gen',
+        ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'),
+        generator_from_release
     ),
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), mae_from_release)
 }
@@ -2758,11 +2745,8 @@ def from_pretrained(cls, name, *, revision = None):
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
-    is_published = name in published and not folder.is_dir()
-    known = is_published or folder.is_dir() or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
-    check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
-    is_release = is_published or (folder / 'metadata.json').is_file()
-    files = RELEASE_FILES if is_release else OUR_FILES
+    is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
+    files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
 
     if folder.is_dir():
         config, weights = (folder / file for file in files)
@@ -2771,7 +2755,9 @@ def from_pretrained(cls, name, *, revision = None):
         origin = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
         check(weights.is_file(), f'{folder} is not {origin}: it has no {weights.name}')
     else:
-        repository, path = (RELEASE, f'models/{kind}/jax/{name}/') if is_published else (str(name), '')
+        known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
+        check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
+        repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
         config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
 
     arguments = read_json(config)
