@@ -2659,9 +2659,11 @@ def read_msgpack(path):
 
     def to_tensor(code, data):  # extension type 1 is an array: (shape, dtype name, bytes)
         shape, name, raw = msgpack.unpackb(data, max_bin_len = len(data))
-        dtype = getattr(torch, name, None)
-        check(code == 1 and isinstance(dtype, torch.dtype), f'unknown array type {code}, {name!r}')
-        return torch.frombuffer(bytearray(raw), dtype = dtype).reshape(shape)
+        known = ('float32', 'float64', 'float16', 'bfloat16')
+        check(code == 1 and name in known, f'unknown array type {code}, {name!r}, expected one of {", ".join(known)}')
+        t = torch.frombuffer(bytearray(raw), dtype = getattr(torch, name))
+        check(math.prod(shape) == len(t), f'an array of shape {shape} with {len(t)} numbers')
+        return t.reshape(shape)
 
     try:
         with open(path, 'rb') as file:  # array by array, never the whole file
@@ -2670,7 +2672,7 @@ def read_msgpack(path):
             at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
             check(at_end, 'there is something behind the last array')
             return params
-    except (ValueError, TypeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
 def translated(config, params, options, names):

@@ -96,6 +96,25 @@ def test_wrong_parameters_are_refused(tmp_path, change, says):
     assert says in message
     assert '\n' not in message
 
+@pytest.mark.parametrize('array, says', [
+    (packed((2,), 'quint8', bytes(2)), "unknown array type 1, 'quint8', expected one of float32"),
+    (packed((2,), 'qint32', bytes(8)), "unknown array type 1, 'qint32'"),
+    (packed((2,), 'int32', bytes(8)), "unknown array type 1, 'int32'"),
+    (packed((2,), 'complex64', bytes(16)), "unknown array type 1, 'complex64'"),
+    (packed((2,), 'frombuffer', bytes(8)), "unknown array type 1, 'frombuffer'"),
+    (packed((2,), 4, bytes(8)), 'unknown array type 1, 4'),
+    (packed((-1, 2), 'float32', bytes(16)), 'an array of shape [-1, 2] with 4 numbers'),
+    (packed((3, 2), 'float32', bytes(20)), 'an array of shape [3, 2] with 5 numbers'),
+    (packed((2 ** 40, 2 ** 40), 'float32', bytes(20)), 'with 5 numbers'),
+    (packed(2, 'float32', bytes(8)), 'not a msgpack file of arrays'),
+    (packed((2,), 'float32', bytes(7)), 'not a msgpack file of arrays'),
+    ({'__msgpack_chunked_array__': True, 'shape': [2], 'chunks': [1., 2.]}, 'not a msgpack file of arrays'),
+])
+def test_arrays_of_other_types_or_sizes_are_refused(tmp_path, array, says):
+    folder = with_tree(tmp_path, lambda tree: tree['Embed_0'].update(embedding = array))
+    with raises_one_line(says):
+        DriftingGenerator.from_pretrained(folder)
+
 @pytest.mark.parametrize('change', [
     lambda data: data[:1000],
     lambda data: data[:-1],
