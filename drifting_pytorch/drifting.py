@@ -1163,6 +1163,10 @@ class SinkhornField(DriftField):
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
+def check_sets(sets, known = FEATURE_SETS):
+    is_known = not isinstance(sets, str) and set(sets) <= set(known)
+    check(is_known, f'feature_sets must be among {known}, got {sets!r}')
+
 def map_features(name, x, sets = FEATURE_SETS):
     """The features of a map x [b d h w] (A.5): 'locations', mean and deviation of it and of 2x2 and 4x4 patches.
     Returns {name, name_mean, name_std, name_mean_2, ...: [b f d]}; patches that do not divide the map are skipped.
@@ -1234,10 +1238,13 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
-        known = (*FEATURE_SETS, 'norm_x')
-        check(len(layers) == 4 and min(layers) > 0, f'layers must be the number of blocks of four stages, got {layers}')
+        check_positive(dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_positive(mask_patch_size = mask_patch_size)
+        is_four = isinstance(layers, (list, tuple)) and len(layers) == 4
+        check(is_four, f'layers must be the number of blocks of four stages, got {layers!r}')
+        check_positive(**{f'layers[{i}]': num for i, num in enumerate(layers)})
         check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
-        check(set(feature_sets) <= set(known), f'feature_sets must be among {known}, got {feature_sets}')
+        check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
 
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
@@ -1361,9 +1368,14 @@ class PixelInput(Module):
     """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
+        check_positive(image_size = image_size)
         self.image_size = image_size
-        for name, values in dict(mean = mean, std = std).items():
-            self.register_buffer(name, rearrange(torch.tensor(values), 'ch -> ch 1 1'), persistent = False)
+        for name, values, low in (('mean', mean, -math.inf), ('std', std, 1e-6)):
+            values = as_tensor(name, values).to(torch.get_default_dtype())
+            check_shape(name, values, ('channels',))
+            check_range(name, values, low)
+            self.register_buffer(name, rearrange(values, 'ch -> ch 1 1'), persistent = False)
+        check(len(self.mean) == len(self.std), f'mean has {len(self.mean)} channels, std has {len(self.std)}')
 
     def forward(self, x):
         wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
@@ -1380,6 +1392,8 @@ class BackboneFeatures(Module):
     """
     def __init__(self, backbone, *, num_prefix_tokens = 0, feature_sets = FEATURE_SETS, **pixel_input_kwargs):
         super().__init__()
+        check_whole(0, num_prefix_tokens = num_prefix_tokens)
+        check_sets(feature_sets)
         self.backbone, self.num_prefix_tokens, self.feature_sets = backbone, num_prefix_tokens, feature_sets
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 

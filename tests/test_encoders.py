@@ -372,6 +372,9 @@ RGB = torch.zeros(2, 3, 16, 16)
 def unchanged(x):
     return dict(a = x)
 
+def with_backbone(**kwargs):
+    return BackboneFeatures(lambda x: x, **kwargs)
+
 @pytest.mark.parametrize('call, says', [
     (
         lambda: tiny().features(X[:, :1]),
@@ -385,9 +388,32 @@ def unchanged(x):
     (lambda: tiny()(X, torch.tensor([0, 5]), cls_weight = 0.1), 'labels must be finite and in 0 .. 4'),
     (lambda: tiny()(X, torch.tensor([0, 1]), cls_weight = 2.), 'cls_weight must be between 0 and 1'),
     (lambda: tiny(num_classes = None)(X, torch.tensor([0, 1])), 'without a classifier'),
+    (lambda: tiny(dim = 0), 'dim must be a whole number from 1 on, got 0'),
+    (lambda: tiny(dim = 8.), 'dim must be a whole number from 1 on, got 8.0'),
+    (lambda: tiny(channels = -1), 'channels must be a whole number'),
+    (lambda: tiny(patch_size = 0), 'patch_size must be a whole number'),
+    (lambda: tiny(mask_patch_size = 0), 'mask_patch_size must be a whole number'),
+    (lambda: tiny(mask_patch_size = '2'), "mask_patch_size must be a whole number from 1 on, got '2'"),
+    (lambda: tiny(num_classes = 0), 'num_classes must be a whole number'),
+    (lambda: tiny(num_classes = True), 'num_classes must be a whole number'),
     (lambda: tiny(layers = (1, 1)), 'layers must be'),
+    (lambda: tiny(layers = 4), 'layers must be the number of blocks of four stages, got 4'),
+    (lambda: tiny(layers = (1, 1, 0, 1)), 'layers[2] must be a whole number from 1 on, got 0'),
+    (lambda: tiny(layers = (1, 1.5, 1, 1)), 'layers[1] must be a whole number from 1 on, got 1.5'),
     (lambda: tiny(mask_ratio = 1.5), 'mask_ratio must be'),
     (lambda: tiny(feature_sets = ('8x8',)), 'feature_sets must be among'),
+    (lambda: with_backbone(feature_sets = ('8x8',)), "must be among ('locations', 'mean_std', '2x2', '4x4'), got"),
+    (lambda: with_backbone(feature_sets = ('norm_x',)), 'feature_sets must be among'),
+    (lambda: with_backbone(feature_sets = '2x2'), "got '2x2'"),
+    (lambda: with_backbone(num_prefix_tokens = -1), 'num_prefix_tokens must be a whole number from 0 on, got -1'),
+    (lambda: with_backbone(num_prefix_tokens = 1.5), 'num_prefix_tokens must be a whole number'),
+    (lambda: with_backbone(image_size = 0), 'image_size must be a whole number from 1 on, got 0'),
+    (lambda: with_backbone(image_size = (32, 32)), 'image_size must be a whole number'),
+    (lambda: with_backbone(std = (0.2, 0., 0.2)), 'std must be finite and in 1e-06 .. inf, got 0.0 .. 0.2'),
+    (lambda: with_backbone(mean = (0.5, float('nan'), 0.5)), 'mean must be finite'),
+    (lambda: with_backbone(std = (0.2, 0.2)), 'mean has 3 channels, std has 2'),
+    (lambda: with_backbone(mean = 0.5), 'mean has shape ()'),
+    (lambda: with_backbone(mean = (0.5, 'a', 0.5)), 'mean must be numbers'),
     (
         lambda: convnext().features(X),
         'expected images (batch, 3, height, width) in [-1, 1]'

@@ -236,6 +236,10 @@ def test_no_gradient_flows_through_the_field(rng):
     (lambda x, a: DriftField(attraction = '1'), "attraction must be a number in 0 .. 1000000, got '1'"),
     (lambda x, a: DriftField()(x, a * 1e200, temperature = 1.), 'y_pos has values up to'),
     (lambda x, a: SinkhornField(iters = 0), 'iters must be a whole number from 1 on'),
+    (lambda x, a: SinkhornField(iters = 2.5), 'iters must be a whole number from 1 on, got 2.5'),
+    (lambda x, a: SinkhornField(attraction = float('inf')), 'attraction must be a number in 0'),
+    (lambda x, a: GradientField(attraction = float('nan')), 'attraction must be a number in 0'),
+    (lambda x, a: SharpField(repulsion = '1'), 'repulsion must be a number in 0'),
 ])
 def test_bad_input_is_one_clear_line(rng, call, says):
     with raises_one_line(says):
