@@ -2751,13 +2751,29 @@ PUBLISHED = {
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), mae_from_release)
 }
 
+def first_line(error):
+    return f'{error}\n'.splitlines()[0]
+
+def check_sizes(arguments, state):
+    """What is made block by block or on the host, before it is: absurd numbers would take forever, or all memory."""
+    blocks = {found[0] for name in state if (found := re.match(r'blocks\.\d+|stages\.\d+\.\d+', name))}
+    num = sum(arguments.get('layers', [arguments.get('depth', len(blocks))]))
+    check(num == len(blocks), f'its config has {num} blocks, its weights have {len(blocks)}')
+    pos_embed, register_embed = (state.get(name, torch.empty(0)) for name in ('pos_embed', 'register_embed'))
+    if {'image_size', 'patch_size', 'dim'} <= arguments.keys():
+        num_patches = (arguments['image_size'] // arguments['patch_size']) ** 2
+        check_shape('pos_embed', pos_embed, (num_patches, arguments['dim']))
+    if 'num_register_tokens' in arguments:
+        check_shape('register_embed', register_embed, (arguments['num_register_tokens'], 'dim'))
+
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
     name: of a published model; or of a repository on the hub ('user/name', downloaded once; revision: a commit, tag or
         branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
         which need the extra [pretrained]).
-    Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes.
+    Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes,
+        not finite or no floating-point numbers; OSError for what is neither a folder nor found on the hub.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
@@ -2774,19 +2790,30 @@ def from_pretrained(cls, name, *, revision = None):
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
-        config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
+        try:
+            config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
+        except OSError as error:
+            found = f'{name} is no folder, and not found as {repository} on the hub'
+            raise OSError(f'{found}: {first_line(error)}') from error
 
-    arguments = read_json(config)
-    if is_release:
-        check('model_config' in arguments, f'{config} has no model_config: it is not of a published model')
-        arguments, state_dict = translate(arguments['model_config'], read_msgpack(weights))
-    else:
-        state_dict = {name: t.float() for name, t in read_tensors(weights).items()}
+    state_dict = read_msgpack(weights) if is_release else read_tensors(weights)
+    try:
+        arguments = read_json(config)
+        check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
+        if is_release:
+            arguments = arguments.get('model_config')
+            check(isinstance(arguments, dict), f'{config} has no model_config: it is not of a published model')
+            arguments, state_dict = translate(arguments, state_dict)
+        check_sizes(arguments, state_dict)
+        with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
+            model = cls(**arguments)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f'{name} is not a {cls.__name__}: {first_line(error)}') from error
 
-    is_ours = arguments.keys() <= inspect.signature(cls).parameters.keys()
-    check(is_ours, f'{name} is not a {cls.__name__}: its config.json has {", ".join(arguments)}')
-    with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
-        model = cls(**arguments)
+    for key, t in state_dict.items():
+        check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')
+        state_dict[key] = t.float()
+        check_range(f'{key} in {weights}', state_dict[key], -math.inf)
     check_fits(model, state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()

@@ -1,5 +1,6 @@
 """The generator: the release's, its files, the architecture, sampling."""
 
+import json
 import math
 import shutil
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from drifting_pytorch import DriftingGenerator, LatentMAE, drifting
 from helpers import (
@@ -20,6 +23,7 @@ from helpers import (
     raises_one_line,
     relative,
     tiny_generator as tiny,
+    tiny_mae,
 )
 
 ARTIFACT = REFERENCE / 'artifact_generator'
@@ -204,6 +208,79 @@ def test_saved_models_are_read_back(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match = 'is not a safetensors file'):
         DriftingGenerator.from_pretrained(tmp_path)
+
+def saved(folder, config = None, **weights):
+    """A saved generator, its config and some of its weights changed."""
+    tiny().save_pretrained(folder)
+    if config is not None:
+        kept = json.loads((folder / 'config.json').read_text())
+        changed = {**kept, **config} if isinstance(config, dict) else config
+        (folder / 'config.json').write_text(json.dumps(changed))
+    state = load_file(folder / 'model.safetensors')
+    save_file({**state, **weights}, folder / 'model.safetensors')
+    return folder
+
+@pytest.mark.parametrize('config, weights, says', [
+    ([1, 2], {}, 'config.json must be a mapping, got list'),
+    (dict(dim = -8), {}, 'pos_embed has shape (16, 32), expected (16, -8)'),
+    (dict(heads = 0), {}, 'heads must be a whole number from 1 on, got 0'),
+    (dict(heads = '4'), {}, "heads must be a whole number from 1 on, got '4'"),
+    (dict(patch_size = 0), {}, 'division'),
+    (dict(image_size = '8'), {}, 'is not a DriftingGenerator'),
+    (dict(image_size = 2 * 10 ** 7), {}, 'pos_embed has shape (16, 32), expected (100000000000000, 32)'),
+    (dict(num_register_tokens = 10 ** 14), {}, 'register_embed has shape (3, 32), expected (100000000000000, dim)'),
+    (dict(dim = 2 ** 60), {}, 'pos_embed has shape'),
+    (dict(depth = 10 ** 9), {}, 'its config has 1000000000 blocks, its weights have 2'),
+    (dict(ff_mult = float('nan')), {}, 'is not a DriftingGenerator'),
+    (dict(ff_mult = 1e300), {}, 'is not a DriftingGenerator'),
+    (dict(num_classes = 2 ** 62), {}, 'is not a DriftingGenerator'),
+    (dict(unknown = 1), {}, "unexpected keyword argument 'unknown'"),
+    ({}, {'to_patch.bias': torch.full((8,), math.nan)}, 'model.safetensors must be finite'),
+    ({}, {'to_patch.bias': torch.full((8,), -math.inf).bfloat16()}, 'model.safetensors must be finite'),
+    ({}, {'to_patch.bias': torch.zeros(8, dtype = torch.int64)}, 'is torch.int64, expected floating-point numbers'),
+])
+def test_configs_and_weights_that_cannot_be_are_refused(tmp_path, config, weights, says):
+    with raises_one_line(says):
+        DriftingGenerator.from_pretrained(saved(tmp_path, config, **weights))
+
+@pytest.mark.parametrize('layers', [(10 ** 9, 1, 1, 1), (1, 1), 4, ('1', 1, 1, 1)])
+def test_encoders_whose_layers_cannot_be_are_refused(tmp_path, layers):
+    tiny_mae().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(dict(config, layers = layers)))
+    with raises_one_line('is not a LatentMAE: '):
+        LatentMAE.from_pretrained(tmp_path)
+
+@pytest.mark.parametrize('config', ['[]', '{"model_config": [1]}', '{"model_config": {"use_qknorm": 1}}', '{', '\x00'])
+def test_configs_of_the_release_that_cannot_be_are_refused(tmp_path, config):
+    folder, _ = copied(tmp_path)
+    (folder / 'metadata.json').write_text(config)
+    with raises_one_line('is not a DriftingGenerator'):
+        DriftingGenerator.from_pretrained(folder)
+
+@pytest.mark.parametrize('name, repository', [('results/model', 'results/model'), ('pixel_B_sota', 'Goodeat/drifting')])
+def test_a_mistyped_folder_looks_like_a_name_on_the_hub(monkeypatch, name, repository):
+    def hf_hub_download(*args, **kwargs):
+        raise LocalEntryNotFoundError('No connection.\nRequest ID: 1')
+
+    monkeypatch.setattr(drifting, 'hf_hub_download', hf_hub_download)
+    says = f'{name} is no folder, and not found as {repository} on the hub: No connection.'
+    with pytest.raises(OSError, match = f'^{says}$'):
+        DriftingGenerator.from_pretrained(name)
+
+class Squared(DriftingGenerator):
+    """With arguments of its own in front of all others."""
+
+    def __init__(self, side = 8, **kwargs):
+        super().__init__(image_size = side, **kwargs)
+
+def test_subclasses_may_pass_arguments_on(tmp_path):
+    torch.manual_seed(0)
+    model = Squared(channels = 2, patch_size = 2, dim = 16, depth = 1, heads = 2, num_classes = 5)
+    model.save_pretrained(tmp_path)
+    again = Squared.from_pretrained(tmp_path)
+    assert type(again) is Squared
+    assert torch.equal(model.eval().sample([1, 2], seed = 0), again.sample([1, 2], seed = 0))
 
 # architecture
 
