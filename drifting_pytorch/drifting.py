@@ -1163,6 +1163,12 @@ class SinkhornField(DriftField):
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
+def floating(x, like):
+    """Images or latents in the dtype of a parameter. Of integers nobody knows in what range they are."""
+    check(torch.is_tensor(x), f'x must be a tensor, got {type(x).__name__}')
+    check(x.is_floating_point(), f'x must be floating point, got {x.dtype}: convert it to float in [-1, 1]')
+    return x.to(like.dtype)
+
 def check_sets(sets, known = FEATURE_SETS):
     is_known = not isinstance(sets, str) and set(sets) <= set(known)
     check(is_known, f'feature_sets must be among {known}, got {sets!r}')
@@ -1231,6 +1237,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     feature_sets: of `.features`, see map_features, and 'norm_x', the norms of the folded input's channels.
     checkpointing: compute each residual block again in the backward pass instead of keeping what is inside.
 
+    Samples of any floating dtype are cast to that of the weights.
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
     """
     def __init__(
@@ -1273,20 +1280,20 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def check_samples(self, x, multiple = 8):
-        multiple *= self.patch_size
+    def checked_samples(self, x, multiple = 8):
+        x, multiple = floating(x, self.to_pixels.weight), multiple * self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == x.shape[3] % multiple == 0
         wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
         check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
+        return x
 
     def mask_shape(self, x):
-        self.check_samples(x, math.lcm(8, self.mask_patch_size))
+        self.checked_samples(x, math.lcm(8, self.mask_patch_size))
         return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
         """Samples [b ch h w] to the input of the stem, patches as channels."""
-        self.check_samples(x)
-        p = self.patch_size
+        x, p = self.checked_samples(x), self.patch_size
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
     def maps(self, x):
@@ -1325,7 +1332,9 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def reconstruct(self, x, mask):
         """Samples [b ch h w] from what a mask [b h w] leaves of them, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
-        maps = self.maps(self.fold(x * (1 - self.dropped(mask))))
+        fits = not can_read(mask) or ((mask == 0) | (mask == 1)).all()
+        check(fits, 'mask must be 1 where a patch is dropped, and 0 elsewhere')
+        maps = self.maps(self.fold(x * (1 - self.dropped(mask.to(x)))))
         y = F.relu(self.bridge(maps['layer4']))
         for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1'), strict = True):
             y = up(y, maps[skip])
@@ -1339,23 +1348,26 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
         """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
 
-        labels: None for no classification. cls_weight: lambda. mask: drawn if None.
-        Raises ValueError for sizes that do not fit, labels without a classifier, and cls_weight without labels.
+        labels: None for no classification. cls_weight: lambda. mask: 1 where a patch is dropped, drawn if None.
+        Raises ValueError for sizes and types that do not fit, labels without a classifier, and cls_weight without
+        labels.
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
         fits = exists(self.to_logits) or not exists(labels)
         check(fits, 'labels were given to a model without a classifier: set num_classes')
+        x = self.checked_samples(x)
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
 
+        mask = mask.to(x)
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
         error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
         error = reduce(error_sq, 'b ch h w -> b', 'sum') / (positions + 1e-8)
         cross_entropy = accuracy = torch.zeros_like(error)
 
         if exists(labels):
-            labels = checked_labels(labels, self.num_classes, len(x))
+            labels = checked_labels(labels, self.num_classes, len(x)).to(x.device)
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
             cross_entropy = F.cross_entropy(logits, labels, reduction = 'none')
             accuracy = (logits.argmax(dim = -1) == labels).to(error)
@@ -1365,7 +1377,9 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
+    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's.
+    Any floating dtype is cast to that of the mean, float32 unless the module was converted.
+    """
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_positive(image_size = image_size)
@@ -1378,7 +1392,7 @@ class PixelInput(Module):
         check(len(self.mean) == len(self.std), f'mean has {len(self.mean)} channels, std has {len(self.std)}')
 
     def forward(self, x):
-        wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
+        x, wanted = floating(x, self.mean), f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
         check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected {wanted}')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
@@ -1400,17 +1414,16 @@ class BackboneFeatures(Module):
     def features(self, x):
         """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
         outputs, features = self.backbone(self.pixel_input(x)), {}
-        if torch.is_tensor(outputs):
-            outputs = [outputs]
         if not isinstance(outputs, dict):
+            outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
             outputs = {f'layer{i}': out for i, out in enumerate(outputs, 1)}
 
         for name, out in outputs.items():
-            if out.ndim == 3:
+            if torch.is_tensor(out) and out.ndim == 3:
                 out = out[:, self.num_prefix_tokens:]
                 num, side = out.shape[1], math.isqrt(out.shape[1])
                 found = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
-                check(side ** 2 == num, f'{name} has {found}, expected a square number')
+                check(side ** 2 == num > 0, f'{name} has {found}, expected a square number')
                 out = rearrange(out, 'b (h w) d -> b d h w', h = side)
 
             check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
@@ -1438,9 +1451,9 @@ class ConvNeXtFeatures(Module):
 
     def features(self, x):
         """{name: [b f d]} of images x [b 3 h w]: stages standardised over channels, and the pooled output."""
+        x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
-            out = self.model(self.pixel_input(full_precision(x)), output_hidden_states = True)
-            features = {}
+            out = self.model(x, output_hidden_states = True)
             for i, feature_map in enumerate(out.hidden_states[1:]):  # behind the stem's, b d h w
                 std, mean = torch.std_mean(feature_map, dim = 1, correction = 0, keepdim = True)
                 sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)

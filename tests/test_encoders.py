@@ -329,6 +329,29 @@ def test_half_precision_features_are_computed_as_they_come():
     assert all(stats.scale.dtype == torch.float32 for stats in breakdown.stats.values())
     assert features['layer4_std'].dtype == torch.float32
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_samples_are_cast_to_the_model_s_dtype(dtype):
+    x = torch.randn(2, 2, 16, 16).to(dtype)
+    images = torch.randn(1, 3, 16, 16).to(dtype)
+    backbone = nn.Conv2d(3, 4, 4, stride = 4)
+    encoders = (tiny(), x), (BackboneFeatures(backbone, image_size = 16), images), (convnext(image_size = 32), images)
+
+    for encoder, samples in encoders:
+        found, expected = encoder.features(samples), encoder.features(samples.float())
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    found = encoders[1][0].double().features(images)
+    assert found['layer1'].dtype == torch.float64
+
+    model, labels = tiny(), torch.tensor([0, 4])
+    mask = model.draw_mask(x.float(), torch.Generator().manual_seed(0))
+    expected = model(x.float(), labels, cls_weight = 0.5, mask = mask)[0]
+
+    for same in (mask, mask.bool(), mask.double(), mask.long()):
+        loss, _ = model(x, labels.tolist(), cls_weight = 0.5, mask = same)
+        assert torch.equal(loss, expected)
+        assert loss.dtype == torch.float32
+
 # encoders in the loss
 
 def test_several_encoders_and_a_decoder(rng):
@@ -371,6 +394,9 @@ RGB = torch.zeros(2, 3, 16, 16)
 
 def unchanged(x):
     return dict(a = x)
+
+def features_of(output, **kwargs):
+    return BackboneFeatures(lambda x: output, **kwargs).features(RGB)
 
 def with_backbone(**kwargs):
     return BackboneFeatures(lambda x: x, **kwargs)
@@ -422,7 +448,30 @@ def with_backbone(**kwargs):
         lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(RGB),
         '5 tokens behind the 0 prefix tokens'
     ),
-    (lambda: BackboneFeatures(lambda x: torch.zeros(2, 5)).features(RGB), 'layer1 has shape (2, 5)'),
+    (lambda: features_of(torch.zeros(2, 5)), 'layer1 has shape (2, 5)'),
+    (lambda: features_of(torch.tensor(1.)), 'layer1 has shape ()'),
+    (lambda: features_of(None), 'layer1 must be a tensor, got NoneType'),
+    (lambda: features_of(1.), 'layer1 must be a tensor, got float'),
+    (lambda: features_of([[1.], [2.]]), 'layer1 must be a tensor, got list'),
+    (lambda: features_of(dict(a = None)), 'a must be a tensor, got NoneType'),
+    (lambda: features_of(torch.zeros(2, 5, 3), num_prefix_tokens = 5), '0 tokens behind the 5 prefix tokens'),
+    (lambda: tiny().features(X.numpy()), 'x must be a tensor, got ndarray'),
+    (lambda: tiny()(X.tolist()), 'x must be a tensor, got list'),
+    (lambda: tiny().features(X.byte()), 'x must be floating point, got torch.uint8: convert it to float in [-1, 1]'),
+    (lambda: tiny()(X.long()), 'x must be floating point, got torch.int64'),
+    (lambda: tiny().draw_mask(X.int()), 'x must be floating point, got torch.int32'),
+    (lambda: with_backbone().features(RGB.byte()), 'x must be floating point, got torch.uint8'),
+    (lambda: with_backbone().features(RGB.tolist()), 'x must be a tensor, got list'),
+    (lambda: convnext().features(RGB.numpy()), 'x must be a tensor, got ndarray'),
+    (lambda: convnext().features(RGB.bool()), 'x must be floating point, got torch.bool'),
+    (lambda: tiny()(X, 'ab', cls_weight = 0.1), "labels must be numbers or a tensor of them, got 'ab'"),
+    (lambda: tiny()(X, torch.ones(2), cls_weight = 0.1), 'labels must be integers, got torch.float32'),
+    (lambda: tiny()(X, [1., 0.]), 'labels must be integers, got torch.float32'),
+    (lambda: tiny()(X, 1), 'labels has shape (), expected (2,)'),
+    (lambda: tiny()(X, mask = torch.full((2, 8, 8), 0.5)), 'mask must be 1 where a patch is dropped, and 0 elsewhere'),
+    (lambda: tiny()(X, mask = torch.full((2, 8, 8), float('nan'))), 'mask must be 1'),
+    (lambda: tiny()(X, mask = np.ones((2, 8, 8))), 'mask must be a tensor, got ndarray'),
+    (lambda: tiny().reconstruct(X, [[1]]), 'mask must be a tensor, got list'),
     (lambda: FeatureDriftLoss([unchanged, unchanged])(X[None], X[None]), "features of the same name: ['a']"),
     (lambda: FeatureDriftLoss(lambda x: x)(X[None], X[None]), 'an encoder must return a dict'),
     (lambda: FeatureDriftLoss([None]), 'encoder must be'),
