@@ -1170,7 +1170,7 @@ def floating(x, like):
     return x.to(like.dtype)
 
 def check_sets(sets, known = FEATURE_SETS):
-    is_known = not isinstance(sets, str) and set(sets) <= set(known)
+    is_known = isinstance(sets, (list, tuple, set)) and all(name in known for name in sets)
     check(is_known, f'feature_sets must be among {known}, got {sets!r}')
 
 def map_features(name, x, sets = FEATURE_SETS):
@@ -1281,7 +1281,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
                 nn.init.zeros_(p)
 
     def checked_samples(self, x, multiple = 8):
-        x, multiple = floating(x, self.to_pixels.weight), multiple * self.patch_size
+        x = floating(x, self.to_pixels.weight)
+        multiple *= self.patch_size
         fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == x.shape[3] % multiple == 0
         wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
         check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
@@ -1342,15 +1343,12 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         y = rearrange(self.to_pixels(y), 'b (p1 p2 ch) h w -> b ch (h p1) (w p2)', p1 = p, p2 = p)
         return y, maps['layer4']
 
-    def forward(
-        self, x: Float[Tensor, 'b ch h w'], labels: Int[Tensor, 'b'] | None = None, *,
-        cls_weight = 0., mask: Float[Tensor, 'b mh mw'] | None = None
-    ) -> tuple[Float[Tensor, ''], MAEBreakdown]:
-        """The pretraining loss, lambda * classification + (1 - lambda) * reconstruction, mean over the batch.
+    def forward(self, x, labels = None, *, cls_weight = 0., mask = None):
+        """The pretraining loss of samples x [b ch h w], lambda * classification + (1 - lambda) * reconstruction, mean
+        over the batch, and its MAEBreakdown.
 
-        labels: None for no classification. cls_weight: lambda. mask: 1 where a patch is dropped, drawn if None.
-        Raises ValueError for sizes and types that do not fit, labels without a classifier, and cls_weight without
-        labels.
+        labels [b]: None for no classification. cls_weight: lambda. mask [b h w]: 1 is dropped, drawn if None.
+        Raises ValueError for what does not fit, labels without a classifier, and cls_weight without labels.
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
@@ -1392,7 +1390,8 @@ class PixelInput(Module):
         check(len(self.mean) == len(self.std), f'mean has {len(self.mean)} channels, std has {len(self.std)}')
 
     def forward(self, x):
-        x, wanted = floating(x, self.mean), f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
+        x = floating(x, self.mean)
+        wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
         check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected {wanted}')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
@@ -2655,9 +2654,10 @@ GENERATOR_NAMES = (
 
     # blocks
     (r'^blocks_', 'blocks/'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm'),
-    (r'Attention_0/Linear_0', 'qkv'), (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'),
+    (r'Attention_0/Linear_0/kernel', 'attn/to_qkv/weight'), (r'Attention_0/Linear_0/bias', 'qkv_bias'),
     (r'Attention_0/Linear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/Linear_1/bias', 'out_bias'),
-    (r'SwiGLUFFN_0/Linear_0', 'gate'), (r'SwiGLUFFN_0/Linear_1', 'up'), (r'SwiGLUFFN_0/Linear_2', 'ff/ff/2'),
+    (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'), (r'SwiGLUFFN_0/Linear_0', 'ff/ff/0/gate'),
+    (r'SwiGLUFFN_0/Linear_1', 'ff/ff/0/proj'), (r'SwiGLUFFN_0/Linear_2', 'ff/ff/2'),
     (r'Linear_0', 'modulation/linear')
 )
 
@@ -2667,7 +2667,8 @@ def flatten(tree, *path):
     if torch.is_tensor(tree):
         return {name: tree}
     check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-    if '__msgpack_chunked_array__' in tree:  # above 1 GiB in pieces. Lists may come as maps {'0': ..., '1': ...}
+    # arrays above 1 GiB come in pieces. Lists may come as maps {'0': ..., '1': ...}
+    if '__msgpack_chunked_array__' in tree:
         lists = (tree['shape'], tree['chunks'])
         shape, pieces = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in lists)
         return {name: cat([piece.flatten() for piece in pieces]).reshape(shape)}
@@ -2719,39 +2720,38 @@ def mae_from_release(config, params):
 
 def generator_from_release(config, params):
     arguments, state = translated(config, params, GENERATOR_OPTIONS, GENERATOR_NAMES)
-    refused = 'which this generator does not offer'
-    for option in ('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'):
-        check(config.get(option), f'the published generator has {option} = False, {refused}')
-    for name, ours in dict(out_channels = 'channels', cond_dim = 'dim').items():
-        same, wanted = GENERATOR_OPTIONS[ours][0], arguments[ours]
-        found = f'{name} = {config.get(name, wanted)} and {same} = {wanted}'
-        check(config.get(name, wanted) == wanted, f'the published generator has {found}, {refused}')
+    same = dict(out_channels = arguments['channels'], cond_dim = arguments['dim'])
+    needed = dict.fromkeys(('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'), True)
+    for name, wanted in {**needed, **same}.items():
+        value = config.get(name, same.get(name, False))
+        found = f'the published generator has {name} = {value}, not {wanted}'
+        check(value == wanted, f'{found}, which this generator does not offer')
 
     if arguments['style_codebook_size'] == 0:
         arguments |= dict(num_style_tokens = 0, style_codebook_size = 1)
     arguments['bf16_rotary'] = config.get('use_bf16', False) and not config.get('attn_fp32', True)
 
-    def interleaved(t, heads):  # the release rotates one half of a head with the other, x-transformers neighbours
+    # the release rotates one half of a head with the other, x-transformers neighbours
+    def interleaved(t, heads):
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
     # what is missing is found when the weights are loaded
-    styles = [name for name in state if name.startswith('style.')]
-    styles.sort(key = lambda name: int(name.split('.')[1]))
-    state['style_embed.weight'] = cat((torch.empty(0, arguments['dim']), *(state.pop(name) for name in styles)))
+    nothing = torch.empty(0, arguments['dim'])
+    num_styles = sum(name.startswith('style.') for name in state)
+    styles = [state.pop(f'style.{i}.weight', nothing) for i in range(num_styles)]
+    state['style_embed.weight'] = cat((nothing, *styles))
     for name in list(state):
         if name in ('pos_embed', 'register_embed'):
             state[name] = state[name].squeeze(0)
         elif name.endswith('_rmsnorm.weight'):
             state[name] = interleaved(state[name], 1)
-        elif '.up.' in name:
-            halves = name, name.replace('up', 'gate')
-            state[name.replace('up', 'ff.ff.0.proj')] = cat([state.pop(half) for half in halves if half in state])
-        elif '.qkv.' in name:
+        elif '.proj.' in name:
+            up = state[name]
+            state[name] = cat((up, state.pop(name.replace('proj', 'gate'), up[:0])))
+        elif 'qkv' in name:
             q, k, v = state.pop(name).tensor_split(3)
             q, k = (interleaved(t, arguments['heads']) for t in (q, k))
-            for letter, t in dict(q = q, k = k, v = v.clone()).items():
-                ours = f'attn.to_{letter}.weight' if name.endswith('weight') else f'{letter}_bias'
-                state[re.sub('qkv.*', ours, name)] = t
+            state |= {name.replace('qkv', letter): t for letter, t in dict(q = q, k = k, v = v.clone()).items()}
     return arguments, state
 
 # of each model: its kind and names in the authors' repository, and its translation
@@ -2768,7 +2768,7 @@ def first_line(error):
     return f'{error}\n'.splitlines()[0]
 
 def check_sizes(arguments, state):
-    """What is made block by block or on the host, before it is: absurd numbers would take forever, or all memory."""
+    """Of what takes time or memory even without its weights, before it is made: blocks and positions."""
     blocks = {found[0] for name in state if (found := re.match(r'blocks\.\d+|stages\.\d+\.\d+', name))}
     num = sum(arguments.get('layers', [arguments.get('depth', len(blocks))]))
     check(num == len(blocks), f'its config has {num} blocks, its weights have {len(blocks)}')
@@ -2786,7 +2786,7 @@ def from_pretrained(cls, name, *, revision = None):
         branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
         which need the extra [pretrained]).
     Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes,
-        not finite or no floating-point numbers; OSError for what is neither a folder nor found on the hub.
+        not finite; OSError for what is neither a folder nor found on the hub.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
