@@ -137,17 +137,21 @@ def full_precision(t):
     """Half precision in float32; float32 and float64 as they are."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
-def check_points(first, reference, **points):
-    """Point sets [... n d] by name: tensors of floating point, not empty, of the same groups and dimension."""
-    groups, dim = 'the leading (group) dimensions must be equal', 'the feature dimension (last) must be equal'
-    for name, t in {first: reference, **points}.items():
-        check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
-        check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: convert it with .float()')
-        given = f'{name} has shape {tuple(t.shape)}'
-        check(t.ndim >= 2 and t.numel() > 0, f'{given}, expected [... samples, features] and no empty set')
-        mismatch = f'{given} but {first} has shape {tuple(reference.shape)}'
-        check(t.shape[:-2] == reference.shape[:-2], f'{mismatch}: {groups}, nothing is broadcast')
-        check(t.shape[-1] == reference.shape[-1], f'{mismatch}: {dim}')
+def check_floating(name, t, hint = 'convert it with .float()'):
+    check(torch.is_tensor(t), f'{name} must be a tensor, got {type(t).__name__}')
+    check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: {hint}')
+
+def check_samples(axis, **sets):
+    """Sets of samples by name: floating point, not empty, of one shape but for the number of samples along axis."""
+    (first, reference), *_ = sets.items()
+    for name, t in sets.items():
+        check_floating(name, t)
+        given, fits = f'{name} has shape {tuple(t.shape)}', t.ndim > 1 + max(axis, 0) and t.numel() > 0
+        check(fits, f'{given}, expected [groups, samples, ...] and no empty set')
+        sizes, wanted = list(t.shape), list(reference.shape)
+        sizes[axis] = wanted[axis] = 'any'
+        found = f'{given} but {first} has shape {tuple(reference.shape)}'
+        check(sizes == wanted, f'{found}: only the number of samples may differ, nothing is broadcast')
 
 def check_values(result, **points):
     """Where a result is not finite: why."""
@@ -274,7 +278,7 @@ class DriftField(Module):
         that are not above 0.
         """
         negatives = default(y_neg, x)
-        check_points('x', x, y_pos = y_pos, y_neg = negatives)
+        check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
         points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
@@ -561,7 +565,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def checked_inputs(self, noise, labels, alpha, styles):
         dtype, has_classes = self.rotary.dtype, exists(self.num_classes)
         check_shape('noise', noise, ('batch', *self.noise_shape))
-        check(noise.is_floating_point(), f'noise must be floating point, got {noise.dtype}')
+        check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
         is_precise = dtype in (torch.float32, torch.float64)
         check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
@@ -677,7 +681,7 @@ class DriftProblems:
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
         sets = dict(pos = pos, **existing(uncond = uncond, neg = neg))
-        check_points('gen', gen, **sets)
+        check_samples(1, gen = gen, **sets)
         check_shape('gen', gen, ('problems', 'samples', 'features'))
         check_number(0, 1, affinity_floor = affinity_floor)
         check_number(0, 10 ** 6, self_distance = self_distance, min_scale = min_scale)
@@ -971,16 +975,6 @@ class FeatureDriftLoss(Module):
             yield name, problems
             del arguments, points, problems  # or two features are held
 
-    def check_samples(self, gen, **others):
-        for name, t in dict(gen = gen, **others).items():
-            is_floating, found = torch.is_tensor(t) and t.is_floating_point(), getattr(t, 'dtype', type(t).__name__)
-            check(is_floating, f'{name} must be a floating point tensor, got {found}')
-            given = f'{name} has shape {tuple(t.shape)}'
-            fits = t.ndim >= 3 and t.numel() > 0
-            check(fits, f'{given}, expected [groups, samples, ...sample shape], at least one of each')
-            same = t.shape[0] == gen.shape[0] and t.shape[2:] == gen.shape[2:]
-            check(same, f'{given} but gen has shape {tuple(gen.shape)}: groups and sample shape must be equal')
-
     def forward(
         self,
         gen: Float[Tensor, 'c g ...'],
@@ -996,7 +990,7 @@ class FeatureDriftLoss(Module):
         samples, and all that drift_loss refuses.
         """
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
-        self.check_samples(**samples)
+        check_samples(1, **samples)
         has_alpha = exists(alpha) or not exists(uncond)
         check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
         if exists(alpha):
@@ -1165,8 +1159,7 @@ FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def floating(x, like):
     """Images or latents in the dtype of a parameter. Of integers nobody knows in what range they are."""
-    check(torch.is_tensor(x), f'x must be a tensor, got {type(x).__name__}')
-    check(x.is_floating_point(), f'x must be floating point, got {x.dtype}: convert it to float in [-1, 1]')
+    check_floating('x', x, 'convert it to float in [-1, 1]')
     return x.to(like.dtype)
 
 def check_sets(sets, known = FEATURE_SETS):

@@ -613,8 +613,8 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize('call, says', [
     (lambda: drift_loss(X[0], X), 'gen has shape (3, 4)'),
-    (lambda: drift_loss(X, X[:1]), 'leading (group) dimensions'),
-    (lambda: drift_loss(X, X[..., :2]), 'feature dimension'),
+    (lambda: drift_loss(X, X[:1]), 'nothing is broadcast'),
+    (lambda: drift_loss(X, X[..., :2]), 'only the number of samples may differ'),
     (lambda: drift_loss(X, X[:, :0]), 'empty set'),
     (lambda: drift_loss(X, X / 0), 'non-finite'),
     (lambda: drift_loss(X, X, X, uncond_weight = torch.ones(2)), 'uncond_weight has shape (2,), expected (2, 3)'),
@@ -635,8 +635,8 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),
     (lambda: drift_loss(X * 1e30, X), 'gen has values up to'),
     (lambda: FeatureDriftLoss(lambda x: dict(a = 1e25 * x[:, None]))(X, X), "gen of feature 'a' has values up to"),
-    (lambda: FeatureDriftLoss()(X.tolist(), X), 'gen must be a floating point tensor, got list'),
-    (lambda: FeatureDriftLoss()(X, None), 'pos must be a floating point tensor, got NoneType'),
+    (lambda: FeatureDriftLoss()(X.tolist(), X), 'gen must be a tensor, got list'),
+    (lambda: FeatureDriftLoss()(X, None), 'pos must be a tensor, got NoneType'),
     (lambda: drift_loss(X.numpy(), X), 'gen must be a tensor, got ndarray'),
     (lambda: FeatureDriftLoss(temperature = (0.1,)), "unknown arguments ['temperature']"),
     (lambda: FeatureDriftLoss(lambda x: {})(X, X), 'an encoder must return a dict'),
@@ -655,9 +655,9 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
     (lambda: FeatureDriftLoss('resnet'), 'encoder must be'),
     (lambda: FeatureDriftLoss()(X, X[:1]), 'pos has shape (1, 3, 4) but gen has shape (2, 3, 4)'),
-    (lambda: FeatureDriftLoss()(X, X[..., :2]), 'groups and sample shape must be equal'),
+    (lambda: FeatureDriftLoss()(X, X[..., :2]), 'but gen has shape (2, 3, 4): only the number of samples'),
     (lambda: FeatureDriftLoss()(X[0], X), 'gen has shape (3, 4)'),
-    (lambda: FeatureDriftLoss()(X, X[:, :0]), 'at least one of each'),
+    (lambda: FeatureDriftLoss()(X, X[:, :0]), 'no empty set'),
     (lambda: FeatureDriftLoss()(X, X, X), 'without alpha'),
     (
         lambda: FeatureDriftLoss()(X, X, X, torch.tensor([0.5, 1.])),
