@@ -570,7 +570,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         is_precise = dtype in (torch.float32, torch.float64)
         check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
-        b, wanted = len(noise), 'are needed' if has_classes else 'must be None'
+        b, wanted = noise.shape[0], 'are needed' if has_classes else 'must be None'
         check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
         if has_classes:
             labels = checked_labels(labels, self.num_classes, b).to(noise.device)
@@ -2017,8 +2017,13 @@ class BaseTrainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate_at(self.step)
-        for micro_step in range(num_micro_steps):
-            loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
+        try:
+            for micro_step in range(num_micro_steps):
+                loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
+        except torch.OutOfMemoryError as error:
+            problem = f'step {self.step + 1} does not fit into the memory of {self.device} ({error})'
+            hint = f'{self.less_memory}, or make the networks with checkpointing = True'
+            raise torch.OutOfMemoryError(f'{problem}: {hint}') from error
 
         self.accelerator.unscale_gradients()
         norms = self.clip_gradients()
@@ -2309,6 +2314,8 @@ class Trainer(BaseTrainer):
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
     them, and classes with too few samples.
     """
+    less_memory = "set group_chunk_size = 1, queue_device = 'cpu', or lower num_groups, num_gen, num_pos or push_size"
+
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
@@ -2552,6 +2559,8 @@ class MAETrainer(BaseTrainer):
     settings: see MAESettings and LoopSettings. to_image: see Trainer.
     The pictures are of samples, of what is left of them, and of reconstructions.
     """
+    less_memory = 'lower batch_size and raise gradient_accumulation_steps'
+
     def __init__(self, model, dataset, *, to_image = None, **settings):
         settings = MAESettings(**settings)
         fits = settings.finetune_steps == 0 or exists(model.num_classes)

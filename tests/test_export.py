@@ -1,0 +1,69 @@
+"""A generator outside of Python: torch.export, and ONNX where the extra [onnx] is installed."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helpers import ROOT, awake, raises_one_line, relative, tiny_generator
+
+KINDS = dict(
+    everything = {},
+    noise_and_alpha = dict(num_classes = None, num_style_tokens = 0, num_register_tokens = 0)
+)
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    import export
+    return export
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_exported_program_takes_any_batch_size(script, kind):
+    call = script.Call(awake(tiny_generator(**KINDS[kind])).eval())
+    program = script.export(call).module()
+
+    for batch in (1, 3, 7):
+        inputs = call.draw(batch, seed = batch)
+        with torch.no_grad():
+            assert relative(program(*inputs), call(*inputs)) < 1e-6
+
+def test_checkpoints_are_exported_with_their_average(script, tmp_path):
+    model = awake(tiny_generator())
+    model.save_pretrained(tmp_path)
+    inputs = script.Call(model).draw(2)
+    assert torch.equal(script.load(tmp_path)(*inputs), model(*inputs))
+
+    average = awake(model)
+    save_file(average.state_dict(), tmp_path / 'ema.safetensors')
+    assert torch.equal(script.load(tmp_path)(*inputs), average(*inputs))
+
+    (tmp_path / 'config.json').write_text('null')
+    with raises_one_line('does not say which DriftingGenerator it is of'):
+        script.load(tmp_path)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_onnx_equals_pytorch(script, tmp_path, monkeypatch, capsys, kind):
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model, path = awake(tiny_generator(**KINDS[kind])), tmp_path / 'out.onnx'
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch, 'compile', lambda module, **kwargs: module)          # which takes a minute
+    script.main([str(tmp_path), str(path), '--rounds', '1', '--batch-sizes', '2', '--threads', '1'])
+
+    text = capsys.readouterr().out
+    differences = [float(value) for value in re.findall(r'differs from PyTorch by (\S+)', text)]
+    assert len(differences) == 2 and max(differences) < 1e-5
+    timed = re.findall(r'batch 2, (.+): \S+ ms per sample', text)
+    assert timed == ['PyTorch, eager', 'PyTorch, compiled', 'onnxruntime']
+
+    call, loaded = script.Call(model.eval()), script.session(path, 1)
+    shapes = {each.name: each.shape for each in loaded.get_inputs()}
+    expected = dict(noise = ['batch', 2, 8, 8], labels = ['batch'], alpha = ['batch'], styles = ['batch', 4])
+    assert shapes == {name: expected[name] for name in call.names}
+    assert not list(tmp_path.glob('*.data'))                                        # one file
+
+    inputs = call.draw(5, seed = 5)
+    with torch.no_grad():
+        assert relative(script.run_onnx(loaded, call, inputs), call(*inputs)) < 1e-5
