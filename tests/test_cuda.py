@@ -16,7 +16,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorDeviceMismatchError,
+    FakeTensorMode,
+)
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftField, FeatureDriftLoss, LatentMAE, MAETrainer, SinkhornField, drift_loss
@@ -28,7 +35,6 @@ from helpers import (
     picture_generator,
     relative,
     rows,
-    run,
     tiny_generator,
     trainer,
     weights,
@@ -265,7 +271,7 @@ def test_out_of_memory_names_what_lowers_it(device, tmp_path):
 def test_settings_that_the_error_names_lower_the_peak(device, tmp_path):
     """And the loss needs at most twice the memory for twice the groups, as examples/README.md has it."""
     def peak_of_step(name, **kwargs):
-        t = picture_trainer(tmp_path / name, device, log_every = 0, **{'num_gen': 32, **kwargs})
+        t = picture_trainer(tmp_path / name, device, log_every = 0, num_gen = 16, **kwargs)
         for module in t.unwrapped.modules():
             if hasattr(module, 'checkpointing'):
                 module.checkpointing = name == 'checkpointing'
@@ -277,7 +283,6 @@ def test_settings_that_the_error_names_lower_the_peak(device, tmp_path):
     lower = dict(
         chunks = peak_of_step('chunks', group_chunk_size = 1),
         groups = peak_of_step('groups', num_groups = 3),
-        samples = peak_of_step('samples', num_gen = 16),
         checkpointing = peak_of_step('checkpointing')
     )
     print(f'\n{device}: {base:.1f} MiB; ' + ', '.join(f'{name} {peak:.1f}' for name, peak in lower.items()))
@@ -302,7 +307,7 @@ def in_process(rank, world, port, pipe, fn, *args):
     os._exit(0)                         # no exit handlers of the parent
 
 def in_processes(device, world, fn, *args):
-    """What fn(*args) returns in each, or its exit code if it died. Whoever uses a GPU cannot fork."""
+    """What fn(*args) returns in each, or its exit code if it died. Whoever uses anything but the cpu cannot fork."""
     context = multiprocessing.get_context('fork' if device.type == 'cpu' else 'spawn')
     port, results = free_port(), []
     pipes = [context.Pipe() for _ in range(world)]
@@ -432,66 +437,61 @@ def test_compiled_step_is_the_same(device, tmp_path, monkeypatch):
 
 # devices of another kind
 
-MOCK = """
-import sys
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, FakeTensorDeviceMismatchError
-from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, SinkhornField
-
-backend_registration._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
-backend_registration._setup_privateuseone_for_python_backend('mock')
-
 class Dtypes(TorchDispatchMode):
-    found = set()
+    """Of tensors on the mock."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
 
     def __torch_dispatch__(self, func, types, args = (), kwargs = None):
         out = func(*args, **(kwargs or {}))
-        self.found |= {t.dtype for t in tree_leaves(out) if torch.is_tensor(t) and t.device.type == 'mock'}
+        tensors = (t for t in tree_leaves(out) if torch.is_tensor(t) and t.device.type == 'mock')
+        self.found |= {str(t.dtype) for t in tensors}
         return out
 
-with torch.device('meta'):
-    model = DriftingGenerator(
-        image_size = 8, channels = 2, patch_size = 4, dim = 16, depth = 1, heads = 2, num_classes = 5,
-        num_register_tokens = 1, num_style_tokens = 2, style_codebook_size = 3
-    )
-    sizes = dict(dim = 8, channels = 2, layers = (1, 1, 1, 1), num_classes = None)
-    encoder = LatentMAE(**sizes, feature_sets = ('locations', 'mean_std', 'norm_x'))
+def step_on_a_mock():
+    """A step of tensors without values on a device that is neither cpu nor cuda. Returns their dtypes.
 
-with FakeTensorMode(allow_non_fake_inputs = True):
-    model, encoder = (module.to_empty(device = 'mock') for module in (model, encoder))
-    optimizer = torch.optim.AdamW(model.parameters(), fused = False)
-    noise, pos, uncond = (torch.randn(3, n, 2, 8, 8, device = 'mock') for n in (4, 5, 2))
-    labels, styles = (torch.zeros(12, *shape, dtype = torch.long, device = 'mock') for shape in ((), (2,)))
-    alpha = torch.ones(3, device = 'mock')
+    Reading a value, and mixing the device with the cpu, are errors there.
+    """
+    backend_registration._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
+    backend_registration._setup_privateuseone_for_python_backend('mock')
 
-    with Dtypes():
-        for loss_fn in (
-            FeatureDriftLoss(encoder), FeatureDriftLoss(group_chunk_size = 1), FeatureDriftLoss(field = SinkhornField())
-        ):
+    with torch.device('meta'):
+        model, mae = picture_generator(), LatentMAE(
+            dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = None,
+            feature_sets = ('locations', 'mean_std', 'norm_x')
+        )
+
+    with FakeTensorMode(allow_non_fake_inputs = True), Dtypes() as dtypes:
+        model, mae = (module.to_empty(device = 'mock') for module in (model, mae))
+        optimizer = torch.optim.AdamW(model.parameters(), fused = False)
+        noise, pos, uncond = (torch.randn(3, n, 1, 8, 8, device = 'mock') for n in (4, 5, 2))
+        labels, styles = (torch.zeros(12, *shape, dtype = torch.long, device = 'mock') for shape in ((), (2,)))
+        alpha = torch.ones(3, device = 'mock')
+
+        kinds = dict(encoder = mae), dict(group_chunk_size = 1), dict(field = SinkhornField())
+
+        for loss_fn in (FeatureDriftLoss(**kind) for kind in kinds):
             gen = model(noise.flatten(0, 1), labels, alpha.repeat_interleave(4), styles).unflatten(0, (3, 4))
             loss, _ = loss_fn(gen, pos, uncond, alpha, neg = gen.detach() if loss_fn.needs_neg else None)
             loss.backward()
+
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.)
         optimizer.step()
 
-    for wrong in (lambda: loss.item(), lambda: loss + torch.zeros(2)):       # the mock is a strict one
-        try:
-            wrong()
-        except (torch._subclasses.fake_tensor.DataDependentOutputException, FakeTensorDeviceMismatchError):
-            continue
-        sys.exit('it has let something pass')
+        for error, wrong in (
+            (DataDependentOutputException, loss.item), (FakeTensorDeviceMismatchError, lambda: loss + torch.zeros(2))
+        ):
+            with pytest.raises(error):      # the mock is strict
+                wrong()
 
-print(loss.device, sorted(map(str, Dtypes.found)))
-"""
+    return str(loss.device), sorted(dtypes.found)
 
 def test_step_on_a_device_of_another_kind():
-    """Of tensors without values on a device that is neither cpu nor cuda, so that reading one, mixing it with the cpu's
-    and float64, which Apple's GPUs do not have, would be seen.
-    """
-    backends = torch.utils.backend_registration
-    if not hasattr(backends, '_setup_privateuseone_for_python_backend'):
+    """As on Apple's GPUs, which have no float64."""
+    if not hasattr(backend_registration, '_setup_privateuseone_for_python_backend'):
         pytest.skip('this torch has no mock devices')
-    assert run(sys.executable, '-c', MOCK).split('\n')[0] == "mock:0 ['torch.float32', 'torch.int64']"
+    found, = in_processes(torch.device('meta'), 1, step_on_a_mock)
+    assert found == ('mock:0', ['torch.float32', 'torch.int64'])

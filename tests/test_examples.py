@@ -269,9 +269,57 @@ def test_benchmark_compares_equals(examples):
     assert torch.allclose(*losses, rtol = 1e-4)
     assert torch.allclose(gradients[1], gradients[0], rtol = 1e-3, atol = 1e-5)
 
+def test_gpu_report(tmp_path, examples, monkeypatch, capsys):
+    """All of it on a cpu, even smaller than --quick. What fails is told, and the next part follows."""
+    import benchmark
+    import gpu
+
+    sizes = dict(image_size = 16, channels = 4, patch_size = 4, dim = 32, depth = 1, heads = 4)
+    step = dict(
+        generator = 'tiny', encoder = dict(dim = 8, layers = (1, 1, 1, 1)),
+        settings = dict(num_groups = 2, num_gen = 4, num_pos = 8, num_uncond = 4)
+    )
+    monkeypatch.setattr(benchmark, 'TINY', sizes)
+    monkeypatch.setitem(benchmark.STEPS, 'tiny', step)
+    digits = torch.rand(1_600, 1, 32, 32) * 2 - 1, torch.arange(1_600) % 10
+    monkeypatch.setattr(gpu, 'load_mnist', lambda: digits)           # the real ones take seconds to read
+
+    def too_large(args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 PiB.\nAnd so on')
+
+    monkeypatch.setitem(gpu.PARTS, 'rates', lambda args, rates = gpu.report_rates: rates(args) or too_large(args))
+    output = tmp_path / 'folder' / 'gpu.md'
+    gpu.main(['--quick', '--device', 'cpu', '--threads', '1', '--output', str(output)])
+    text = output.read_text()
+
+    assert text in capsys.readouterr().out
+    assert re.findall(r'^## (.+)$', text, flags = re.MULTILINE) == ['rates', 'loss', 'step', 'mnist', 'sampling']
+    assert re.findall(r'^Failed: .*$', text, flags = re.MULTILINE) == [
+        'Failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 PiB.'
+    ]
+    shares = re.findall(r'^\| (generator|encoder|loss|backward|optimiser) +\| [\d.,]+ +\| (\S+)', text, re.MULTILINE)
+    assert len(shares) == 5 and all(0 < float(share) < 1 for _, share in shares)
+    assert 'A Frechet distance of 3 was ' in text and text.count('| eager ') == 2
+
+    gpu.main(['--quick', '--device', 'cpu', '--minutes', '0', '--output', str(output)])
+    assert output.read_text().count('Left out: the time is over') == 5
+
+def test_gpu_report_samples_in_every_way(examples, monkeypatch):
+    """Graphs, which a cpu does not have, come with a GPU."""
+    import gpu
+
+    monkeypatch.setattr(torch, 'compile', lambda model, **kwargs: model)
+    model = gpu.make_generator('tiny').eval()
+
+    args = argparse.Namespace(device = torch.device('cpu'), compile = True)
+    makers = gpu.sampling_contenders(model, 3, args, torch.bfloat16)
+    assert list(makers) == ['eager', 'compiled']
+    outs = [make()() for make in makers.values()]
+    assert all(out.shape == (3, *model.noise_shape) and not out.requires_grad for out in outs)
+
 SCRIPTS = [
     'train_digits.py', 'train_toy.py', 'train_mnist.py',
-    'measure/benchmark.py', 'measure/ablations.py', 'measure/compare_mnist.py'
+    'measure/benchmark.py', 'measure/ablations.py', 'measure/compare_mnist.py', 'measure/gpu.py', 'export.py'
 ]
 
 @pytest.mark.parametrize('script', SCRIPTS)

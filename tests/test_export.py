@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from helpers import ROOT, awake, raises_one_line, relative, tiny_generator
 
 KINDS = dict(
-    everything = {},
-    noise_and_alpha = dict(num_classes = None, num_style_tokens = 0, num_register_tokens = 0)
+    everything = dict(depth = 1),
+    noise_and_alpha = dict(depth = 1, num_classes = None, num_style_tokens = 0, num_register_tokens = 0)
 )
 
 @pytest.fixture

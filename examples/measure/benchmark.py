@@ -11,6 +11,7 @@ Contenders take turns, medians are reported. Each call is preceded by one that i
 as it left it. Writes --output, a json file, and prints the same as tables.
 """
 
+import gc
 import json
 import os
 import platform
@@ -444,7 +445,7 @@ def make_trainer(args, folder, preset, num_groups, compile = False):
     return trainer, batches
 
 class Stopwatch:
-    """{part: seconds} of what was done between two calls."""
+    """{part: seconds} of what was done between two calls, summed where a part comes again."""
 
     def __init__(self, args):
         self.args = args
@@ -453,7 +454,7 @@ class Stopwatch:
 
     def mark(self, part):
         before, self.last = self.last, now(self.args)
-        self.parts[part] = self.last - before
+        self.parts[part] = self.parts.get(part, 0.) + self.last - before
 
 def parts_of_step(trainer, batches, args):
     """{part: seconds} of a step that is made of the Trainer's own pieces, one after the other."""
@@ -471,14 +472,15 @@ def parts_of_step(trainer, batches, args):
 
         u = uncond.shape[1]
         weight = ((alpha - 1) * (gen.shape[1] - 1) / u)[:, None].expand(-1, u)
-        features = list(loss_fn.problems(gen, pos, uncond, uncond_weight = weight))
-        watch.mark('encoder')
+        options = dict(loss_fn.drift_loss_kwargs, diagnostics = False)
+        loss = 0.
 
-        losses = [drift_loss(**each, diagnostics = False, **loss_fn.drift_loss_kwargs)[0] for _, each in features]
-        loss = sum(each.mean() for each in losses)
-        watch.mark('loss')
+        for _, problem in loss_fn.problems(options, gen, weight, pos = pos, uncond = uncond):
+            watch.mark('encoder')
+            loss = loss + problem.solve()[0].mean()
+            del problem                                 # or two features are held
+            watch.mark('loss')
 
-    del features, losses
     accelerator.backward(loss)
     watch.mark('backward')
 
@@ -503,6 +505,7 @@ def measure_largest_step(args, preset, sizes):
     """With as many groups as fit: their number, and what measure_step says of them."""
     for groups in sizes:
         if args.device.type == 'cuda':
+            gc.collect()
             torch.cuda.empty_cache()                    # the memory of the one before
 
         try:
