@@ -495,3 +495,14 @@ def test_step_on_a_device_of_another_kind():
         pytest.skip('this torch has no mock devices')
     found, = in_processes(torch.device('meta'), 1, step_on_a_mock)
     assert found == ('mock:0', ['torch.float32', 'torch.int64'])
+
+def test_trainer_on_a_device_of_another_kind(tmp_path, monkeypatch):
+    """The device is accelerate's. Where it is neither cpu nor cuda, nothing is fused, pinned or in half precision."""
+    monkeypatch.setattr(Accelerator, 'device', property(lambda self: torch.device('meta')))
+    t = trainer(tmp_path, cpu = False)
+    assert t.device.type == next(t.unwrapped.parameters()).device.type == t.queues['positives'].device.type == 'meta'
+    assert t.accelerator.mixed_precision == ('bf16' if HAS_GPU else 'no')
+    assert not t.optimizer.defaults['fused']
+
+    samples, _ = next(t.batches())
+    assert not samples.is_pinned()
