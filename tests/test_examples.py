@@ -121,7 +121,7 @@ def test_mnist(tmp_path):
 
 def test_compare(tmp_path, examples, monkeypatch):
     args = ('measure/compare_mnist.py', '--results-folder', tmp_path, '--budget', 0.1, '--points', 1)
-    text = run_example(*args, '--num-samples', 100)
+    text = run_example(*args, '--num-samples', 50)
     table = dict(re.findall(r'^([\w-]+) +\d+ +([\d,]+) ', text, flags = re.MULTILINE))
     assert list(table) == ['drifting', 'drifting-pixels', 'meanflow', 'wgan', 'flow']
     assert all(int(size.replace(',', '')) <= 450_000 for size in table.values())
@@ -139,8 +139,8 @@ def test_compare(tmp_path, examples, monkeypatch):
     monkeypatch.setattr(common, 'train_classifier', lambda *_: lambda images: (images, torch.zeros(len(images))))
 
     for other, message in (
-        (('--num-samples', 200, '--method', 'drifting'), 'was evaluated by 100 samples: pass --num-samples 100'),
-        (('--num-samples', 100, '--method', 'flow', '--set', 'uniform_times=True'), 'pass the same, or another'),
+        (('--num-samples', 100, '--method', 'drifting'), 'was evaluated by 50 samples: pass --num-samples 50'),
+        (('--num-samples', 50, '--method', 'flow', '--set', 'uniform_times=True'), 'pass the same, or another'),
     ):
         with pytest.raises(SystemExit, match = message):
             run_here(monkeypatch, *args, *other)
