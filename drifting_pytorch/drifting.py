@@ -1072,13 +1072,11 @@ class GradientField(DriftField):
         super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
         self.zero_sum = False
 
-    def log_kernel(self, dist, temperature, weight):
-        log_weight = weight.log().clamp(min = -1e6)
-        return self.logits(dist, temperature) + rearrange(log_weight, '... y -> ... 1 y')
-
-    def log_masses(self, log_kernel, dist, num_pos, temperature):
-        """log of what V is divided by [... n 1], of positives and of negatives."""
-        return [t.logsumexp(dim = -1, keepdim = True) for t in log_kernel.tensor_split((num_pos,), dim = -1)]
+    def log_kernels(self, dist, num_pos, temperature, weight):
+        """log of the weighted kernel on positives and on negatives, and of its sums [... n 1]."""
+        log_weight = rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
+        sides = (self.logits(dist, temperature) + log_weight).tensor_split((num_pos,), dim = -1)
+        return sides, [t.logsumexp(dim = -1, keepdim = True) for t in sides]
 
     def slope(self, dist, temperature):
         """Length of the kernel's gradient, per |y - x| and per k."""
@@ -1086,10 +1084,10 @@ class GradientField(DriftField):
         return 1 / (r * temperature)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
-        log_k = self.log_kernel(dist, temperature, default(weight, dist.new_ones(dist.shape[-1])))
-        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
-        W_pos = self.attraction * (log_k[..., :num_pos] - mass_pos).exp()
-        W_neg = -self.repulsion * (log_k[..., num_pos:] - mass_neg).exp()
+        weight = default(weight, dist.new_ones(dist.shape[-1]))
+        (log_pos, log_neg), (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
+        W_pos = self.attraction * (log_pos - mass_pos).exp()
+        W_neg = -self.repulsion * (log_neg - mass_neg).exp()
         return cat((W_pos, W_neg), dim = -1) * self.slope(dist, temperature)
 
 class SharpField(GradientField):
@@ -1102,17 +1100,15 @@ class SharpField(GradientField):
     def __init__(self, *, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
 
-    def log_masses(self, log_kernel, dist, num_pos, temperature):
-        log_kc = log_kernel + (temperature * (dist + temperature)).log()
-        return super().log_masses(log_kc, dist, num_pos, temperature)
+    def logits(self, dist, temperature):
+        return super().logits(dist, temperature) - self.slope(dist, temperature).log()
 
     def slope(self, dist, temperature):
-        return 1.
+        return 1 / (temperature * (dist + temperature))
 
     def potential(self, dist, num_pos, temperature, weight):
         """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
-        log_k = self.log_kernel(dist, temperature, weight)
-        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
+        _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
         total_pos, total_neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
         return (mass_neg - mass_pos).squeeze(-1) - (total_neg.log() - total_pos.log())
 
