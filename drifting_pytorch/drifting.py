@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -1610,7 +1611,11 @@ def sha256(path):
 
 def save_tensors(state_dict, path, copy = True):
     """copy: where tensors may share memory. Returns what the manifest says of the file."""
-    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
+    tensors = {name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def flush(path):
@@ -1627,81 +1632,69 @@ def discard(folder):
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
+SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
+
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
+    names = [*(SHARED_FILES if rank == 0 else ()), f'queue-{rank}.safetensors']
     try:
         files = read_json(folder / 'manifest.json')['files']
-        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
+        missing = ', '.join(name for name in names if name not in files)
         if missing:
-            return f'its manifest does not have {", ".join(sorted(missing))}'
+            return f'its manifest does not have {missing}'
 
-        for name, expected in files.items():
-            if name == f'queue-{rank}.safetensors' or rank == 0 and not name.startswith('queue-'):
-                size = (folder / name).stat().st_size
-                if size != expected['bytes']:
-                    return f'{name} has {size} bytes instead of {expected["bytes"]}'
-                if sha256(folder / name) != expected['sha256']:
-                    return f'{name} does not have the hash that the manifest gives'
+        for name in names:
+            size, expected = (folder / name).stat().st_size, files[name]
+            if size != expected['bytes']:
+                return f'{name} has {size} bytes instead of {expected["bytes"]}'
+            if sha256(folder / name) != expected['sha256']:
+                return f'{name} does not have the hash that the manifest gives'
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'it is not complete ({type(error).__name__}: {error})'
 
-class Checkpoints:
-    """Folders step-00000100 of safetensors and a manifest, complete or not there: written aside, then renamed."""
-    def __init__(self, root, keep):
-        self.root, self.keep = Path(root), keep
+def step_folders(root):
+    """{step: folder} of the checkpoints, oldest first. What has another name is not ours."""
+    found = {}
+    for path in root.glob('step-*'):
+        if re.fullmatch(r'step-\d+', path.name) and path.is_dir():
+            found[int(path.name.removeprefix('step-'))] = path
+    return dict(sorted(found.items()))
 
-    def folders(self, after = -1):
-        """Oldest first, of the steps after one. What has another name is not ours."""
-        ours = [path for path in self.root.glob('step-*') if re.fullmatch(r'step-\d+', path.name) and path.is_dir()]
-        steps = {int(path.name.removeprefix('step-')): path for path in ours}
-        return [steps[step] for step in sorted(steps) if step > after]
-
-    def unfinished(self, step):
-        return self.root / f'unfinished-{step:08d}'
-
-    def complete(self, step, manifest):
-        """Only when all files are written it gets its name. The oldest ones go."""
-        unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
-        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
-        discard(folder)
-        unfinished.rename(folder)
-        flush(self.root)
-        for old in self.folders()[:-self.keep]:
-            discard(old)
-
-    def set_aside(self, step):
-        """Those after step, which the run was resumed before: they neither count nor are removed."""
-        for folder in self.folders(after = step):
-            aside = folder.with_name(f'left-{folder.name}')
-            discard(aside)
-            folder.rename(aside)
-
-def together(work):
-    """Run work() in every process; an error of one is an error of all. Returns the results of all."""
+def together(work, here = True):
+    """The results of work() in every process, or in those `here`; an error of one is an error of all."""
     result = problem = None
     try:
-        result = work()
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
+        result = work() if here else None
+    except (OSError, ValueError) as error:
+        problem = error
 
     results, problems = zip(*gather_object([(result, problem)]), strict = True)
     for problem in filter(exists, problems):
-        raise OSError(problem)
+        raise problem
     return results
+
+def flat(states):
+    return {f'{name}.{key}': t for name, state in states.items() for key, t in state.items()}
+
+def nested(tensors):
+    states = {}
+    for path, t in tensors.items():
+        name, key = path.rsplit('.', 1)
+        states.setdefault(name, {})[key] = t
+    return states
 
 # states of the whole model, even if sharded; an optimizer has none of parameters without gradients
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
 def check_fits(module, state_dict):
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    shapes = [(name, tuple(t.shape), tuple(own[name].shape)) for name, t in state_dict.items() if name in own]
-    wrong = [f'{name} {shape} instead of {expected}' for name, shape, expected in shapes if shape != expected]
+    own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in state_dict.items()}
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    both = [name for name in own if name in given]
+    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in both if given[name] != own[name]]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
-    check(not (missing or unknown or wrong), f'the weights do not fit the model: {found}')
+    check(own == given, f'the weights do not fit the model: {found}')
 
 # signals
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -1709,24 +1702,21 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
-    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
-    ignored = signal.SIG_IGN, None  # in the background of a script
-    handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
+    is_told = threading.current_thread() is threading.main_thread()
+    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS if is_told}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in handlers:
-        with suppress(ValueError):  # only the main thread is told of signals
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # in the background of a script
             signal.signal(number, remember)
-
     try:
         yield received
     finally:
         for number, handler in handlers.items():
-            with suppress(ValueError):
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
 def ignore_signals(worker):
     """Workers end with the process that they read for."""
@@ -1744,12 +1734,6 @@ def image_grid(images, *, min_size = 48):
     picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
-def versions():
-    found = {'python': platform.python_version()}
-    for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-        with suppress(PackageNotFoundError):  # this file alone, copied
-            found[name] = version(name)
-    return found
 
 # settings
 def free(value):
@@ -1799,8 +1783,8 @@ class BaseTrainer:
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
-    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid;
-    samples_per_process is how many real samples a process reads in a micro step.
+    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
+    In a micro step a process reads samples_per_process real samples, and all of them train on samples_trained.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
@@ -1809,12 +1793,13 @@ class BaseTrainer:
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
-        self.checkpoints = Checkpoints(self.results_folder / 'checkpoints', settings.keep_checkpoints)
+        self.checkpoints = self.results_folder / 'checkpoints'
         self.accelerator = self.make_accelerator()
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
-        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), self.check_dataset(dataset)
+        self.num_classes = getattr(model, 'num_classes', None)
+        self.sample_shape = self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
         self.step, self.samples_read, self.queues = 0, 0, {}
         self.prepare(model)
@@ -1836,11 +1821,9 @@ class BaseTrainer:
         return accelerator
 
     def check_dataset(self, dataset):
-        num = self.samples_per_process * self.world
         has_length = hasattr(dataset, '__len__')
         check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
-        check(len(dataset) >= num, f'the dataset has {len(dataset)} samples, fewer than the {num} read per step')
-
+        check(len(dataset) > 0, 'the dataset is empty')
         first = dataset[0]
         is_pair = isinstance(first, (tuple, list)) and len(first) == 2
         sample = first[0] if is_pair else first
@@ -1870,7 +1853,7 @@ class BaseTrainer:
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
         folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
-        probe = folder / f'.probe-{self.rank}'
+        probe = folder / '.probe'
         try:
             folder.mkdir(parents = True, exist_ok = True)
             probe.touch()
@@ -1882,13 +1865,9 @@ class BaseTrainer:
         earlier = [path for path in paths if path.exists()]
         wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            for path in list(self.checkpoints.root.glob('unfinished-*')) if resumes else earlier:
-                remove = shutil.rmtree if path.is_dir() else os.unlink
-                remove(path)
-
-        self.accelerator.wait_for_everyone()
+        for path in list(self.checkpoints.glob('unfinished-*')) if resumes else earlier:
+            remove = shutil.rmtree if path.is_dir() else os.unlink
+            remove(path)
 
     def record(self):
         return json.loads(json.dumps(dataclasses.asdict(self.settings), default = str))
@@ -1900,10 +1879,6 @@ class BaseTrainer:
     def logs_this_step(self):
         return self.is_due(self.settings.log_every, self.step + 1)
 
-    @property
-    def samples_trained(self):
-        """Samples of a micro step, for the speed."""
-        return self.samples_per_process * self.world
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -1980,8 +1955,8 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
-        good = (folder for folder in reversed(self.checkpoints.folders()) if not damage(folder))
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {next(good, "none")}')
+        good = [folder for folder in step_folders(self.checkpoints).values() if not damage(folder)]
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
 
     # the loop
     def train(self):
@@ -2028,8 +2003,12 @@ class BaseTrainer:
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
         failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
         machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
+        versions = {'python': platform.python_version()}
+        for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
+            with suppress(PackageNotFoundError):  # this file alone, copied
+                versions[name] = version(name)
         append_json(self.results_folder / 'starts.jsonl', dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions,
             git = None if failed else revision, hardware = dict(device = device, **machine),
             precision = self.accelerator.mixed_precision, config = self.record()
         ))
@@ -2037,15 +2016,16 @@ class BaseTrainer:
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
         metrics = {'loss': loss, **norms, **metrics}
-        values = [torch.as_tensor(value, dtype = torch.float32, device = self.device) for value in metrics.values()]
-        values = self.accelerator.reduce(stack(values).detach(), 'mean').tolist()
+        kind = dict(dtype = torch.float32, device = self.device)
+        values = stack([torch.as_tensor(value, **kind) for value in metrics.values()])
+        values = self.accelerator.reduce(values.detach(), 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
         # of the machine, not of the run: these differ when it is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        samples = (self.step - first_step) * self.samples_trained * self.settings.gradient_accumulation_steps
-        metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
+        num = self.samples_trained * self.settings.gradient_accumulation_steps
+        metrics['machine/samples_per_second'] = (self.step - first_step) * num / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         self.accelerator.log(metrics, step = self.step)
@@ -2055,11 +2035,11 @@ class BaseTrainer:
 
     @torch.no_grad()
     def save_pictures(self):
-        has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
-        if has_images and (self.is_main or self.accelerator.is_fsdp2):  # a sharded model needs every process
+        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
+        to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
+        if exists(to_image) and (self.is_main or self.accelerator.is_fsdp2):  # a sharded model needs every process
             samples, rows = self.pictures()
-            images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
-            grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
+            grid = image_grid(rearrange(to_image(samples), '(rows cols) ... -> rows cols ...', rows = rows))
             if self.is_main:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
@@ -2067,55 +2047,61 @@ class BaseTrainer:
 
     # checkpoints
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest."""
+        """Write results_folder/checkpoints/step-..., aside until it is complete, and keep the newest."""
+        unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
-            written = together(self.write_states)
-            together(lambda: self.complete(written) if self.is_main else None)
+            written = together(lambda: self.write_states(unfinished))
+            together(lambda: self.complete(unfinished, written), self.is_main)
         except OSError as error:
-            shutil.rmtree(self.checkpoints.unfinished(self.step), ignore_errors = True)
+            shutil.rmtree(unfinished, ignore_errors = True)
             problem = f'the checkpoint of step {self.step} could not be written: {error}'
-            raise OSError(f'{problem}. The last one is {[None, *self.checkpoints.folders()][-1]}') from error
+            last = [None, *step_folders(self.checkpoints).values()][-1]
+            raise OSError(f'{problem}. The last one is {last}') from error
 
-    def write_states(self):
-        """Queues by each process, the rest by the main one, which alone is given it."""
-        optimizer = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
-        moments = optimizer.get('state', {})
-        queues = {name: queue.state_dict() for name, queue in self.queues.items()}
-        states = {
-            'model': dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
-            'ema': dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
-            'optimizer': {f'{name}.{kind}': t for name, state in moments.items() for kind, t in state.items()},
-            f'queue-{self.rank}': {f'{name}.{key}': t for name, state in queues.items() for key, t in state.items()}
-        }
+    def write_states(self, folder):
+        """Queues by each process, the rest by the main one."""
+        model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
+        states = dict(model = model, optimizer = flat(optimizer.get('state', {})))
+        states['ema'] = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
+        states[f'queue-{self.rank}'] = flat({name: queue.state_dict() for name, queue in self.queues.items()})
 
-        folder, written = self.checkpoints.unfinished(self.step), {}
         folder.mkdir(parents = True, exist_ok = True)
+        written = {}
         for name, state in states.items():
-            if state:
+            if self.is_main or name.startswith('queue'):
                 file = f'{name}.safetensors'
                 written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
         return written
 
-    def complete(self, written):
-        scaler, files = self.accelerator.scaler, {}
-        for lines in written:
-            files |= lines
-        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
-        (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
-        self.checkpoints.complete(self.step, dict(
+    def complete(self, unfinished, written):
+        """The manifest, and when all files are on the disk its name. The oldest ones go."""
+        scaler, folder = self.accelerator.scaler, self.checkpoints / f'step-{self.step:08d}'
+        manifest = dict(
             step = self.step, samples_read = self.samples_read, num_processes = self.world,
-            scaler = scaler.state_dict() if exists(scaler) else None,
-            versions = versions(), config = self.record(), files = files
-        ))
+            scaler = scaler.state_dict() if exists(scaler) else None, config = self.record(),
+            files = {name: entry for files in written for name, entry in files.items()}
+        )
+        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
+        (unfinished / 'config.json').write_text(config)
+        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        discard(folder)
+        unfinished.rename(folder)
+        flush(self.checkpoints)
+        for old in list(step_folders(self.checkpoints).values())[:-self.settings.keep_checkpoints]:
+            discard(old)
 
     def resume(self):
         """The end of __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
-        self.claim_folder()
+        length, num = len(self.dataset), self.samples_per_process * self.world
+        check(length >= num, f'the dataset has {length} samples, fewer than the {num} read per step')
+        together(self.claim_folder, self.is_main)
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        candidates = reversed(self.checkpoints.folders()) if given == 'latest' else [Path(given)]
-        for folder in candidates:
+        newest_first = reversed(step_folders(self.checkpoints).values())
+        for folder in newest_first if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
                 self.load(folder)
@@ -2126,23 +2112,26 @@ class BaseTrainer:
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one, if there is any', stacklevel = 2)
 
-        if self.is_main:
-            self.trim_metrics()
-            self.checkpoints.set_aside(self.step)
-        self.accelerator.wait_for_everyone()
+        together(self.leave_later, self.is_main)
 
-    def trim_metrics(self):
-        """What was logged after the checkpoint will be logged again; lines cut short by a crash go too."""
-        path = self.results_folder / 'metrics.jsonl'
+    def leave_later(self):
+        """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
+        for step, folder in step_folders(self.checkpoints).items():
+            if step > self.step:
+                aside = folder.with_name(f'left-{folder.name}')
+                discard(aside)
+                folder.rename(aside)
 
-        def stays(line):
-            with suppress(ValueError, TypeError, KeyError):
-                return line.endswith('\n') and json.loads(line)['step'] <= self.step
-
-        if path.is_file():
-            lines, trimmed = path.read_text().splitlines(keepends = True), path.with_suffix('.trimmed')
-            trimmed.write_text(''.join(filter(stays, lines)))
-            trimmed.replace(path)
+        path, stays = self.results_folder / 'metrics.jsonl', []
+        if not path.is_file():
+            return
+        for line in path.read_text().splitlines(keepends = True):
+            with suppress(ValueError, TypeError, KeyError):  # cut short by a crash
+                if line.endswith('\n') and json.loads(line)['step'] <= self.step:
+                    stays.append(line)
+        trimmed = path.with_suffix('.trimmed')
+        trimmed.write_text(''.join(stays))
+        trimmed.replace(path)
 
     def load(self, folder):
         manifest = read_json(folder / 'manifest.json')
@@ -2150,28 +2139,23 @@ class BaseTrainer:
         found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
         check(saved_world == self.world, f'{found}: each has a queue of its own')
         may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in now if name in before and before[name] != now[name] and name not in may_change]
-        if names and self.is_main:
-            changed = ', '.join(f'{name} {before[name]} -> {now[name]}' for name in names)
-            warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 3)
+        names = [name for name in now if name in before and name not in may_change]
+        changed = [f'{name} {before[name]} -> {now[name]}' for name in names if before[name] != now[name]]
+        if changed and self.is_main:
+            found = ', '.join(changed)
+            warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
         for name, module in dict(model = self.unwrapped, ema = self.ema.ema_model).items():
             state_dict = read_tensors(folder / f'{name}.safetensors')
             check_fits(module, state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, {}
-        for key, t in read_tensors(folder / 'optimizer.safetensors').items():
-            name, kind = key.rsplit('.', 1)
-            moments.setdefault(name, {})[kind] = t
-
+        optimizer, moments = self.optimizer.optimizer, nested(read_tensors(folder / 'optimizer.safetensors'))
         state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': moments}
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
-
-        states = read_tensors(folder / f'queue-{self.rank}.safetensors') if self.queues else {}
+        states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
-            queue.load_state_dict(own)
+            queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         if exists(self.accelerator.scaler) and manifest['scaler']:
@@ -2252,17 +2236,21 @@ class Trainer(BaseTrainer):
     """
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
+        self.samples_per_process = self.settings.push_size
+        self.samples_trained = self.settings.num_groups * self.settings.num_gen
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         self.check_groups()
         self.make_queues(len(dataset))
 
+        settings = self.settings
         if isinstance(self.loss_fn, FeatureDriftLoss):
-            options = dict(group_chunk_size = self.settings.group_chunk_size, compile = self.settings.compile)
+            options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
             self.loss_fn = self.loss_fn.with_options(**options)
         if isinstance(self.loss_fn, Module):
-            is_cuda = self.device.type == 'cuda'
-            self.loss_fn.to(self.device, memory_format = torch.channels_last if is_cuda else torch.preserve_format)
+            self.loss_fn.to(self.device)
+            if self.device.type == 'cuda':
+                self.loss_fn.to(memory_format = torch.channels_last)
         self.resume()
 
     @classmethod
@@ -2272,12 +2260,12 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def check_groups(self):
-        num, world = self.settings.num_groups, self.world
+        num, world, accelerator = self.settings.num_groups, self.world, self.accelerator
         check(num >= world, f'num_groups {num} cannot be shared by {world} processes')
         if exists(self.settings.group_chunk_size):
-            is_fp16 = self.accelerator.mixed_precision == 'fp16'
-            check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-            fits = num % world == 0 or not self.accelerator.is_fsdp2
+            fits = accelerator.mixed_precision != 'fp16'
+            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+            fits = num % world == 0 or not accelerator.is_fsdp2
             check(fits, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
 
     def make_queues(self, num_real):
@@ -2296,13 +2284,6 @@ class Trainer(BaseTrainer):
             check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
             self.queues['unconditional'] = SampleQueue(size = size, **options)
 
-    @property
-    def samples_per_process(self):
-        return self.settings.push_size
-
-    @property
-    def samples_trained(self):
-        return self.settings.num_groups * self.settings.num_gen
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
@@ -2336,8 +2317,10 @@ class Trainer(BaseTrainer):
         """labels [c], alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
-        options = dict(low = low, high = high, power = settings.alpha_power, no_cfg_frac = settings.no_cfg_frac)
-        alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
+        alpha = self.of_this_process(sample_alpha(
+            settings.num_groups, low = low, high = high, power = settings.alpha_power,
+            no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
+        ))
 
         # release: labels of the newest real samples, without replacement, or in turns
         c, num = len(alpha), len(newest_labels)
@@ -2368,9 +2351,10 @@ class Trainer(BaseTrainer):
     def generate(self, model, noise, labels, alpha, styles):
         """Generated samples [c g ...] of what `inputs` gives."""
         c, g = noise.shape[:2]
-        labels, alpha = (repeat(t, 'c -> (c g)', g = g) if exists(t) else None for t in (labels, alpha))
-        noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
-        gen = model(noise, labels, alpha, styles)
+        labels = repeat(labels, 'c -> (c g)', g = g) if exists(labels) else None
+        styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
+        alpha = repeat(alpha, 'c -> (c g)', g = g)
+        gen = model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
         shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
         check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
@@ -2482,10 +2466,13 @@ class MAESettings(LoopSettings):
     finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
+    finetune_start: int | None = dataclasses.field(init = False, default = None)
 
     def __post_init__(self):
         super().__post_init__()
         self.check_positive('batch_size')
+        if self.finetune_steps > 0:
+            self.finetune_start = self.num_train_steps - self.finetune_steps
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
@@ -2494,41 +2481,35 @@ class MAETrainer(BaseTrainer):
     The pictures are of samples, of what is left of them, and of reconstructions.
     """
     def __init__(self, model, dataset, *, to_image = None, **settings):
-        settings = MAESettings(**settings)
-        fits = settings.finetune_steps == 0 or exists(model.num_classes)
+        super().__init__(model, dataset, MAESettings(**settings), to_image)
+        fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
         check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        steps = settings.num_train_steps - settings.finetune_steps
-        self.finetune_start = steps if settings.finetune_steps > 0 else None
-        super().__init__(model, dataset, settings, to_image)
+        num = self.samples_trained = self.settings.batch_size
+        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        self.samples_per_process = num // self.world
 
         if self.accelerator.is_fsdp2:
             torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
 
-    @property
-    def samples_per_process(self):
-        num = self.settings.batch_size
-        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
-        return num // self.world
-
-    def record(self):
-        return {**super().record(), 'finetune_start': self.finetune_start}
-
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        progress = (step - default(self.finetune_start, step)) / max(1, self.settings.cls_warmup_steps)
-        return self.settings.cls_weight * min(1., max(0., progress))
+        settings = self.settings
+        progress = (step - default(settings.finetune_start, step)) / max(1, settings.cls_warmup_steps)
+        return settings.cls_weight * min(1., max(0., progress))
 
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
-        labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
-        samples, labels = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (samples, labels))
+        if exists(self.num_classes):
+            labels = checked_labels(labels, self.num_classes, len(labels))
+        samples, labels = (t.to(self.device, non_blocking = True) for t in (samples, labels))
+        labels = labels if exists(self.num_classes) else None
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
-        mask = self.unwrapped.draw_mask(samples, generator)
+        mask, cls_weight = self.unwrapped.draw_mask(samples, generator), self.cls_weight_at(self.step)
 
         with self.synced(sync):
-            loss, details = self.model(samples, labels, cls_weight = self.cls_weight_at(self.step), mask = mask)
+            loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
