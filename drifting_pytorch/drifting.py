@@ -22,7 +22,7 @@ import subprocess
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -1719,7 +1719,7 @@ def interruptions():
             signal.signal(number, handler)
 
 def ignore_signals(worker):
-    """Workers end with the process that they read for."""
+    """Workers end when the process that they read for tells them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1888,10 +1888,15 @@ class BaseTrainer:
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
-        return iter(DataLoader(
+        loader = iter(DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
             pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals
         ))
+        try:
+            yield from loader
+        finally:
+            if self.settings.num_workers > 0:  # Python would wait for them in vain at its end
+                loader._shutdown_workers()
 
     def read(self, batches):
         samples, labels = next(batches)
@@ -1964,31 +1969,34 @@ class BaseTrainer:
 
         Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint.
         """
-        settings, accelerator, batches = self.settings, self.accelerator, self.batches()
+        settings, accelerator = self.settings, self.accelerator
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
         look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         config = {name: str(value) for name, value in self.record().items()}
         accelerator.init_trackers('drifting-pytorch', config = config)
         self.record_start()
-        if self.step == 0:
-            self.before_training(batches)
-        num_steps, self.clock, signals = settings.num_train_steps, (time.perf_counter(), self.step), []
+        num_steps, signals = settings.num_train_steps, []
+        progress = dict(initial = self.step, total = num_steps, disable = self.hide_bar)
 
-        with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
-            while self.step < num_steps and not signals:
-                logs, result = self.logs_this_step, self.train_step(batches)
-                bar.update()
-                if self.step % ask_every == 0:
-                    signals = gather_object(received)
-                saves = signals or self.is_due(settings.save_every, self.step)
-                if logs or saves or self.step % look_every == 0 or self.step == num_steps:
-                    self.check_finite(*result)
-                if logs:
-                    self.log(bar, *result)
-                if self.is_due(settings.sample_every, self.step):
-                    self.save_pictures()
-                if saves:
-                    self.save()
+        with closing(self.batches()) as batches:
+            if self.step == 0:
+                self.before_training(batches)
+            self.clock = time.perf_counter(), self.step
+            with interruptions() as received, tqdm(**progress) as bar:
+                while self.step < num_steps and not signals:
+                    logs, result = self.logs_this_step, self.train_step(batches)
+                    bar.update()
+                    if self.step % ask_every == 0:
+                        signals = gather_object(received)
+                    saves = signals or self.is_due(settings.save_every, self.step)
+                    if logs or saves or self.step % look_every == 0 or self.step == num_steps:
+                        self.check_finite(*result)
+                    if logs:
+                        self.log(bar, *result)
+                    if self.is_due(settings.sample_every, self.step):
+                        self.save_pictures()
+                    if saves:
+                        self.save()
 
         if signals:
             accelerator.print(f'stopped by a signal, saved at step {self.step}')

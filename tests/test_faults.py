@@ -6,7 +6,10 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
 from helpers import (
     DATA,
+    ROOT,
     Net,
     PlainNet,
     Y,
@@ -350,6 +354,50 @@ def interrupted_together(folder):
 def test_a_signal_to_one_process_stops_all(tmp_path):
     assert launch(interrupted_together, 2, tmp_path) == [(20, 'interrupted')] * 2
     assert checkpoint_names(tmp_path) == ['step-00000020']
+
+WITH_WORKERS = """
+import signal, sys
+from helpers import Net, trainer
+
+class Breaking(Net):
+    def forward(self, *args, **kwargs):
+        if t.step == 3:
+            print('third step', flush = True)
+            if sys.argv[2] == 'raises':
+                raise RuntimeError('broken')
+        return super().forward(*args, **kwargs)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+t = trainer(sys.argv[1], Breaking(), num_workers = 2, num_train_steps = 100_000)
+t.train()
+"""
+
+@pytest.mark.parametrize('kill, number, code', [
+    (None, None, 1),
+    (os.kill, signal.SIGINT, -signal.SIGINT),
+    (os.killpg, signal.SIGINT, -signal.SIGINT),
+    (os.kill, signal.SIGTERM, -signal.SIGTERM),
+    (os.killpg, signal.SIGTERM, -signal.SIGTERM),
+])
+def test_a_process_with_workers_ends(tmp_path, kill, number, code):
+    """After an exception; after a signal to it alone, and to its workers too, as of a terminal or a scheduler."""
+    command = [sys.executable, '-c', WITH_WORKERS, tmp_path, 'trains' if kill else 'raises']
+    paths = os.pathsep.join((str(ROOT), str(ROOT / 'tests')))
+    options = dict(stdout = subprocess.PIPE, stderr = subprocess.PIPE, start_new_session = True)
+    process = subprocess.Popen(command, env = {**os.environ, 'PYTHONPATH': paths}, **options)
+
+    try:
+        assert process.stdout.readline() == b'third step\n'
+        if kill is not None:
+            kill(process.pid, number)
+        assert process.wait(timeout = 40) == code, process.stderr.read().decode()[-2000:]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    if kill is not None:
+        assert len(checkpoint_names(tmp_path)) == 1
 
 # collapse
 
