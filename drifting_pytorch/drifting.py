@@ -1679,7 +1679,7 @@ def flat(states):
 def nested(tensors):
     states = {}
     for path, t in tensors.items():
-        name, key = path.rsplit('.', 1)
+        name, _, key = path.rpartition('.')
         states.setdefault(name, {})[key] = t
     return states
 
@@ -1687,14 +1687,13 @@ def nested(tensors):
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
-def check_fits(module, state_dict):
-    own = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in state_dict.items()}
+def check_fits(own, given, what = 'weights do'):
+    own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     both = [name for name in own if name in given]
     wrong = [f'{name} {given[name]} instead of {own[name]}' for name in both if given[name] != own[name]]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
-    check(own == given, f'the weights do not fit the model: {found}')
+    check(own == given, f'the {what} not fit the model: {found}')
 
 # signals
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -2153,13 +2152,19 @@ class BaseTrainer:
             found = ', '.join(changed)
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
-        for name, module in dict(model = self.unwrapped, ema = self.ema.ema_model).items():
-            state_dict = read_tensors(folder / f'{name}.safetensors')
-            check_fits(module, state_dict)
+        average, model, moments = (read_tensors(folder / name) for name in SHARED_FILES)
+        for module, state_dict in (self.unwrapped, model), (self.ema.ema_model, average):
+            check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, nested(read_tensors(folder / 'optimizer.safetensors'))
-        state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': moments}
+        optimizer, moments = self.optimizer.optimizer, nested(moments)
+        state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
+        own = {
+            name: state for name, state in state_dict['state'].items()
+            if name in moments or not torch.equal(model[name], average[name])  # or else it never had a gradient
+        }
+        check_fits(flat(own), flat(moments), 'states of the optimizer do')
+        state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
@@ -2726,7 +2731,7 @@ def from_pretrained(cls, name, *, revision = None):
     check(is_ours, f'{name} is not a {cls.__name__}: its config.json has {", ".join(arguments)}')
     with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
         model = cls(**arguments)
-    check_fits(model, state_dict)
+    check_fits(model.state_dict(), state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
@@ -114,13 +115,16 @@ class Malicious:
 def replace_by_pickle(path):
     path.write_bytes(pickle.dumps(Malicious()))
 
+def vouch_for(path):
+    """As if the file had been written so."""
+    manifest = json.loads((path.parent / 'manifest.json').read_text())
+    manifest['files'][path.name] = dict(bytes = path.stat().st_size, sha256 = drifting.sha256(path))
+    (path.parent / 'manifest.json').write_text(json.dumps(manifest))
+
 def forge(folder):
     """A pickle in place of the weights, with a manifest that vouches for it."""
-    path = folder / 'model.safetensors'
-    replace_by_pickle(path)
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['files'][path.name] = dict(bytes = path.stat().st_size, sha256 = drifting.sha256(path))
-    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    replace_by_pickle(folder / 'model.safetensors')
+    vouch_for(folder / 'model.safetensors')
 
 @pytest.mark.parametrize('harm, says', [
     (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
@@ -154,6 +158,33 @@ def test_forged_checkpoint_runs_no_code(tmp_path):
     short(tmp_path, num_train_steps = 2, save_every = 2).train()
     forge(tmp_path / 'checkpoints' / 'step-00000002')
     with pytest.raises(ValueError, match = 'model.safetensors is not a safetensors file'):
+        short(tmp_path, resume_from_checkpoint = 'latest')
+
+def shorten(states):
+    states['net.0.weight.exp_avg'] = states['net.0.weight.exp_avg'][:1]
+
+def add_one(states):
+    states['other.weight.step'] = torch.tensor(1.)
+
+@pytest.mark.parametrize('harm, found', [
+    (shorten, 'wrong shape [\'net.0.weight.exp_avg (1, 19) instead of (32, 19)\']'),
+    (lambda states: states.pop('net.0.bias.step'), "missing ['net.0.bias.step']"),
+    (
+        lambda states: [states.pop(f'net.3.bias.{kind}') for kind in ('step', 'exp_avg', 'exp_avg_sq')],
+        "missing ['net.3.bias.exp_avg', 'net.3.bias.exp_avg_sq', 'net.3.bias.step']"
+    ),
+    (add_one, "unknown ['other.weight.step']"),
+])
+def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
+    """They would be a segmentation fault of the fused optimizer, or train into nan."""
+    short(tmp_path, num_train_steps = 2, save_every = 2).train()
+    folder = tmp_path / 'checkpoints' / 'step-00000002'
+    states = load_file(folder / 'optimizer.safetensors')
+    harm(states)
+    save_file({name: t.contiguous() for name, t in states.items()}, folder / 'optimizer.safetensors')
+    vouch_for(folder / 'optimizer.safetensors')
+
+    with raises_one_line(found):
         short(tmp_path, resume_from_checkpoint = 'latest')
 
 def test_metrics_cut_short_by_a_crash(tmp_path, straight):
