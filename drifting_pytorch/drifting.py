@@ -1801,6 +1801,7 @@ class BaseTrainer:
         self.sample_shape = self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
         self.step, self.samples_read, self.queues = 0, 0, {}
+        self.in_step = False
         self.prepare(model)
 
     def make_accelerator(self):
@@ -1966,9 +1967,12 @@ class BaseTrainer:
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint.
+        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint. It can be
+        called again after an error, unless that came within a step.
         """
         settings, accelerator = self.settings, self.accelerator
+        wanted = "make the trainer again, with resume_from_checkpoint = 'latest'"
+        check(not self.in_step, f'the step after {self.step} failed halfway, which cannot be undone: {wanted}')
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
         look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         config = {name: str(value) for name, value in self.record().items()}
@@ -1983,13 +1987,15 @@ class BaseTrainer:
             self.clock = time.perf_counter(), self.step
             with interruptions() as received, tqdm(**progress) as bar:
                 while self.step < num_steps and not signals:
-                    logs, result = self.logs_this_step, self.train_step(batches)
+                    logs, self.in_step = self.logs_this_step, True
+                    result = self.train_step(batches)
                     bar.update()
                     if self.step % ask_every == 0:
                         signals = gather_object(received)
                     saves = signals or self.is_due(settings.save_every, self.step)
                     if logs or saves or self.step % look_every == 0 or self.step == num_steps:
                         self.check_finite(*result)
+                    self.in_step = False
                     if logs:
                         self.log(bar, *result)
                     if self.is_due(settings.sample_every, self.step):
@@ -2301,6 +2307,9 @@ class Trainer(BaseTrainer):
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
         # open: nothing is said of steps before the queues are full
+        self.samples_read = 0  # again, if that was interrupted
+        for queue in self.queues.values():
+            queue.pushed.zero_()
         num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):

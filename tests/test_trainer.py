@@ -171,6 +171,7 @@ def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
     def interrupted(self, batches):
         pushed.append(0)
         if len(pushed) == 2:
+            self.read(batches)
             raise KeyboardInterrupt
         return push(self, batches)
 
@@ -181,7 +182,37 @@ def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
     assert t.queues['positives'].filled.min() < t.settings.num_pos
 
     t.train()
+    straight = trainer(tmp_path / 'straight', num_pos = 16)
+    straight.train()
     assert t.step == 20
+    assert torch.equal(weights(t), weights(straight))
+
+def fails_once(fn, at = 6):
+    """fn, which raises once, at its call of that number."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == at:
+            raise OSError('once')
+        return fn(*args, **kwargs)
+    return call
+
+def test_a_step_that_failed_halfway_is_not_built_upon(tmp_path):
+    t = trainer(tmp_path, loss_fn = fails_once(FeatureDriftLoss(affinity_floor = 0.)))
+    with pytest.raises(OSError, match = 'once'):
+        t.train()
+    with raises_one_line("the step after 5 failed halfway, which cannot be undone: make the trainer again"):
+        t.train()
+
+def test_an_error_between_steps_can_be_caught(tmp_path):
+    straight, t = trainer(tmp_path / 'a'), trainer(tmp_path / 'b', save_every = 1)
+    straight.train()
+    t.save = fails_once(t.save)
+    with pytest.raises(OSError, match = 'once'):
+        t.train()
+    t.train()
+    assert torch.equal(weights(t), weights(straight))
 
 def test_two_trainers_at_once_do_not_disturb_each_other(tmp_path):
     settings = dict(num_train_steps = 3, gradient_accumulation_steps = 2)
