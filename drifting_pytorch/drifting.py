@@ -1735,6 +1735,16 @@ def image_grid(images, *, min_size = 48):
 
 
 # settings
+def described(part):
+    """The class of a loss, field or encoder, and those of its attributes that JSON can keep."""
+    found = {'class': getattr(part, '__name__', type(part).__name__)}
+    own = vars(part) if isinstance(part, Module) else {}
+    for name, value in {**own, **own.get('drift_loss_kwargs', {})}.items():
+        if name[0] != '_' and name not in ('training', 'encoders', 'drift_loss_kwargs'):
+            with suppress(TypeError, ValueError):
+                found[name] = json.loads(json.dumps(value))
+    return found
+
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
@@ -1800,8 +1810,8 @@ class BaseTrainer:
         self.num_classes = getattr(model, 'num_classes', None)
         self.sample_shape = self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
-        self.step, self.samples_read, self.queues = 0, 0, {}
-        self.in_step = False
+        self.step, self.samples_read, self.in_step = 0, 0, False
+        self.queues, self.parts = {}, {}
         self.prepare(model)
 
     def make_accelerator(self):
@@ -1870,7 +1880,11 @@ class BaseTrainer:
             remove(path)
 
     def record(self):
-        return json.loads(json.dumps(dataclasses.asdict(self.settings), default = str))
+        """The settings, and what else a run depends on."""
+        frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
+        record = {**dataclasses.asdict(self.settings), **flat(self.parts)}
+        record |= dict(dataset_length = len(self.dataset), frozen = frozen)
+        return json.loads(json.dumps(record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
@@ -2152,10 +2166,10 @@ class BaseTrainer:
         found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
         check(saved_world == self.world, f'{found}: each has a queue of its own')
         may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in now if name in before and name not in may_change]
-        changed = [f'{name} {before[name]} -> {now[name]}' for name in names if before[name] != now[name]]
-        if changed and self.is_main:
-            found = ', '.join(changed)
+        names = [name for name in {**before, **now} if name not in may_change]
+        changed = [(name, before.get(name, 'default'), now.get(name, 'default')) for name in names]
+        found = ', '.join(f'{name} {old} -> {new}' for name, old, new in changed if old != new)
+        if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
         average, model, moments = (read_tensors(folder / name) for name in SHARED_FILES)
@@ -2163,7 +2177,8 @@ class BaseTrainer:
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, nested(moments)
+        optimizer, frozen = self.optimizer.optimizer, now['frozen']
+        moments = {name: state for name, state in nested(moments).items() if name not in frozen}
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         own = {
             name: state for name, state in state_dict['state'].items()
@@ -2174,6 +2189,8 @@ class BaseTrainer:
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
+            hint = 'it was trained without guidance, go on with alpha_range = (1, 1)'
+            check(name in states, f'{folder} has no queue of {name} samples: {hint}')
             queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
@@ -2261,6 +2278,10 @@ class Trainer(BaseTrainer):
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         self.check_groups()
         self.make_queues(len(dataset))
+        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
+        self.parts = dict(loss = described(self.loss_fn), field = described(field))
+        for i, encoder in enumerate(getattr(self.loss_fn, 'encoders', ())):
+            self.parts[f'encoder {i}'] = described(encoder)
 
         settings = self.settings
         if isinstance(self.loss_fn, FeatureDriftLoss):

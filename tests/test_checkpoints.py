@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss
 from helpers import (
     Net,
     X,
     Y,
     checkpoint_names,
+    dataset,
     json_lines,
     picture_generator,
     rows,
@@ -123,6 +124,37 @@ def test_checkpoints(tmp_path):
     trainer(tmp_path, num_train_steps = 5, save_every = 5, overwrite = True).train()
     assert logged_steps(tmp_path) == [5]
     assert checkpoint_names(tmp_path) == ['step-00000005']
+
+def frozen_net():
+    model = Net()
+    model.embed.requires_grad_(False)
+    return model
+
+@pytest.mark.parametrize('kwargs, change', [
+    (dict(data = dataset(180)), 'dataset_length 240 -> 180'),
+    (dict(model = frozen_net()), r"frozen \[\] -> \['embed.weight'\]"),
+    (dict(loss_fn = FeatureDriftLoss(affinity_floor = 0.5)), 'loss.affinity_floor 0.0 -> 0.5'),
+    (dict(loss_fn = FeatureDriftLoss()), 'loss.affinity_floor 0.0 -> default'),
+    (
+        dict(loss_fn = FeatureDriftLoss(affinity_floor = 0., field = DriftField(attraction = 2.))),
+        'field.attraction 1.0 -> 2.0'
+    ),
+    (
+        dict(loss_fn = FeatureDriftLoss(lambda x: {'sum': x.sum(dim = -1)[:, None, None]}, affinity_floor = 0.)),
+        'encoder 0.class default -> <lambda>'
+    ),
+])
+def test_what_else_a_run_depends_on_is_warned_of(tmp_path, kwargs, change):
+    trainer(tmp_path, num_train_steps = 4, save_every = 2).train()
+    with pytest.warns(UserWarning, match = f'other settings than it had: {change}$'):
+        t = trainer(tmp_path, resume_from_checkpoint = 'latest', **kwargs)
+    t.train()
+    assert t.step == 20
+
+def test_guidance_cannot_be_switched_on(tmp_path):
+    trainer(tmp_path, num_train_steps = 4, save_every = 2, alpha_range = (1., 1.)).train()
+    with pytest.raises(ValueError, match = 'no queue of unconditional samples: it was trained without guidance'):
+        trainer(tmp_path, resume_from_checkpoint = 'latest')
 
 def test_going_back_sets_later_checkpoints_aside(tmp_path):
     trainer(tmp_path, num_train_steps = 8, save_every = 2).train()
