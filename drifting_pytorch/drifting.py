@@ -1727,6 +1727,9 @@ def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
+    is_float = images.is_floating_point()
+    found = 'nan or inf' if is_float else images.dtype
+    check(is_float and images.isfinite().all(), f'a picture has finite floats in [0, 1], got {found}')
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
@@ -1990,12 +1993,15 @@ class BaseTrainer:
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
         look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         config = {name: str(value) for name, value in self.record().items()}
+        shows = self.is_main or accelerator.is_fsdp2  # a sharded model needs every process
         accelerator.init_trackers('drifting-pytorch', config = config)
         self.record_start()
         num_steps, signals = settings.num_train_steps, []
         progress = dict(initial = self.step, total = num_steps, disable = self.hide_bar)
 
         with closing(self.batches()) as batches:
+            if settings.sample_every > 0 and self.step < num_steps:
+                together(lambda: self.save_pictures(is_trial = True), shows)
             if self.step == 0:
                 self.before_training(batches)
             self.clock = time.perf_counter(), self.step
@@ -2012,10 +2018,10 @@ class BaseTrainer:
                     self.in_step = False
                     if logs:
                         self.log(bar, *result)
-                    if self.is_due(settings.sample_every, self.step):
-                        self.save_pictures()
                     if saves:
                         self.save()
+                    if self.is_due(settings.sample_every, self.step):
+                        together(self.save_pictures, shows)
 
         if signals:
             accelerator.print(f'stopped by a signal, saved at step {self.step}')
@@ -2061,13 +2067,16 @@ class BaseTrainer:
             append_json(self.results_folder / 'metrics.jsonl', metrics)
 
     @torch.no_grad()
-    def save_pictures(self):
+    def save_pictures(self, is_trial = False):
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
         to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
-        if exists(to_image) and (self.is_main or self.accelerator.is_fsdp2):  # a sharded model needs every process
+        if exists(to_image):
             samples, rows = self.pictures()
-            grid = image_grid(rearrange(to_image(samples), '(rows cols) ... -> rows cols ...', rows = rows))
-            if self.is_main:
+            images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
+            check(torch.is_tensor(images), f'to_image must return a tensor, it returns {type(images).__name__}')
+            check_shape('what to_image returns', images, shape)
+            grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
+            if self.is_main and not is_trial:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
                 grid.save(folder / f'step-{self.step:08d}.png')

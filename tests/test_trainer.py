@@ -16,6 +16,7 @@ from helpers import (
     X,
     Y,
     averaged_weights,
+    checkpoint_names,
     dataset,
     flat_gradients,
     json_lines,
@@ -91,6 +92,31 @@ def test_images_of_the_averaged_model(tmp_path):
     pictures = sorted((tmp_path / 'samples').iterdir())
     assert [path.name for path in pictures] == ['step-00000002.png', 'step-00000004.png']
     assert Image.open(pictures[0]).size == (10 * 10 * 6, 3 * 10 * 6)    # 3 rows of 10, each 8 + 2 pixels, magnified 6 x
+
+def image_trainer(folder, **kwargs):
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    return trainer(folder, picture_generator(), data, **{**dict(num_train_steps = 4, sample_every = 2), **kwargs})
+
+@pytest.mark.parametrize('to_image, says', [
+    (lambda x: x[:, 0], 'what to_image returns has shape (30, 8, 8), expected (30, channels, height, width)'),
+    (lambda x: x[:7], 'what to_image returns has shape (7, 1, 8, 8)'),
+    (lambda x: x.expand(-1, 2, -1, -1), 'a picture has 1 or 3 channels, got 2'),
+    (lambda x: x.mul(255).byte(), 'a picture has finite floats in [0, 1], got torch.uint8'),
+    (lambda x: x / 0 * 0, 'a picture has finite floats in [0, 1], got nan or inf'),
+    (lambda x: x.numpy(), 'to_image must return a tensor, it returns ndarray'),
+])
+def test_what_is_no_picture_is_refused_before_the_first_step(tmp_path, to_image, says):
+    t = image_trainer(tmp_path, to_image = to_image)
+    with raises_one_line(says):
+        t.train()
+    assert t.step == 0
+
+def test_pictures_cost_no_checkpoint(tmp_path):
+    t = image_trainer(tmp_path, save_every = 2)
+    t.to_image = lambda x: x / (t.step < 2)
+    with raises_one_line('a picture has finite floats'):
+        t.train()
+    assert checkpoint_names(tmp_path) == ['step-00000002']
 
 # the loop
 
