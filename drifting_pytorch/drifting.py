@@ -35,7 +35,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as accelerate_reduce
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    gather_object,
+    reduce as accelerate_reduce,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -48,6 +54,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, cat, nn, stack
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
@@ -1800,7 +1807,7 @@ class BaseTrainer:
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of.
+    settings that prevent that are warned of. Buffers, as of BatchNorm, are those of the first process after every step.
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
@@ -1961,9 +1968,21 @@ class BaseTrainer:
         self.accelerator.unscale_gradients()
         norms = self.clip_gradients()
         self.optimizer.step()
-        self.ema.update()
+        self.update_average()
         self.step += 1
         return loss, details, norms
+
+    def update_average(self):
+        model, average = self.unwrapped, self.ema.ema_model
+        for part in average.modules():
+            if isinstance(part, FSDPModule):  # pictures may leave it whole
+                part.reshard()
+
+        broadcast([*model.buffers()])
+        self.ema.update()
+        for (name, averaged), buffer in zip(average.named_buffers(), model.buffers(), strict = True):
+            if name not in self.ema.buffer_names:  # integers have no average
+                averaged.copy_(buffer)
 
     def check_finite(self, loss, details, norms):
         """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
@@ -2541,7 +2560,7 @@ class MAETrainer(BaseTrainer):
         self.samples_per_process = num // self.world
 
         if self.accelerator.is_fsdp2:
-            torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
+            register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
 
     def cls_weight_at(self, step):
@@ -2577,8 +2596,6 @@ class MAETrainer(BaseTrainer):
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)
         restored = left + model.reconstruct(samples, mask)[0] * dropped
-        if self.accelerator.is_fsdp2:
-            model.reshard()
         return cat((samples, left, restored)), 3
 
 # ── 10. weights - our own, and those that the authors published ───
