@@ -1645,18 +1645,26 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
     names = [*(SHARED_FILES if rank == 0 else ()), f'queue-{rank}.safetensors']
     try:
-        files = read_json(folder / 'manifest.json')['files']
+        sizes = {name: (folder / name).stat().st_size for name in ('manifest.json', *names)}
+        for name, size in sizes.items():
+            if not (folder / name).is_file() or name == 'manifest.json' and size > 2 ** 24:
+                return f'{name} is no such file, or too large'
+
+        manifest = read_json(folder / 'manifest.json')
+        files = manifest['files']
         missing = ', '.join(name for name in names if name not in files)
         if missing:
             return f'its manifest does not have {missing}'
-
         for name in names:
-            size, expected = (folder / name).stat().st_size, files[name]
-            if size != expected['bytes']:
-                return f'{name} has {size} bytes instead of {expected["bytes"]}'
-            if sha256(folder / name) != expected['sha256']:
+            if sizes[name] != files[name]['bytes']:
+                return f'{name} has {sizes[name]} bytes instead of {files[name]["bytes"]}'
+            if sha256(folder / name) != files[name]['sha256']:
                 return f'{name} does not have the hash that the manifest gives'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+
+        numbers = [manifest[name] for name in ('step', 'samples_read', 'num_processes')]
+        if not isinstance(manifest['config'], dict) or any(type(n) is not int or n < 0 for n in numbers):
+            return 'its manifest does not say where the run stood'
+    except Exception as error:  # whatever a file may hold
         return f'it is not complete ({type(error).__name__}: {error})'
 
 def step_folders(root):
@@ -2180,12 +2188,12 @@ class BaseTrainer:
         path, stays = self.results_folder / 'metrics.jsonl', []
         if not path.is_file():
             return
-        for line in path.read_text().splitlines(keepends = True):
+        for line in path.read_bytes().splitlines(keepends = True):
             with suppress(ValueError, TypeError, KeyError):  # cut short by a crash
-                if line.endswith('\n') and json.loads(line)['step'] <= self.step:
+                if line.endswith(b'\n') and json.loads(line)['step'] <= self.step:
                     stays.append(line)
         trimmed = path.with_suffix('.trimmed')
-        trimmed.write_text(''.join(stays))
+        trimmed.write_bytes(b''.join(stays))
         trimmed.replace(path)
 
     def load(self, folder):

@@ -126,6 +126,16 @@ def forge(folder):
     replace_by_pickle(folder / 'model.safetensors')
     vouch_for(folder / 'model.safetensors')
 
+def edit_manifest(folder, **entries):
+    path = folder / 'manifest.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+def point_to_a_pipe(folder):
+    """Of no size, as the manifest says: whoever opens it waits for ever."""
+    edit_manifest(folder, files = {name: dict(bytes = 0, sha256 = '') for name in os.listdir(folder)})
+    (folder / 'model.safetensors').unlink()
+    os.mkfifo(folder / 'model.safetensors')
+
 @pytest.mark.parametrize('harm, says', [
     (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
     (
@@ -140,6 +150,12 @@ def forge(folder):
         lambda f: (f / 'manifest.json').write_text('{"files": {}}'),
         'its manifest does not have ema.safetensors, model.safetensors, optimizer.safetensors'
     ),
+    (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is not complete (RecursionError'),
+    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'manifest.json is no such file, or too large'),
+    (lambda f: edit_manifest(f, step = '4'), 'its manifest does not say where the run stood'),
+    (lambda f: edit_manifest(f, samples_read = -1), 'its manifest does not say where the run stood'),
+    (lambda f: edit_manifest(f, config = None), 'its manifest does not say where the run stood'),
+    (point_to_a_pipe, 'model.safetensors is no such file, or too large'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
@@ -187,10 +203,11 @@ def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
     with raises_one_line(found):
         short(tmp_path, resume_from_checkpoint = 'latest')
 
-def test_metrics_cut_short_by_a_crash(tmp_path, straight):
+@pytest.mark.parametrize('rest', [b'{"step": 5, "lo', b'{"step": 1, "\xff": 0}\n'])
+def test_metrics_cut_short_by_a_crash(tmp_path, straight, rest):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
-    with open(tmp_path / 'metrics.jsonl', 'a') as file:
-        file.write('{"step": 5, "lo')
+    with open(tmp_path / 'metrics.jsonl', 'ab') as file:
+        file.write(rest)
     resumed(tmp_path)
     assert rows(tmp_path) == straight[1]
 
