@@ -22,7 +22,7 @@ import subprocess
 import threading
 import time
 import warnings
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +46,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
+from filelock import FileLock, Timeout
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
@@ -1821,10 +1822,12 @@ class BaseTrainer:
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = self.results_folder / 'checkpoints'
+        self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.accelerator = self.make_accelerator()
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
+        self.look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         self.num_classes = getattr(model, 'num_classes', None)
         self.sample_shape = self.check_dataset(dataset)
         self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
@@ -1878,16 +1881,22 @@ class BaseTrainer:
         if settings.compile:
             self.model = torch.compile(self.model)
 
+    def hold_folder(self):
+        """Against another run at the same time. A process that died holds no lock."""
+        folder = self.results_folder
+        try:
+            folder.mkdir(parents = True, exist_ok = True)
+            self.lock.acquire()
+        except Timeout as error:
+            raise OSError(f'{folder} is in use by a run that goes on: take another results_folder') from error
+        except OSError as error:
+            raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
+
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
         folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
-        probe = folder / '.probe'
-        try:
-            folder.mkdir(parents = True, exist_ok = True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
+        self.hold_folder()
+        self.lock.release()  # until it trains
 
         paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
         earlier = [path for path in paths if path.exists()]
@@ -2014,48 +2023,55 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint. It can be
         called again after an error, unless that came within a step.
         """
-        settings, accelerator = self.settings, self.accelerator
         wanted = "make the trainer again, with resume_from_checkpoint = 'latest'"
         check(not self.in_step, f'the step after {self.step} failed halfway, which cannot be undone: {wanted}')
-        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
-        look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
-        config = {name: str(value) for name, value in self.record().items()}
-        shows = self.is_main or accelerator.is_fsdp2  # a sharded model needs every process
-        accelerator.init_trackers('drifting-pytorch', config = config)
-        self.record_start()
-        num_steps, signals = settings.num_train_steps, []
-        progress = dict(initial = self.step, total = num_steps, disable = self.hide_bar)
-
-        with closing(self.batches()) as batches:
-            if settings.sample_every > 0 and self.step < num_steps:
-                together(lambda: self.save_pictures(is_trial = True), shows)
+        together(self.hold_folder, self.is_main)
+        batches = self.batches()
+        try:
+            config = {name: str(value) for name, value in self.record().items()}
+            self.accelerator.init_trackers('drifting-pytorch', config = config)
+            self.record_start()
+            if self.settings.sample_every > 0:
+                self.save_pictures(is_trial = True)
             if self.step == 0:
                 self.before_training(batches)
-            self.clock = time.perf_counter(), self.step
-            with interruptions() as received, tqdm(**progress) as bar:
-                while self.step < num_steps and not signals:
-                    logs, self.in_step = self.logs_this_step, True
-                    result = self.train_step(batches)
-                    bar.update()
-                    if self.step % ask_every == 0:
-                        signals = gather_object(received)
-                    saves = signals or self.is_due(settings.save_every, self.step)
-                    if logs or saves or self.step % look_every == 0 or self.step == num_steps:
-                        self.check_finite(*result)
-                    self.in_step = False
-                    if logs:
-                        self.log(bar, *result)
-                    if saves:
-                        self.save()
-                    if self.is_due(settings.sample_every, self.step):
-                        together(self.save_pictures, shows)
+            signals = self.run(batches)
+        finally:
+            batches.close()
+            self.lock.release()
+
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        for number in signals[:1]:
+            signal.raise_signal(number)
+
+    def run(self, batches):
+        """The steps that are left. Returns the signals that came."""
+        settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
+        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
+        self.clock = time.perf_counter(), self.step
+
+        with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
+            while self.step < num_steps and not signals:
+                logs, self.in_step = self.logs_this_step, True
+                result = self.train_step(batches)
+                bar.update()
+                if self.step % ask_every == 0:
+                    signals = gather_object(received)
+                saves = signals or self.is_due(settings.save_every, self.step)
+                if logs or saves or self.step % self.look_every == 0 or self.step == num_steps:
+                    self.check_finite(*result)
+                self.in_step = False
+                if logs:
+                    self.log(bar, *result)
+                if saves:
+                    self.save()
+                if self.is_due(settings.sample_every, self.step):
+                    self.save_pictures()
 
         if signals:
-            accelerator.print(f'stopped by a signal, saved at step {self.step}')
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        for number in (signals or received)[:1]:
-            signal.raise_signal(number)
+            self.accelerator.print(f'stopped by a signal, saved at step {self.step}')
+        return signals or received
 
     def record_start(self):
         if not self.is_main:
@@ -2093,11 +2109,12 @@ class BaseTrainer:
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
             append_json(self.results_folder / 'metrics.jsonl', metrics)
 
-    @torch.no_grad()
     def save_pictures(self, is_trial = False):
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
         to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
-        if exists(to_image):
+
+        @torch.no_grad()
+        def draw():
             samples, rows = self.pictures()
             images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
             check(torch.is_tensor(images), f'to_image must return a tensor, it returns {type(images).__name__}')
@@ -2107,6 +2124,9 @@ class BaseTrainer:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
                 grid.save(folder / f'step-{self.step:08d}.png')
+
+        if exists(to_image):  # a sharded model needs every process
+            together(draw, self.is_main or self.accelerator.is_fsdp2)
 
     # checkpoints
     def save(self):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,30 @@ def test_folder_that_cannot_be_written(tmp_path):
         with pytest.raises(OSError, match = 'cannot be written to: '):
             short(tmp_path / 'closed')
 
+def try_again(folder, **kwargs):
+    """What a second run in the folder is told."""
+    try:
+        short(folder, **kwargs)
+    except OSError as error:
+        return str(error)
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused before it removes anything; test_killed_while_saving: a dead process holds nothing."""
+    t, told = short(tmp_path, save_every = 2), []
+    save = t.save
+
+    def save_and_start_again():
+        save()
+        for kwargs in (dict(overwrite = True), dict(resume_from_checkpoint = 'latest')):
+            told.extend(launch(partial(try_again, tmp_path, **kwargs), 1))
+
+    t.save = save_and_start_again
+    t.train()
+    assert len(told) == 6
+    assert all('is in use by a run that goes on' in message for message in told)
+    assert checkpoint_names(tmp_path)[-1] == 'step-00000006'
+    short(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest').train()
+
 # numbers that are none
 
 class Breaking(Net):
@@ -298,9 +323,7 @@ def test_non_finite_numbers_stop_the_run(tmp_path, backwards, found):
     assert message.endswith(f'the last good checkpoint is {good}')
 
 def without_waiting(t):
-    """The loop takes this cpu for a GPU, which it does not wait for in every step."""
-    cpu, t.device = t.device, torch.device('meta')
-    t.record_start = lambda: setattr(t, 'device', cpu)             # by now the loop has asked
+    t.look_every = 10       # as on a GPU
 
 @pytest.mark.parametrize('save_every, found_at, good', [(3, 6, '.*step-00000003'), (0, 8, 'none')])
 def test_broken_steps_are_found_without_waiting(tmp_path, save_every, found_at, good):
