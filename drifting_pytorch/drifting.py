@@ -1640,6 +1640,10 @@ def discard(folder):
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
+# what a run writes into its folder, and removes with overwrite = True
+STEP = 'step-' + '[0-9]' * 8
+OURS = ['metrics.jsonl', 'starts.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
+OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
@@ -1898,12 +1902,11 @@ class BaseTrainer:
         self.hold_folder()
         self.lock.release()  # until it trains
 
-        paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
-        earlier = [path for path in paths if path.exists()]
+        earlier = [path for name in OURS for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
         for path in list(self.checkpoints.glob('unfinished-*')) if resumes else earlier:
-            remove = shutil.rmtree if path.is_dir() else os.unlink
+            remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
             remove(path)
 
     def record(self):

@@ -184,6 +184,18 @@ def test_refused_settings_remove_nothing(tmp_path):
         trainer(tmp_path, overwrite = True, num_uncond = 100)
     assert checkpoint_names(tmp_path) == ['step-00000002']
 
+def test_overwriting_removes_what_a_run_wrote(tmp_path):
+    trainer(tmp_path, num_train_steps = 2, save_every = 2).train()
+    others = [tmp_path / 'samples', tmp_path / 'checkpoints' / 'step-00000002-best', tmp_path / 'notes']
+    for folder in others:
+        folder.mkdir()
+        (folder / 'kept').touch()
+
+    trainer(tmp_path, overwrite = True)
+    assert all((folder / 'kept').exists() for folder in others)
+    assert checkpoint_names(tmp_path) == ['step-00000002-best']
+    assert not (tmp_path / 'starts.jsonl').exists()
+
 # exports
 
 def test_checkpoints_of_a_generator_name_it(tmp_path):
