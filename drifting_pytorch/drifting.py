@@ -1673,12 +1673,8 @@ def damage(folder, rank = 0):
         return f'it is not complete ({type(error).__name__}: {error})'
 
 def step_folders(root):
-    """{step: folder} of the checkpoints, oldest first. What has another name is not ours."""
-    found = {}
-    for path in root.glob('step-*'):
-        if re.fullmatch(r'step-\d+', path.name) and path.is_dir():
-            found[int(path.name.removeprefix('step-'))] = path
-    return dict(sorted(found.items()))
+    """Checkpoints, oldest first. What has another name is not ours."""
+    return sorted(path for path in root.glob(STEP) if path.is_dir())
 
 def together(work, here = True):
     """The results of work() in every process, or in those `here`; an error of one is an error of all."""
@@ -1782,7 +1778,7 @@ class LoopSettings:
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
     lr_decay_start: int | None = None  # from here on it falls as 1 / sqrt(step). None: never (paper)
-    betas: tuple = (0.9, 0.95)  # of AdamW
+    betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
     ema_decay: float = 0.999  # of the averaged weights
@@ -1793,7 +1789,7 @@ class LoopSettings:
     cpu: bool = False  # train on the cpu even where there is a GPU
     num_workers: int = free(0)  # processes that read data
 
-    log_with: str | None = free(None)  # trackers of accelerate
+    log_with: object = free(None)  # trackers of accelerate
     log_every: int = free(10)  # steps, 0 for never: into metrics.jsonl and the trackers
     sample_every: int = free(1_000)  # steps: grids of images, into samples/
     save_every: int = free(1_000)  # steps: into checkpoints/
@@ -1805,7 +1801,18 @@ class LoopSettings:
     overwrite: bool = free(False)  # remove an earlier run from the folder; or else it is refused
 
     def __post_init__(self):
+        for entry in dataclasses.fields(self):
+            name, kind, value = entry.name, entry.type, getattr(self, entry.name)
+            kind = kind | int if isinstance(0., kind) else kind
+            wanted = getattr(kind, '__name__', kind)
+            check(isinstance(value, kind), f'{name} must be {wanted}, got {value!r}')
+            if isinstance(value, (int, float)):
+                fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
+                check(fits, f'{name} must be finite and not negative, got {value}')
+
         self.check_positive('num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints')
+        self.check_positive('max_grad_norm')
+        check(self.ema_decay <= 1, f'ema_decay must be between 0 and 1, got {self.ema_decay}')
 
     def check_positive(self, *names):
         check_positive(**{name: getattr(self, name) for name in names})
@@ -2016,7 +2023,7 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
-        good = [folder for folder in step_folders(self.checkpoints).values() if not damage(folder)]
+        good = [folder for folder in step_folders(self.checkpoints) if not damage(folder)]
         raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
 
     # the loop
@@ -2141,7 +2148,7 @@ class BaseTrainer:
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors = True)
             problem = f'the checkpoint of step {self.step} could not be written: {error}'
-            last = [None, *step_folders(self.checkpoints).values()][-1]
+            last = [None, *step_folders(self.checkpoints)][-1]
             raise OSError(f'{problem}. The last one is {last}') from error
 
     def write_states(self, folder):
@@ -2175,7 +2182,7 @@ class BaseTrainer:
         discard(folder)
         unfinished.rename(folder)
         flush(self.checkpoints)
-        for old in list(step_folders(self.checkpoints).values())[:-self.settings.keep_checkpoints]:
+        for old in step_folders(self.checkpoints)[:-self.settings.keep_checkpoints]:
             discard(old)
 
     def resume(self):
@@ -2186,7 +2193,7 @@ class BaseTrainer:
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        newest_first = reversed(step_folders(self.checkpoints).values())
+        newest_first = reversed(step_folders(self.checkpoints))
         for folder in newest_first if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
@@ -2202,8 +2209,8 @@ class BaseTrainer:
 
     def leave_later(self):
         """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
-        for step, folder in step_folders(self.checkpoints).items():
-            if step > self.step:
+        for folder in step_folders(self.checkpoints):
+            if int(folder.name.removeprefix('step-')) > self.step:
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
@@ -2277,20 +2284,22 @@ class GeneratorSettings(LoopSettings):
     num_uncond: int = 16  # unconditional samples per group
     group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
 
-    alpha_range: tuple = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple | list = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
     push_size: int = 64  # real samples read per step by every process (release)
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
-    queue_device: str | None = None  # None: the accelerator
+    queue_device: str | torch.device | None = None  # None: the accelerator
     queue_dtype: torch.dtype | None = None  # None: float32
 
     def __post_init__(self):
         super().__post_init__()
         self.check_positive('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size')
         check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
+        fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
+        check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')

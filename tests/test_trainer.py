@@ -313,6 +313,26 @@ def test_settings_of_another_name_are_refused(tmp_path):
     with pytest.raises(TypeError, match = 'max_skipped_steps'):
         trainer(tmp_path, max_skipped_steps = 1)
 
+@pytest.mark.parametrize('settings, says', [
+    (dict(max_grad_norm = 0.), 'max_grad_norm must be above 0, got 0.0'),
+    (dict(max_grad_norm = -1), 'max_grad_norm must be finite and not negative, got -1'),
+    (dict(max_grad_norm = math.nan), 'max_grad_norm must be finite and not negative, got nan'),
+    (dict(ema_decay = 1.1), 'ema_decay must be between 0 and 1, got 1.1'),
+    (dict(ema_decay = -0.1), 'ema_decay must be finite and not negative'),
+    (dict(lr_warmup_steps = -1), 'lr_warmup_steps must be finite and not negative'),
+    (dict(lr_warmup_steps = math.inf), 'lr_warmup_steps must be int, got inf'),
+    (dict(lr_decay_start = 2.5), 'lr_decay_start must be int | None, got 2.5'),
+    (dict(num_train_steps = 10.5), 'num_train_steps must be int, got 10.5'),
+    (dict(num_groups = '6'), "num_groups must be int, got '6'"),
+    (dict(queue_dtype = torch.int32), 'queue_dtype must be floating point, got torch.int32'),
+    (dict(learning_rate = math.nan), 'learning_rate must be finite and not negative, got nan'),
+    (dict(learning_rate = None), 'learning_rate must be float | int, got None'),
+    (dict(weight_decay = math.inf), 'weight_decay must be finite and not negative, got inf'),
+])
+def test_settings_that_ruin_a_training_are_refused(tmp_path, settings, says):
+    with raises_one_line(says):
+        trainer(tmp_path, **settings)
+
 def test_no_clipping(tmp_path):
     t = trainer(tmp_path, max_grad_norm = None, num_train_steps = 2)
     t.train()
