@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -59,7 +60,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -1569,14 +1570,39 @@ def endless_shuffle(length, *, seed, start = 0):
 
 class SeededDataset(Dataset):
     """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
-    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0).
+    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0), or an error.
     """
-    def __init__(self, dataset, seed, sample_shape, with_labels):
-        self.dataset, self.seed = dataset, seed
-        self.sample_shape, self.with_labels = sample_shape, with_labels
+    def __init__(self, dataset, seed, with_labels):
+        fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
+        fits = fits and not isinstance(dataset, IterableDataset)
+        check(fits, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
+        check(len(dataset) > 0, 'the dataset is empty')
+        self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
+        self.sample_shape = 'any'
+        self.sample_shape = tuple(self.read(0)[0].shape)
 
     def __len__(self):
         return len(self.dataset)
+
+    def read(self, index):
+        try:
+            item = self.dataset[index]
+        except Exception as error:
+            reason = ' '.join(str(error).split())
+            raise RuntimeError(f'sample {index} of the dataset cannot be read: {reason}') from error
+
+        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
+        sample, label = item if is_pair else (item, None)
+        is_tensor = torch.is_tensor(sample)
+        given = sample.dtype if is_tensor else type(sample).__name__
+        fits = is_pair and is_tensor and sample.is_floating_point()
+        check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
+        found = f'sample {index} of the dataset has shape {tuple(sample.shape)}'
+        check(self.sample_shape in ('any', sample.shape), f'{found}, the first one has {self.sample_shape}')
+        try:
+            return sample.float(), operator.index(label) if self.with_labels else 0
+        except TypeError as error:
+            raise ValueError(f'sample {index} of the dataset has the label {label!r}, expected an integer') from error
 
     def __getitem__(self, place):
         position, index = place
@@ -1585,14 +1611,14 @@ class SeededDataset(Dataset):
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
         try:
-            sample, label = self.dataset[index]
-        except Exception as error:
-            raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
+            return self.read(index)
+        except (RuntimeError, ValueError) as error:  # which a worker would raise with all that led to it
+            return error
 
-        shape = tuple(getattr(sample, 'shape', (None,)))
-        found = f'sample {index} of the dataset has shape {shape}'
-        check(shape == self.sample_shape, f'{found}, the first one has {self.sample_shape}')
-        return sample.float(), label if self.with_labels else 0
+def batch_of(items):
+    """Samples [b ...] and labels [b], or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else default_collate(items)
 
 # ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
 
@@ -1840,8 +1866,8 @@ class BaseTrainer:
         self.hide_bar = not (settings.progress_bar and self.is_main)
         self.look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
         self.num_classes = getattr(model, 'num_classes', None)
-        self.sample_shape = self.check_dataset(dataset)
-        self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
+        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
+        self.sample_shape = self.dataset.sample_shape
         self.step, self.samples_read, self.in_step = 0, 0, False
         self.queues, self.parts = {}, {}
         self.prepare(model)
@@ -1862,17 +1888,6 @@ class BaseTrainer:
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
 
-    def check_dataset(self, dataset):
-        has_length = hasattr(dataset, '__len__')
-        check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
-        check(len(dataset) > 0, 'the dataset is empty')
-        first = dataset[0]
-        is_pair = isinstance(first, (tuple, list)) and len(first) == 2
-        sample = first[0] if is_pair else first
-        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
-        given = getattr(sample, 'dtype', type(sample).__name__)
-        check(fits, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
-        return tuple(sample.shape)
 
     def prepare(self, model):
         """Release: AdamW on all parameters, and their plain average from the start, at every step."""
@@ -1941,7 +1956,7 @@ class BaseTrainer:
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
         loader = iter(DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
-            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals
+            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
         ))
         try:
             yield from loader
@@ -1950,10 +1965,12 @@ class BaseTrainer:
                 loader._shutdown_workers()
 
     def read(self, batches):
-        samples, labels = next(batches)
+        batch = next(batches)
+        if isinstance(batch, Exception):
+            raise batch
         self.samples_read += self.samples_per_process * self.world
         self.seed_model()
-        return samples, torch.as_tensor(labels)
+        return batch
 
     def seed_model(self, *key):
         """What a model with dropout draws next is a function of the place in the run."""
@@ -1992,6 +2009,10 @@ class BaseTrainer:
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
+        parameters = self.unwrapped.named_parameters()
+        unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
+        fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
+        check(fits, f'with several processes every parameter needs a gradient, {unused} have none: freeze them')
         self.accelerator.unscale_gradients()
         norms = self.clip_gradients()
         self.optimizer.step()
@@ -2344,6 +2365,8 @@ class Trainer(BaseTrainer):
         self.samples_trained = self.settings.num_groups * self.settings.num_gen
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
+        fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
+        check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         self.check_groups()
         self.make_queues(len(dataset))
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
@@ -2466,8 +2489,11 @@ class Trainer(BaseTrainer):
         styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
         alpha = repeat(alpha, 'c -> (c g)', g = g)
         gen = model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
+        check(torch.is_tensor(gen), f'the generator must return a tensor, it returns {type(gen).__name__}')
         shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
         check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
+        has_gradient = gen.requires_grad or not torch.is_grad_enabled()
+        check(has_gradient, 'the generator returns samples without a gradient: they are detached, or all is frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     def chunks(self, inputs):
@@ -2519,6 +2545,8 @@ class Trainer(BaseTrainer):
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
         check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
         loss, breakdown = result
+        fits = torch.is_tensor(loss) and loss.ndim == 0 and loss.requires_grad
+        check(fits, 'the loss that loss_fn returns must be a tensor of shape () with a gradient')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
@@ -2631,7 +2659,8 @@ class MAETrainer(BaseTrainer):
     def pictures(self):
         """The first ten samples, what the mask leaves of them, and their reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
-        samples = stack([self.dataset[i, i][0] for i in range(num)]).to(self.device)
+        samples, _ = batch_of([self.dataset[i, i] for i in range(num)])
+        samples = samples.to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)

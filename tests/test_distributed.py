@@ -280,6 +280,23 @@ def test_buffers_are_those_of_the_first_process(tmp_path):
     for resumed in launch(resume_counting, 2, tmp_path):
         assert all((a == b).all() for a, b in zip(first, resumed, strict = True))
 
+# parameters
+
+class Unused(PlainNet):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(2))
+
+def train_unused(folder):
+    try:
+        trainer(folder, Unused(), DATA, num_groups = GROUPS, num_pos = 12).train()
+    except ValueError as error:
+        return str(error)
+
+def test_an_unused_parameter_is_named(tmp_path):
+    says = "with several processes every parameter needs a gradient, ['token'] have none: freeze them"
+    assert launch(train_unused, 2, tmp_path) == [says] * 2
+
 # sharded models
 
 PICTURES = TensorDataset(

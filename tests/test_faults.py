@@ -353,8 +353,9 @@ class Unreadable(Dataset):
 def test_image_that_does_not_open(tmp_path, num_workers):
     t = short(tmp_path / 'run', data = Unreadable(tmp_path), num_workers = num_workers, num_train_steps = 20)
     message = r'sample 30 of the dataset cannot be read: cannot identify image file .*30\.png'
-    with pytest.raises(RuntimeError, match = message):
+    with pytest.raises(RuntimeError, match = message) as error:
         t.train()
+    assert '\n' not in str(error.value)
 
 # signals
 

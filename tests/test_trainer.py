@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from drifting_pytorch import FeatureDriftLoss, SharpField, SinkhornField, Trainer
+from drifting_pytorch.drifting import Breakdown
 from helpers import (
     CENTERS,
+    DATA,
     Net,
     PlainNet,
     X,
@@ -350,6 +352,23 @@ class Wrong(Net):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)[:, :1]
 
+class Returning(Net):
+    def __init__(self, changed):
+        super().__init__()
+        self.changed = changed
+
+    def forward(self, *args, **kwargs):
+        return self.changed(super().forward(*args, **kwargs))
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+    def __len__(self):
+        return 120
+
+NOTHING = Breakdown({}, {})
+
 ONE_NAN = X.index_fill(0, torch.tensor(3), float('nan'))
 ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
 
@@ -357,9 +376,9 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X[:10], Y[:10])), 'the dataset has 10 samples, fewer than the 16 read per step'),
     (
         dict(data = TensorDataset(X.long(), Y)),
-        'the dataset must yield (floating point tensor, label), its first sample is torch.int64'
+        'the dataset must yield (floating point tensor, label), its sample 0 is torch.int64'
     ),
-    (dict(data = [(0., 0)] * 20), 'its first sample is float'),
+    (dict(data = [(0., 0)] * 20), 'its sample 0 is float'),
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
@@ -370,7 +389,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
     (
         dict(data = TensorDataset(X)),
-        'the dataset must yield (floating point tensor, label), its first sample is tuple'
+        'the dataset must yield (floating point tensor, label), its sample 0 is tuple'
     ),
     (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
@@ -384,6 +403,20 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(loss_fn = lambda gen, *_: gen.mean()), 'loss_fn must return (loss, Breakdown), it returns Tensor'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
     (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
+    (dict(model = Returning(lambda x: (x, x))), 'the generator must return a tensor, it returns tuple'),
+    (dict(model = Returning(torch.detach)), 'the generator returns samples without a gradient'),
+    (dict(model = Returning(torch.detach), group_chunk_size = 2), 'the generator returns samples without a gradient'),
+    (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length, got DataLoader'),
+    (dict(data = Endless()), 'the dataset must be map-style, with a length, got Endless'),
+    (dict(data = [(x, 'a cat') for x in X]), "sample 0 of the dataset has the label 'a cat', expected an integer"),
+    (dict(data = [(x, None) for x in X]), 'sample 0 of the dataset has the label None, expected an integer'),
+    (dict(data = [(x.numpy(), 0) for x in X]), 'its sample 0 is ndarray'),
+    (dict(data = [(x.byte(), 0) for x in X]), 'its sample 0 is torch.uint8'),
+    (dict(data = ONE_LONGER, num_workers = 1, alpha_range = (1., 1.)), 'sample 7 of the dataset has shape (3,)'),
+    (dict(loss_fn = FeatureDriftLoss), 'loss_fn must be a function or an instance as FeatureDriftLoss(), got <class'),
+    (dict(loss_fn = lambda gen, *_: (gen.mean(dim = (1, 2)), NOTHING)), 'must be a tensor of shape ()'),
+    (dict(loss_fn = lambda *_: (1., NOTHING)), 'must be a tensor of shape () with a gradient'),
+    (dict(loss_fn = lambda gen, *_: (gen.mean().detach(), NOTHING)), 'must be a tensor of shape () with a gradient'),
 ])
 def test_trainer_errors_come_before_the_first_step(tmp_path, kwargs, says):
     with raises_one_line(says):
