@@ -1578,31 +1578,30 @@ class SeededDataset(Dataset):
         check(fits, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
         check(len(dataset) > 0, 'the dataset is empty')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
-        self.sample_shape = 'any'
+        self.sample_shape = None
         self.sample_shape = tuple(self.read(0)[0].shape)
 
     def __len__(self):
         return len(self.dataset)
 
     def read(self, index):
+        name = f'sample {index} of the dataset'
         try:
             item = self.dataset[index]
         except Exception as error:
-            reason = ' '.join(str(error).split())
-            raise RuntimeError(f'sample {index} of the dataset cannot be read: {reason}') from error
+            raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
 
         is_pair = isinstance(item, (tuple, list)) and len(item) == 2
         sample, label = item if is_pair else (item, None)
-        is_tensor = torch.is_tensor(sample)
-        given = sample.dtype if is_tensor else type(sample).__name__
-        fits = is_pair and is_tensor and sample.is_floating_point()
+        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
+        given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
         check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        found = f'sample {index} of the dataset has shape {tuple(sample.shape)}'
-        check(self.sample_shape in ('any', sample.shape), f'{found}, the first one has {self.sample_shape}')
+        fits, found = self.sample_shape in (None, sample.shape), tuple(sample.shape)
+        check(fits, f'{name} has shape {found}, the first one has {self.sample_shape}')
         try:
             return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
-            raise ValueError(f'sample {index} of the dataset has the label {label!r}, expected an integer') from error
+            raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
     def __getitem__(self, place):
         position, index = place
@@ -1674,27 +1673,27 @@ SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
-    names = [*(SHARED_FILES if rank == 0 else ()), f'queue-{rank}.safetensors']
     try:
-        sizes = {name: (folder / name).stat().st_size for name in ('manifest.json', *names)}
-        for name, size in sizes.items():
-            if not (folder / name).is_file() or name == 'manifest.json' and size > 2 ** 24:
-                return f'{name} is no such file, or too large'
-
-        manifest = read_json(folder / 'manifest.json')
+        path = folder / 'manifest.json'
+        if path.stat().st_size > 2 ** 24 or not path.is_file():
+            return 'its manifest is too large, or no file'
+        manifest = read_json(path)
         files = manifest['files']
-        missing = ', '.join(name for name in names if name not in files)
+        missing = ', '.join(name for name in SHARED_FILES if name not in files)
         if missing:
             return f'its manifest does not have {missing}'
-        for name in names:
-            if sizes[name] != files[name]['bytes']:
-                return f'{name} has {sizes[name]} bytes instead of {files[name]["bytes"]}'
-            if sha256(folder / name) != files[name]['sha256']:
-                return f'{name} does not have the hash that the manifest gives'
-
         numbers = [manifest[name] for name in ('step', 'samples_read', 'num_processes')]
         if not isinstance(manifest['config'], dict) or any(type(n) is not int or n < 0 for n in numbers):
             return 'its manifest does not say where the run stood'
+
+        queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
+        for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
+            path, expected = folder / name, files[name]
+            size = path.stat().st_size
+            if size != expected['bytes'] or not path.is_file():
+                return f'{name} has {size} bytes instead of {expected["bytes"]}, or is no file'
+            if sha256(path) != expected['sha256']:
+                return f'{name} does not have the hash that the manifest gives'
     except Exception as error:  # whatever a file may hold
         return f'it is not complete ({type(error).__name__}: {error})'
 
@@ -1745,14 +1744,15 @@ def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
     is_told = threading.current_thread() is threading.main_thread()
     received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS if is_told}
+    ignored = signal.SIG_IGN, None  # in the background of a script
+    handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # in the background of a script
-            signal.signal(number, remember)
+    for number in handlers:
+        signal.signal(number, remember)
     try:
         yield received
     finally:
@@ -1778,7 +1778,6 @@ def image_grid(images, *, min_size = 48):
     picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
-
 # settings
 def described(part):
     """The class of a loss, field or encoder, and those of its attributes that JSON can keep."""
@@ -1793,6 +1792,9 @@ def described(part):
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
+
+POSITIVE = {'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints', 'max_grad_norm'}
+POSITIVE |= {'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1835,13 +1837,9 @@ class LoopSettings:
             if isinstance(value, (int, float)):
                 fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
                 check(fits, f'{name} must be finite and not negative, got {value}')
-
-        self.check_positive('num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints')
-        self.check_positive('max_grad_norm')
-        check(self.ema_decay <= 1, f'ema_decay must be between 0 and 1, got {self.ema_decay}')
-
-    def check_positive(self, *names):
-        check_positive(**{name: getattr(self, name) for name in names})
+                check(value > 0 or name not in POSITIVE, f'{name} must be above 0, got {value}')
+                fits = value <= 1 or name not in ('ema_decay', 'no_cfg_frac')
+                check(fits, f'{name} must be between 0 and 1, got {value}')
 
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
@@ -1887,7 +1885,6 @@ class BaseTrainer:
         is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
-
 
     def prepare(self, model):
         """Release: AdamW on all parameters, and their plain average from the start, at every step."""
@@ -1944,7 +1941,6 @@ class BaseTrainer:
     @property
     def logs_this_step(self):
         return self.is_due(self.settings.log_every, self.step + 1)
-
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -2061,7 +2057,8 @@ class BaseTrainer:
         try:
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
-            self.record_start()
+            if self.is_main:
+                self.record_start()
             if self.settings.sample_every > 0:
                 self.save_pictures(is_trial = True)
             if self.step == 0:
@@ -2105,8 +2102,6 @@ class BaseTrainer:
         return signals or received
 
     def record_start(self):
-        if not self.is_main:
-            return
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
         failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
         machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
@@ -2317,13 +2312,11 @@ class GeneratorSettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size')
         check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
         fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
         check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
-        check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
 # Table 8, what differs from the ablation; where paper and release differ, the release's value
@@ -2367,7 +2360,13 @@ class Trainer(BaseTrainer):
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
-        self.check_groups()
+        num, settings = self.settings.num_groups, self.settings
+        check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
+        if exists(settings.group_chunk_size):
+            fits = self.accelerator.mixed_precision != 'fp16'
+            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+            fits = num % self.world == 0 or not self.accelerator.is_fsdp2
+            check(fits, f'a sharded model in chunks needs num_groups that all processes share evenly, got {num}')
         self.make_queues(len(dataset))
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
@@ -2390,15 +2389,6 @@ class Trainer(BaseTrainer):
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
-    def check_groups(self):
-        num, world, accelerator = self.settings.num_groups, self.world, self.accelerator
-        check(num >= world, f'num_groups {num} cannot be shared by {world} processes')
-        if exists(self.settings.group_chunk_size):
-            fits = accelerator.mixed_precision != 'fp16'
-            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-            fits = num % world == 0 or not accelerator.is_fsdp2
-            check(fits, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
-
     def make_queues(self, num_real):
         """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
         settings, num = self.settings, self.settings.num_uncond
@@ -2414,7 +2404,6 @@ class Trainer(BaseTrainer):
             size = settings.uncond_queue_size
             check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
             self.queues['unconditional'] = SampleQueue(size = size, **options)
-
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
@@ -2444,17 +2433,14 @@ class Trainer(BaseTrainer):
             queue.push(samples, labels if queue.num_classes > 1 else None)
         return labels.long()
 
-    def of_this_process(self, t):
-        return t.tensor_split(self.world)[self.rank]
-
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
-        alpha = self.of_this_process(sample_alpha(
+        alpha = sample_alpha(
             settings.num_groups, low = low, high = high, power = settings.alpha_power,
             no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
-        ))
+        ).tensor_split(self.world)[self.rank]
 
         # release: labels of the newest real samples, without replacement, or in turns
         c, num = len(alpha), len(newest_labels)
@@ -2472,7 +2458,7 @@ class Trainer(BaseTrainer):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
-        for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
+        for group in torch.arange(self.settings.num_groups).tensor_split(self.world)[self.rank].tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
             if has_styles:
@@ -2609,7 +2595,6 @@ class MAESettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive('batch_size')
         if self.finetune_steps > 0:
             self.finetune_start = self.num_train_steps - self.finetune_steps
 

@@ -133,7 +133,8 @@ def edit_manifest(folder, **entries):
 
 def point_to_a_pipe(folder):
     """Of no size, as the manifest says: whoever opens it waits for ever."""
-    edit_manifest(folder, files = {name: dict(bytes = 0, sha256 = '') for name in os.listdir(folder)})
+    files = json.loads((folder / 'manifest.json').read_text())['files']
+    edit_manifest(folder, files = {**files, 'model.safetensors': dict(bytes = 0, sha256 = '')})
     (folder / 'model.safetensors').unlink()
     os.mkfifo(folder / 'model.safetensors')
 
@@ -152,11 +153,11 @@ def point_to_a_pipe(folder):
         'its manifest does not have ema.safetensors, model.safetensors, optimizer.safetensors'
     ),
     (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is not complete (RecursionError'),
-    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'manifest.json is no such file, or too large'),
+    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'its manifest is too large, or no file'),
     (lambda f: edit_manifest(f, step = '4'), 'its manifest does not say where the run stood'),
     (lambda f: edit_manifest(f, samples_read = -1), 'its manifest does not say where the run stood'),
     (lambda f: edit_manifest(f, config = None), 'its manifest does not say where the run stood'),
-    (point_to_a_pipe, 'model.safetensors is no such file, or too large'),
+    (point_to_a_pipe, 'model.safetensors has 0 bytes instead of 0, or is no file'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
@@ -211,6 +212,22 @@ def test_metrics_cut_short_by_a_crash(tmp_path, straight, rest):
         file.write(rest)
     resumed(tmp_path)
     assert rows(tmp_path) == straight[1]
+
+def train_short(folder):
+    short(folder, num_groups = 4, num_train_steps = 2, save_every = 2).train()
+
+def try_to_resume(folder):
+    try:
+        short(folder, num_groups = 4, resume_from_checkpoint = 'latest')
+    except ValueError as error:
+        return str(error)
+
+@pytest.mark.parametrize('before, now', [(1, 2), (2, 1)])
+def test_another_number_of_processes(tmp_path, before, now):
+    """Not as if the checkpoint were damaged, which would start the run again."""
+    launch(train_short, before, tmp_path)
+    says = f'the checkpoint is of {before} processes, these are {now}: each has a queue of its own'
+    assert launch(try_to_resume, now, tmp_path) == [says] * now
 
 # the disk
 

@@ -410,6 +410,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = Endless()), 'the dataset must be map-style, with a length, got Endless'),
     (dict(data = [(x, 'a cat') for x in X]), "sample 0 of the dataset has the label 'a cat', expected an integer"),
     (dict(data = [(x, None) for x in X]), 'sample 0 of the dataset has the label None, expected an integer'),
+    (dict(data = TensorDataset(X, Y + 0.5)), 'has the label tensor(0.5000), expected an integer'),
     (dict(data = [(x.numpy(), 0) for x in X]), 'its sample 0 is ndarray'),
     (dict(data = [(x.byte(), 0) for x in X]), 'its sample 0 is torch.uint8'),
     (dict(data = ONE_LONGER, num_workers = 1, alpha_range = (1., 1.)), 'sample 7 of the dataset has shape (3,)'),
