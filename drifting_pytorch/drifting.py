@@ -1780,7 +1780,7 @@ def image_grid(images, *, min_size = 48):
 
 # settings
 def described(part):
-    """The class of a loss, field or encoder, and those of its attributes that JSON can keep."""
+    """The class of a loss, field or encoder, and what JSON can keep of its attributes."""
     found = {'class': getattr(part, '__name__', type(part).__name__)}
     own = vars(part) if isinstance(part, Module) else {}
     for name, value in {**own, **own.get('drift_loss_kwargs', {})}.items():
@@ -1793,8 +1793,8 @@ def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
 
-POSITIVE = {'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints', 'max_grad_norm'}
-POSITIVE |= {'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
+POSITIVE = {'num_train_steps', 'lr_decay_start', 'max_grad_norm', 'gradient_accumulation_steps'}
+POSITIVE |= {'keep_checkpoints', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1847,11 +1847,11 @@ class BaseTrainer:
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
     {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
-    In a micro step a process reads samples_per_process real samples, and all of them train on samples_trained.
+    A process reads samples_per_process real samples in a micro step, all train on samples_trained.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of. Buffers, as of BatchNorm, are those of the first process after every step.
+    settings that prevent that are warned of. Buffers (BatchNorm) are the first process's in all, after every step.
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
@@ -2039,7 +2039,7 @@ class BaseTrainer:
         values = {name: float(value) for name, value in self.metrics(details)[0].items()}
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
+        message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
         good = [folder for folder in step_folders(self.checkpoints) if not damage(folder)]
         raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
 
@@ -2076,7 +2076,7 @@ class BaseTrainer:
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
-        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
+        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals
         self.clock = time.perf_counter(), self.step
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
@@ -2354,26 +2354,25 @@ class Trainer(BaseTrainer):
     """
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
-        self.samples_per_process = self.settings.push_size
-        self.samples_trained = self.settings.num_groups * self.settings.num_gen
+        settings, num = self.settings, self.settings.num_groups
+        self.samples_per_process, self.samples_trained = settings.push_size, num * settings.num_gen
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
-        num, settings = self.settings.num_groups, self.settings
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if exists(settings.group_chunk_size):
             fits = self.accelerator.mixed_precision != 'fp16'
             check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
-            check(fits, f'a sharded model in chunks needs num_groups that all processes share evenly, got {num}')
+            check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
+
         self.make_queues(len(dataset))
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
         for i, encoder in enumerate(getattr(self.loss_fn, 'encoders', ())):
             self.parts[f'encoder {i}'] = described(encoder)
 
-        settings = self.settings
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
             self.loss_fn = self.loss_fn.with_options(**options)
@@ -2479,19 +2478,19 @@ class Trainer(BaseTrainer):
         shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
         check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
         has_gradient = gen.requires_grad or not torch.is_grad_enabled()
-        check(has_gradient, 'the generator returns samples without a gradient: they are detached, or all is frozen')
+        check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     def chunks(self, inputs):
         return chunked(inputs, self.settings.group_chunk_size)
 
+    @torch.no_grad()
     def without_graph(self, chunks):
         """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
         samples = []
         for i, chunk in enumerate(chunks):
             self.seed_model(i)
-            with torch.no_grad():
-                samples.append(self.generate(self.model, *chunk))
+            samples.append(self.generate(self.model, *chunk))
         return cat(samples)
 
     def backward(self, batches, micro_step, sync):
