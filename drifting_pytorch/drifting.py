@@ -1644,11 +1644,7 @@ def sha256(path):
 
 def save_tensors(state_dict, path, copy = True):
     """copy: where tensors may share memory. Returns what the manifest says of the file."""
-    tensors = {name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
+    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
     return dict(bytes = path.stat().st_size, sha256 = sha256(path))
 
 def flush(path):
@@ -1706,7 +1702,7 @@ def together(work, here = True):
     result = problem = None
     try:
         result = work() if here else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         problem = error
 
     results, problems = zip(*gather_object([(result, problem)]), strict = True)
@@ -1731,8 +1727,8 @@ TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 def check_fits(own, given, what = 'weights do'):
     own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    both = [name for name in own if name in given]
-    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in both if given[name] != own[name]]
+    other = [name for name in own if name in given and given[name] != own[name]]
+    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in other]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
     check(own == given, f'the {what} not fit the model: {found}')
 
@@ -1780,14 +1776,14 @@ def image_grid(images, *, min_size = 48):
 
 # settings
 def described(part):
-    """The class of a loss, field or encoder, and what JSON can keep of its attributes."""
-    found = {'class': getattr(part, '__name__', type(part).__name__)}
+    """The attributes of a loss or field: plain values, and the names of other things."""
+    def name_of(value):
+        return getattr(value, '__name__', type(value).__name__)
+
     own = vars(part) if isinstance(part, Module) else {}
-    for name, value in {**own, **own.get('drift_loss_kwargs', {})}.items():
-        if name[0] != '_' and name not in ('training', 'encoders', 'drift_loss_kwargs'):
-            with suppress(TypeError, ValueError):
-                found[name] = json.loads(json.dumps(value))
-    return found
+    own = {name: value for name, value in own.items() if name[0] != '_'}
+    own['class'] = name_of(part)
+    return json.loads(json.dumps(own, default = name_of, skipkeys = True))
 
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
@@ -2126,8 +2122,9 @@ class BaseTrainer:
 
         # of the machine, not of the run: these differ when it is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        num = self.samples_trained * self.settings.gradient_accumulation_steps
-        metrics['machine/samples_per_second'] = (self.step - first_step) * num / (self.clock[0] - before)
+        samples = (self.step - first_step) * self.samples_trained
+        samples *= self.settings.gradient_accumulation_steps
+        metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         self.accelerator.log(metrics, step = self.step)
@@ -2161,7 +2158,7 @@ class BaseTrainer:
         try:
             written = together(lambda: self.write_states(unfinished))
             together(lambda: self.complete(unfinished, written), self.is_main)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
             problem = f'the checkpoint of step {self.step} could not be written: {error}'
             last = [None, *step_folders(self.checkpoints)][-1]
@@ -2170,9 +2167,10 @@ class BaseTrainer:
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
-        states = dict(model = model, optimizer = flat(optimizer.get('state', {})))
-        states['ema'] = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
-        states[f'queue-{self.rank}'] = flat({name: queue.state_dict() for name, queue in self.queues.items()})
+        average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
+        queues = {name: queue.state_dict() for name, queue in self.queues.items()}
+        states = dict(model = model, ema = average, optimizer = flat(optimizer.get('state', {})))
+        states[f'queue-{self.rank}'] = flat(queues)
 
         folder.mkdir(parents = True, exist_ok = True)
         written = {}
@@ -2259,15 +2257,15 @@ class BaseTrainer:
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, frozen = self.optimizer.optimizer, now['frozen']
-        moments = {name: state for name, state in nested(moments).items() if name not in frozen}
+        optimizer, moments = self.optimizer.optimizer, nested(moments)
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
-        own = {
-            name: state for name, state in state_dict['state'].items()
-            if name in moments or not torch.equal(model[name], average[name])  # or else it never had a gradient
-        }
+        own, state_dict['state'] = state_dict['state'], moments
+        for name in model:
+            if name in now['frozen']:
+                moments.pop(name, None)
+            elif name not in moments and torch.equal(model[name], average[name]):  # it never had a gradient
+                own.pop(name, None)
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
-        state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
@@ -2365,13 +2363,12 @@ class Trainer(BaseTrainer):
             fits = self.accelerator.mixed_precision != 'fp16'
             check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
-            check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
+            wanted = 'num_groups that processes share evenly'
+            check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
 
         self.make_queues(len(dataset))
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
-        for i, encoder in enumerate(getattr(self.loss_fn, 'encoders', ())):
-            self.parts[f'encoder {i}'] = described(encoder)
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
@@ -2457,7 +2454,8 @@ class Trainer(BaseTrainer):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
-        for group in torch.arange(self.settings.num_groups).tensor_split(self.world)[self.rank].tolist():
+        groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
+        for group in groups[self.rank].tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
             if has_styles:
@@ -2617,8 +2615,8 @@ class MAETrainer(BaseTrainer):
 
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        settings = self.settings
-        progress = (step - default(settings.finetune_start, step)) / max(1, settings.cls_warmup_steps)
+        settings, start = self.settings, default(self.settings.finetune_start, step)
+        progress = (step - start) / max(1, settings.cls_warmup_steps)
         return settings.cls_weight * min(1., max(0., progress))
 
     def backward(self, batches, micro_step, sync):
@@ -2629,7 +2627,8 @@ class MAETrainer(BaseTrainer):
         samples, labels = (t.to(self.device, non_blocking = True) for t in (samples, labels))
         labels = labels if exists(self.num_classes) else None
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
-        mask, cls_weight = self.unwrapped.draw_mask(samples, generator), self.cls_weight_at(self.step)
+        mask = self.unwrapped.draw_mask(samples, generator)
+        cls_weight = self.cls_weight_at(self.step)
 
         with self.synced(sync):
             loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)

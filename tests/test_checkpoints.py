@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss
+from drifting_pytorch.drifting import Breakdown
 from helpers import (
     Net,
     X,
@@ -130,23 +132,30 @@ def frozen_net():
     model.embed.requires_grad_(False)
     return model
 
+def total(x):
+    return {'sum': x.sum(dim = -1)[:, None, None]}
+
+def plain_loss(gen, *_):
+    return gen.square().mean(), Breakdown({}, {})
+
 @pytest.mark.parametrize('kwargs, change', [
     (dict(data = dataset(180)), 'dataset_length 240 -> 180'),
-    (dict(model = frozen_net()), r"frozen \[\] -> \['embed.weight'\]"),
-    (dict(loss_fn = FeatureDriftLoss(affinity_floor = 0.5)), 'loss.affinity_floor 0.0 -> 0.5'),
-    (dict(loss_fn = FeatureDriftLoss()), 'loss.affinity_floor 0.0 -> default'),
+    (dict(model = frozen_net()), "frozen [] -> ['embed.weight']"),
+    (
+        dict(loss_fn = FeatureDriftLoss(affinity_floor = 0.5)),
+        "loss.drift_loss_kwargs {'affinity_floor': 0.0} -> {'affinity_floor': 0.5}"
+    ),
     (
         dict(loss_fn = FeatureDriftLoss(affinity_floor = 0., field = DriftField(attraction = 2.))),
+        "loss.drift_loss_kwargs {'affinity_floor': 0.0} -> {'affinity_floor': 0.0, 'field': 'DriftField'}, "
         'field.attraction 1.0 -> 2.0'
     ),
-    (
-        dict(loss_fn = FeatureDriftLoss(lambda x: {'sum': x.sum(dim = -1)[:, None, None]}, affinity_floor = 0.)),
-        'encoder 0.class default -> <lambda>'
-    ),
+    (dict(loss_fn = FeatureDriftLoss(total, affinity_floor = 0.)), "loss.encoders [] -> ['total']"),
+    (dict(loss_fn = plain_loss), 'loss.class FeatureDriftLoss -> plain_loss'),
 ])
 def test_what_else_a_run_depends_on_is_warned_of(tmp_path, kwargs, change):
     trainer(tmp_path, num_train_steps = 4, save_every = 2).train()
-    with pytest.warns(UserWarning, match = f'other settings than it had: {change}$'):
+    with pytest.warns(UserWarning, match = f'other settings than it had: .*{re.escape(change)}'):
         t = trainer(tmp_path, resume_from_checkpoint = 'latest', **kwargs)
     t.train()
     assert t.step == 20
