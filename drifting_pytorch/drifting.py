@@ -1905,7 +1905,8 @@ class BaseTrainer:
         folder = self.results_folder
         try:
             folder.mkdir(parents = True, exist_ok = True)
-            self.lock.acquire()
+            with suppress(NotImplementedError):  # a file system without locks
+                self.lock.acquire()
         except Timeout as error:
             raise OSError(f'{folder} is in use by a run that goes on: take another results_folder') from error
         except OSError as error:
