@@ -94,11 +94,8 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
-def check_positive(**values):
-    """Whole numbers above 0. None, where it is a default, passes too."""
-    check_whole(1, **values)
-
 def check_whole(low, **values):
+    """None, where it is a default, passes too."""
     for name, value in values.items():
         is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         fits = not exists(value) or is_whole and value >= low
@@ -441,7 +438,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
     num = as_tensor('labels', labels).numel() if exists(labels) else num_samples
-    check_positive(num_samples = num, batch_size = batch_size)
+    check_whole(1, num_samples = num, batch_size = batch_size)
     check_whole(0, seed = seed)
     labels = checked_labels(labels, num_classes, num) if exists(labels) else None
     alpha = as_tensor('alpha', alpha).float()
@@ -493,8 +490,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         bf16_rotary = False, checkpointing = False
     ):
         super().__init__()
-        check_positive(image_size = image_size, channels = channels, patch_size = patch_size)
-        check_positive(dim = dim, heads = heads, num_classes = num_classes, style_codebook_size = style_codebook_size)
+        check_whole(1, image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_whole(1, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         is_whole = image_size % patch_size == 0
@@ -716,7 +713,8 @@ class DriftProblems:
         self.sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y, or None: ones
+        self.is_guided = exists(uncond_weight)
+        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
@@ -734,17 +732,13 @@ class DriftProblems:
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
-        if not exists(uncond_weight):
-            return None
-        check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
-        check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
-        check_range('uncond_weight', uncond_weight, 0)
         weight = self.gen.new_ones(self.b, 1, self.y)
-        weight[:, 0, self.p:-self.m] = uncond_weight
+        if self.is_guided:
+            check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
+            check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
+            check_range('uncond_weight', uncond_weight, 0)
+            weight[:, 0, self.p:-self.m] = uncond_weight
         return weight
-
-    def weight_of(self, part):
-        return self.weight[part] if exists(self.weight) else None
 
     def check_values(self, result):
         check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
@@ -787,7 +781,7 @@ class DriftProblems:
         The newest part's stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] != part:
-            options = self.temperature, self.weight_of(part), *self.weight_options
+            options = self.temperature, self.weight[part] if self.is_guided else None, *self.weight_options
             W = self.field.coefficients(self.masked_distances(part, scale), self.p, self.m, *options)
             self.newest = part, W
         return self.newest[1]
@@ -812,13 +806,12 @@ class DriftProblems:
     # round 1: S
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
-        weights = self.weight.sum() * self.g if exists(self.weight) else self.gen.new_full((), self.b * self.y * self.g)
-        return stack((sum(map(self.sum_distances_of, self.parts)), weights))
+        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
 
     def sum_distances_of(self, part):
         dist = self.distances(part)
-        total = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
-        return (total * self.weight[part]).sum() if exists(self.weight) else total.sum()
+        dist = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
+        return (dist.sum(dim = 1, keepdim = True) * self.weight[part]).sum()
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -847,8 +840,7 @@ class DriftProblems:
 
         if self.diagnostics and self.field.has_potential:
             dist = self.masked_distances(part, scale)
-            weight = default(self.weight_of(part), dist.new_ones(1, self.y))
-            potential = self.field.potential(dist, self.p, self.temperature, weight)
+            potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
@@ -918,7 +910,7 @@ class FeatureDriftLoss(Module):
         super().__init__()
         unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
         check(not unknown, f'unknown arguments {unknown}')
-        check_positive(group_chunk_size = group_chunk_size)
+        check_whole(1, group_chunk_size = group_chunk_size)
 
         self.encoders = [encoder] if exists(encoder) else []
         if isinstance(encoder, (list, tuple)):
@@ -1134,7 +1126,7 @@ class SinkhornField(DriftField):
 
     def __init__(self, *, iters = 10, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
-        check_positive(iters = iters)
+        check_whole(1, iters = iters)
         self.iters = iters
 
     def barycenter(self, dist, temperature):
@@ -1244,11 +1236,11 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
-        check_positive(dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
-        check_positive(mask_patch_size = mask_patch_size)
+        check_whole(1, dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_whole(1, mask_patch_size = mask_patch_size)
         is_four = isinstance(layers, (list, tuple)) and len(layers) == 4
         check(is_four, f'layers must be the number of blocks of four stages, got {layers!r}')
-        check_positive(**{f'layers[{i}]': num for i, num in enumerate(layers)})
+        check_whole(1, **{f'layers[{i}]': num for i, num in enumerate(layers)})
         check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
         check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
 
@@ -1379,7 +1371,7 @@ class PixelInput(Module):
     """
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
-        check_positive(image_size = image_size)
+        check_whole(1, image_size = image_size)
         self.image_size = image_size
         for name, values, low in (('mean', mean, -math.inf), ('std', std, 1e-6)):
             values = as_tensor(name, values).to(torch.get_default_dtype())
@@ -1552,7 +1544,7 @@ class SampleQueue:
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
     def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
-        check_positive(num_classes = num_classes, size = size)
+        check_whole(1, num_classes = num_classes, size = size)
         self.num_classes, self.size = num_classes, size
         self.device, self.dtype = device, dtype
         self.pushed = torch.zeros(num_classes, dtype = torch.long)  # ever pushed, per class
