@@ -81,9 +81,6 @@ def exists(val):
 def default(val, d):
     return val if exists(val) else d
 
-def existing(**values):
-    return {name: value for name, value in values.items() if exists(value)}
-
 def typecheck(fn):
     """Checks the shapes in fn's signature, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
@@ -206,13 +203,11 @@ class DriftField(Module):
     # what the loss has to know of a field; those of later work (section 6) differ in it
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
-    has_potential = False  # the field is the gradient of a scalar, `potential`
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
-        later = dict(gradient = 'GradientField', sharp = 'SharpField', sinkhorn = 'SinkhornField').get(normalize)
-        check(not exists(later), f'normalize = {normalize!r} is a class of its own: use {later}()')
-        check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
+        wanted = "'both', 'y' or 'none' (GradientField, SharpField and SinkhornField are classes of their own)"
+        check(normalize in ('both', 'y', 'none'), f'normalize must be {wanted}, got {normalize!r}')
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
 
@@ -317,7 +312,7 @@ def plain_drift_loss(
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read, and to test against: `drift_loss` (section 5) does the same fast.
+    Returns the loss [b]. To be read, and to test against; its input is not checked. `drift_loss` (section 5) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -466,8 +461,6 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     finally:
         for module, mode in modes.items():
             module.training = mode
-        if hasattr(model, 'reshard'):  # FSDP
-            model.reshard()
 
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
@@ -540,11 +533,10 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cls(**{**PRESETS[name], **kwargs})
 
     def init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-            if isinstance(module, nn.Linear) and exists(module.bias):
-                nn.init.zeros_(module.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            if exists(linear.bias):
+                nn.init.zeros_(linear.bias)
         for block in self.blocks:
             block.init_weights()
 
@@ -570,17 +562,16 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        dtype, has_classes = self.rotary.dtype, exists(self.num_classes)
+        dtype, has_labels = self.rotary.dtype, exists(labels)
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
         is_precise = dtype in (torch.float32, torch.float64)
         check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
-        b, wanted = len(noise), 'are needed' if has_classes else 'must be None'
-        check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
-        if has_classes:
-            labels = checked_labels(labels, self.num_classes, b).to(noise.device)
+        b, wanted = len(noise), 'must be None' if has_labels else 'are needed'
+        check(has_labels == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {wanted}')
+        labels = checked_labels(labels, self.num_classes, b).to(noise.device) if has_labels else None
         alpha = as_tensor('alpha', alpha).to(noise.device)
         alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
         check_shape('alpha', alpha, (b,), ', or a number')
@@ -619,6 +610,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return sample_from(self, self.noise_shape, labels, **kwargs)
 
 # ── 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
+
+def existing(**values):
+    return {name: value for name, value in values.items() if exists(value)}
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -838,7 +832,7 @@ class DriftProblems:
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
 
-        if self.diagnostics and self.field.has_potential:
+        if self.diagnostics and hasattr(self.field, 'potential'):
             dist = self.masked_distances(part, scale)
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
@@ -1096,8 +1090,6 @@ class SharpField(GradientField):
     """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
     With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
-
-    has_potential = True
 
     def __init__(self, *, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
