@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,11 +35,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object, reduce as accelerate_reduce
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    gather_object,
+    reduce as accelerate_reduce,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
+from filelock import FileLock, Timeout
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
@@ -46,10 +55,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, cat, nn, stack
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -71,9 +81,6 @@ def exists(val):
 def default(val, d):
     return val if exists(val) else d
 
-def existing(**values):
-    return {name: value for name, value in values.items() if exists(value)}
-
 def typecheck(fn):
     """Checks the shapes in fn's signature, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
@@ -84,11 +91,8 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
-def check_positive(**values):
-    """Whole numbers above 0. None, where it is a default, passes too."""
-    check_whole(1, **values)
-
 def check_whole(low, **values):
+    """None, where it is a default, passes too."""
     for name, value in values.items():
         is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         fits = not exists(value) or is_whole and value >= low
@@ -199,13 +203,11 @@ class DriftField(Module):
     # what the loss has to know of a field; those of later work (section 6) differ in it
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
-    has_potential = False  # the field is the gradient of a scalar, `potential`
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
-        later = dict(gradient = 'GradientField', sharp = 'SharpField', sinkhorn = 'SinkhornField').get(normalize)
-        check(not exists(later), f'normalize = {normalize!r} is a class of its own: use {later}()')
-        check(normalize in ('both', 'y', 'none'), f"normalize must be 'both', 'y' or 'none', got {normalize!r}")
+        wanted = "'both', 'y' or 'none' (GradientField, SharpField and SinkhornField are classes of their own)"
+        check(normalize in ('both', 'y', 'none'), f'normalize must be {wanted}, got {normalize!r}')
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
 
@@ -310,7 +312,7 @@ def plain_drift_loss(
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read, and to test against: `drift_loss` (section 5) does the same fast.
+    Returns the loss [b]. To be read, and to test against; its input is not checked. `drift_loss` (section 5) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -431,7 +433,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
     num = as_tensor('labels', labels).numel() if exists(labels) else num_samples
-    check_positive(num_samples = num, batch_size = batch_size)
+    check_whole(1, num_samples = num, batch_size = batch_size)
     check_whole(0, seed = seed)
     labels = checked_labels(labels, num_classes, num) if exists(labels) else None
     alpha = as_tensor('alpha', alpha).float()
@@ -459,8 +461,6 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     finally:
         for module, mode in modes.items():
             module.training = mode
-        if hasattr(model, 'reshard'):  # FSDP
-            model.reshard()
 
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
@@ -483,8 +483,8 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         bf16_rotary = False, checkpointing = False
     ):
         super().__init__()
-        check_positive(image_size = image_size, channels = channels, patch_size = patch_size)
-        check_positive(dim = dim, heads = heads, num_classes = num_classes, style_codebook_size = style_codebook_size)
+        check_whole(1, image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_whole(1, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         is_whole = image_size % patch_size == 0
@@ -533,11 +533,10 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cls(**{**PRESETS[name], **kwargs})
 
     def init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-            if isinstance(module, nn.Linear) and exists(module.bias):
-                nn.init.zeros_(module.bias)
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+            nn.init.xavier_uniform_(linear.weight)
+            if exists(linear.bias):
+                nn.init.zeros_(linear.bias)
         for block in self.blocks:
             block.init_weights()
 
@@ -563,17 +562,16 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return cond + self.class_embed(labels) if exists(labels) else cond
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        dtype, has_classes = self.rotary.dtype, exists(self.num_classes)
+        dtype, has_labels = self.rotary.dtype, exists(labels)
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
         is_precise = dtype in (torch.float32, torch.float64)
         check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
-        b, wanted = noise.shape[0], 'are needed' if has_classes else 'must be None'
-        check(exists(labels) == has_classes, f'num_classes is {self.num_classes}, so labels {wanted}')
-        if has_classes:
-            labels = checked_labels(labels, self.num_classes, b).to(noise.device)
+        b, wanted = noise.shape[0], 'must be None' if has_labels else 'are needed'
+        check(has_labels == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {wanted}')
+        labels = checked_labels(labels, self.num_classes, b).to(noise.device) if has_labels else None
         alpha = as_tensor('alpha', alpha).to(noise.device)
         alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
         check_shape('alpha', alpha, (b,), ', or a number')
@@ -612,6 +610,9 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return sample_from(self, self.noise_shape, labels, **kwargs)
 
 # ── 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
+
+def existing(**values):
+    return {name: value for name, value in values.items() if exists(value)}
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -706,7 +707,8 @@ class DriftProblems:
         self.sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
-        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y, or None: ones
+        self.is_guided = exists(uncond_weight)
+        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
@@ -724,17 +726,13 @@ class DriftProblems:
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
     def weights_of(self, uncond, uncond_weight):
-        if not exists(uncond_weight):
-            return None
-        check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
-        check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
-        check_range('uncond_weight', uncond_weight, 0)
         weight = self.gen.new_ones(self.b, 1, self.y)
-        weight[:, 0, self.p:-self.m] = uncond_weight
+        if self.is_guided:
+            check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
+            check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
+            check_range('uncond_weight', uncond_weight, 0)
+            weight[:, 0, self.p:-self.m] = uncond_weight
         return weight
-
-    def weight_of(self, part):
-        return self.weight[part] if exists(self.weight) else None
 
     def check_values(self, result):
         check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
@@ -777,7 +775,7 @@ class DriftProblems:
         The newest part's stay: two rounds meet there, and a small loss has one part alone.
         """
         if self.newest[0] != part:
-            options = self.temperature, self.weight_of(part), *self.weight_options
+            options = self.temperature, self.weight[part] if self.is_guided else None, *self.weight_options
             W = self.field.coefficients(self.masked_distances(part, scale), self.p, self.m, *options)
             self.newest = part, W
         return self.newest[1]
@@ -802,13 +800,12 @@ class DriftProblems:
     # round 1: S
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
-        weights = self.weight.sum() * self.g if exists(self.weight) else self.gen.new_full((), self.b * self.y * self.g)
-        return stack((sum(map(self.sum_distances_of, self.parts)), weights))
+        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
 
     def sum_distances_of(self, part):
         dist = self.distances(part)
-        total = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
-        return (total * self.weight[part]).sum() if exists(self.weight) else total.sum()
+        dist = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
+        return (dist.sum(dim = 1, keepdim = True) * self.weight[part]).sum()
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -835,10 +832,9 @@ class DriftProblems:
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
 
-        if self.diagnostics and self.field.has_potential:
+        if self.diagnostics and hasattr(self.field, 'potential'):
             dist = self.masked_distances(part, scale)
-            weight = default(self.weight_of(part), dist.new_ones(1, self.y))
-            potential = self.field.potential(dist, self.p, self.temperature, weight)
+            potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
@@ -908,7 +904,7 @@ class FeatureDriftLoss(Module):
         super().__init__()
         unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
         check(not unknown, f'unknown arguments {unknown}')
-        check_positive(group_chunk_size = group_chunk_size)
+        check_whole(1, group_chunk_size = group_chunk_size)
 
         self.encoders = [encoder] if exists(encoder) else []
         if isinstance(encoder, (list, tuple)):
@@ -1072,13 +1068,11 @@ class GradientField(DriftField):
         super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
         self.zero_sum = False
 
-    def log_kernel(self, dist, temperature, weight):
-        log_weight = weight.log().clamp(min = -1e6)
-        return self.logits(dist, temperature) + rearrange(log_weight, '... y -> ... 1 y')
-
-    def log_masses(self, log_kernel, dist, num_pos, temperature):
-        """log of what V is divided by [... n 1], of positives and of negatives."""
-        return [t.logsumexp(dim = -1, keepdim = True) for t in log_kernel.tensor_split((num_pos,), dim = -1)]
+    def log_kernels(self, dist, num_pos, temperature, weight):
+        """log of the weighted kernel on positives and on negatives, and of its sums [... n 1]."""
+        log_weight = rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
+        sides = (self.logits(dist, temperature) + log_weight).tensor_split((num_pos,), dim = -1)
+        return sides, [t.logsumexp(dim = -1, keepdim = True) for t in sides]
 
     def slope(self, dist, temperature):
         """Length of the kernel's gradient, per |y - x| and per k."""
@@ -1086,10 +1080,10 @@ class GradientField(DriftField):
         return 1 / (r * temperature)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
-        log_k = self.log_kernel(dist, temperature, default(weight, dist.new_ones(dist.shape[-1])))
-        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
-        W_pos = self.attraction * (log_k[..., :num_pos] - mass_pos).exp()
-        W_neg = -self.repulsion * (log_k[..., num_pos:] - mass_neg).exp()
+        weight = default(weight, dist.new_ones(dist.shape[-1]))
+        (log_pos, log_neg), (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
+        W_pos = self.attraction * (log_pos - mass_pos).exp()
+        W_neg = -self.repulsion * (log_neg - mass_neg).exp()
         return cat((W_pos, W_neg), dim = -1) * self.slope(dist, temperature)
 
 class SharpField(GradientField):
@@ -1097,22 +1091,18 @@ class SharpField(GradientField):
     With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
 
-    has_potential = True
-
     def __init__(self, *, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
 
-    def log_masses(self, log_kernel, dist, num_pos, temperature):
-        log_kc = log_kernel + (temperature * (dist + temperature)).log()
-        return super().log_masses(log_kc, dist, num_pos, temperature)
+    def logits(self, dist, temperature):
+        return super().logits(dist, temperature) - self.slope(dist, temperature).log()
 
     def slope(self, dist, temperature):
-        return 1.
+        return 1 / (temperature * (dist + temperature))
 
     def potential(self, dist, num_pos, temperature, weight):
         """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
-        log_k = self.log_kernel(dist, temperature, weight)
-        mass_pos, mass_neg = self.log_masses(log_k, dist, num_pos, temperature)
+        _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
         total_pos, total_neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
         return (mass_neg - mass_pos).squeeze(-1) - (total_neg.log() - total_pos.log())
 
@@ -1128,7 +1118,7 @@ class SinkhornField(DriftField):
 
     def __init__(self, *, iters = 10, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
-        check_positive(iters = iters)
+        check_whole(1, iters = iters)
         self.iters = iters
 
     def barycenter(self, dist, temperature):
@@ -1238,11 +1228,11 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
-        check_positive(dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
-        check_positive(mask_patch_size = mask_patch_size)
+        check_whole(1, dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_whole(1, mask_patch_size = mask_patch_size)
         is_four = isinstance(layers, (list, tuple)) and len(layers) == 4
         check(is_four, f'layers must be the number of blocks of four stages, got {layers!r}')
-        check_positive(**{f'layers[{i}]': num for i, num in enumerate(layers)})
+        check_whole(1, **{f'layers[{i}]': num for i, num in enumerate(layers)})
         check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
         check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
 
@@ -1373,7 +1363,7 @@ class PixelInput(Module):
     """
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
-        check_positive(image_size = image_size)
+        check_whole(1, image_size = image_size)
         self.image_size = image_size
         for name, values, low in (('mean', mean, -math.inf), ('std', std, 1e-6)):
             values = as_tensor(name, values).to(torch.get_default_dtype())
@@ -1546,7 +1536,7 @@ class SampleQueue:
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
     def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
-        check_positive(num_classes = num_classes, size = size)
+        check_whole(1, num_classes = num_classes, size = size)
         self.num_classes, self.size = num_classes, size
         self.device, self.dtype = device, dtype
         self.pushed = torch.zeros(num_classes, dtype = torch.long)  # ever pushed, per class
@@ -1619,14 +1609,38 @@ def endless_shuffle(length, *, seed, start = 0):
 
 class SeededDataset(Dataset):
     """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
-    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0).
+    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0), or an error.
     """
-    def __init__(self, dataset, seed, sample_shape, with_labels):
-        self.dataset, self.seed = dataset, seed
-        self.sample_shape, self.with_labels = sample_shape, with_labels
+    def __init__(self, dataset, seed, with_labels):
+        fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
+        fits = fits and not isinstance(dataset, IterableDataset)
+        check(fits, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
+        check(len(dataset) > 0, 'the dataset is empty')
+        self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
+        self.sample_shape = None
+        self.sample_shape = tuple(self.read(0)[0].shape)
 
     def __len__(self):
         return len(self.dataset)
+
+    def read(self, index):
+        name = f'sample {index} of the dataset'
+        try:
+            item = self.dataset[index]
+        except Exception as error:
+            raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
+
+        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
+        sample, label = item if is_pair else (item, None)
+        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
+        given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
+        check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
+        fits, found = self.sample_shape in (None, sample.shape), tuple(sample.shape)
+        check(fits, f'{name} has shape {found}, the first one has {self.sample_shape}')
+        try:
+            return sample.float(), operator.index(label) if self.with_labels else 0
+        except TypeError as error:
+            raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
     def __getitem__(self, place):
         position, index = place
@@ -1635,14 +1649,14 @@ class SeededDataset(Dataset):
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
         try:
-            sample, label = self.dataset[index]
-        except Exception as error:
-            raise RuntimeError(f'sample {index} of the dataset cannot be read: {error}') from error
+            return self.read(index)
+        except (RuntimeError, ValueError) as error:  # which a worker would raise with all that led to it
+            return error
 
-        shape = tuple(getattr(sample, 'shape', (None,)))
-        found = f'sample {index} of the dataset has shape {shape}'
-        check(shape == self.sample_shape, f'{found}, the first one has {self.sample_shape}')
-        return sample.float(), label if self.with_labels else 0
+def batch_of(items):
+    """Samples [b ...] and labels [b], or the first error among them."""
+    errors = [item for item in items if isinstance(item, Exception)]
+    return errors[0] if errors else default_collate(items)
 
 # ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
 
@@ -1686,81 +1700,76 @@ def discard(folder):
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
+# what a run writes into its folder, and removes with overwrite = True
+STEP = 'step-' + '[0-9]' * 8
+OURS = ['metrics.jsonl', 'starts.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
+OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
+SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
+
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
     try:
-        files = read_json(folder / 'manifest.json')['files']
-        missing = {'model.safetensors', 'ema.safetensors', 'optimizer.safetensors'} - files.keys()
+        path = folder / 'manifest.json'
+        if path.stat().st_size > 2 ** 24 or not path.is_file():
+            return 'its manifest is too large, or no file'
+        manifest = read_json(path)
+        files = manifest['files']
+        missing = ', '.join(name for name in SHARED_FILES if name not in files)
         if missing:
-            return f'its manifest does not have {", ".join(sorted(missing))}'
+            return f'its manifest does not have {missing}'
+        numbers = [manifest[name] for name in ('step', 'samples_read', 'num_processes')]
+        if not isinstance(manifest['config'], dict) or any(type(n) is not int or n < 0 for n in numbers):
+            return 'its manifest does not say where the run stood'
 
-        for name, expected in files.items():
-            if name == f'queue-{rank}.safetensors' or rank == 0 and not name.startswith('queue-'):
-                size = (folder / name).stat().st_size
-                if size != expected['bytes']:
-                    return f'{name} has {size} bytes instead of {expected["bytes"]}'
-                if sha256(folder / name) != expected['sha256']:
-                    return f'{name} does not have the hash that the manifest gives'
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
+        for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
+            path, expected = folder / name, files[name]
+            size = path.stat().st_size
+            if size != expected['bytes'] or not path.is_file():
+                return f'{name} has {size} bytes instead of {expected["bytes"]}, or is no file'
+            if sha256(path) != expected['sha256']:
+                return f'{name} does not have the hash that the manifest gives'
+    except Exception as error:  # whatever a file may hold
         return f'it is not complete ({type(error).__name__}: {error})'
 
-class Checkpoints:
-    """Folders step-00000100 of safetensors and a manifest, complete or not there: written aside, then renamed."""
-    def __init__(self, root, keep):
-        self.root, self.keep = Path(root), keep
+def step_folders(root):
+    """Checkpoints, oldest first. What has another name is not ours."""
+    return sorted(path for path in root.glob(STEP) if path.is_dir())
 
-    def folders(self, after = -1):
-        """Oldest first, of the steps after one. What has another name is not ours."""
-        ours = [path for path in self.root.glob('step-*') if re.fullmatch(r'step-\d+', path.name) and path.is_dir()]
-        steps = {int(path.name.removeprefix('step-')): path for path in ours}
-        return [steps[step] for step in sorted(steps) if step > after]
-
-    def unfinished(self, step):
-        return self.root / f'unfinished-{step:08d}'
-
-    def complete(self, step, manifest):
-        """Only when all files are written it gets its name. The oldest ones go."""
-        unfinished, folder = self.unfinished(step), self.root / f'step-{step:08d}'
-        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
-        discard(folder)
-        unfinished.rename(folder)
-        flush(self.root)
-        for old in self.folders()[:-self.keep]:
-            discard(old)
-
-    def set_aside(self, step):
-        """Those after step, which the run was resumed before: they neither count nor are removed."""
-        for folder in self.folders(after = step):
-            aside = folder.with_name(f'left-{folder.name}')
-            discard(aside)
-            folder.rename(aside)
-
-def together(work):
-    """Run work() in every process; an error of one is an error of all. Returns the results of all."""
+def together(work, here = True):
+    """The results of work() in every process, or in those `here`; an error of one is an error of all."""
     result = problem = None
     try:
-        result = work()
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
+        result = work() if here else None
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = error
 
     results, problems = zip(*gather_object([(result, problem)]), strict = True)
     for problem in filter(exists, problems):
-        raise OSError(problem)
+        raise problem
     return results
+
+def flat(states):
+    return {f'{name}.{key}': t for name, state in states.items() for key, t in state.items()}
+
+def nested(tensors):
+    states = {}
+    for path, t in tensors.items():
+        name, _, key = path.rpartition('.')
+        states.setdefault(name, {})[key] = t
+    return states
 
 # states of the whole model, even if sharded; an optimizer has none of parameters without gradients
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
-def check_fits(module, state_dict):
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    shapes = [(name, tuple(t.shape), tuple(own[name].shape)) for name, t in state_dict.items() if name in own]
-    wrong = [f'{name} {shape} instead of {expected}' for name, shape, expected in shapes if shape != expected]
+def check_fits(own, given, what = 'weights do'):
+    own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    other = [name for name in own if name in given and given[name] != own[name]]
+    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in other]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
-    check(not (missing or unknown or wrong), f'the weights do not fit the model: {found}')
+    check(own == given, f'the {what} not fit the model: {found}')
 
 # signals
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -1768,7 +1777,8 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
-    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS}
+    is_told = threading.current_thread() is threading.main_thread()
+    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS if is_told}
     ignored = signal.SIG_IGN, None  # in the background of a script
     handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
 
@@ -1777,18 +1787,15 @@ def interruptions():
         signal.signal(number, handlers[number])
 
     for number in handlers:
-        with suppress(ValueError):  # only the main thread is told of signals
-            signal.signal(number, remember)
-
+        signal.signal(number, remember)
     try:
         yield received
     finally:
         for number, handler in handlers.items():
-            with suppress(ValueError):
-                signal.signal(number, handler)
+            signal.signal(number, handler)
 
 def ignore_signals(worker):
-    """Workers end with the process that they read for."""
+    """Workers end when the process that they read for tells them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1797,23 +1804,32 @@ def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
+    is_float = images.is_floating_point()
+    found = 'nan or inf' if is_float else images.dtype
+    check(is_float and images.isfinite().all(), f'a picture has finite floats in [0, 1], got {found}')
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
     picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
-def versions():
-    found = {'python': platform.python_version()}
-    for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-        with suppress(PackageNotFoundError):  # this file alone, copied
-            found[name] = version(name)
-    return found
-
 # settings
+def described(part):
+    """The attributes of a loss or field: plain values, and the names of other things."""
+    def name_of(value):
+        return getattr(value, '__name__', type(value).__name__)
+
+    own = vars(part) if isinstance(part, Module) else {}
+    own = {name: value for name, value in own.items() if name[0] != '_'}
+    own['class'] = name_of(part)
+    return json.loads(json.dumps(own, default = name_of, skipkeys = True))
+
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
+
+POSITIVE = {'num_train_steps', 'lr_decay_start', 'max_grad_norm', 'gradient_accumulation_steps'}
+POSITIVE |= {'keep_checkpoints', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1825,7 +1841,7 @@ class LoopSettings:
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
     lr_decay_start: int | None = None  # from here on it falls as 1 / sqrt(step). None: never (paper)
-    betas: tuple = (0.9, 0.95)  # of AdamW
+    betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
     ema_decay: float = 0.999  # of the averaged weights
@@ -1836,7 +1852,7 @@ class LoopSettings:
     cpu: bool = False  # train on the cpu even where there is a GPU
     num_workers: int = free(0)  # processes that read data
 
-    log_with: str | None = free(None)  # trackers of accelerate
+    log_with: object = free(None)  # trackers of accelerate
     log_every: int = free(10)  # steps, 0 for never: into metrics.jsonl and the trackers
     sample_every: int = free(1_000)  # steps: grids of images, into samples/
     save_every: int = free(1_000)  # steps: into checkpoints/
@@ -1848,34 +1864,45 @@ class LoopSettings:
     overwrite: bool = free(False)  # remove an earlier run from the folder; or else it is refused
 
     def __post_init__(self):
-        self.check_positive('num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints')
-
-    def check_positive(self, *names):
-        check_positive(**{name: getattr(self, name) for name in names})
+        for entry in dataclasses.fields(self):
+            name, kind, value = entry.name, entry.type, getattr(self, entry.name)
+            kind = kind | int if isinstance(0., kind) else kind
+            wanted = getattr(kind, '__name__', kind)
+            check(isinstance(value, kind), f'{name} must be {wanted}, got {value!r}')
+            if isinstance(value, (int, float)):
+                fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
+                check(fits, f'{name} must be finite and not negative, got {value}')
+                check(value > 0 or name not in POSITIVE, f'{name} must be above 0, got {value}')
+                fits = value <= 1 or name not in ('ema_decay', 'no_cfg_frac')
+                check(fits, f'{name} must be between 0 and 1, got {value}')
 
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
     A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
-    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid;
-    samples_per_process is how many real samples a process reads in a micro step.
+    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
+    A process reads samples_per_process real samples in a micro step, all train on samples_trained.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of.
+    settings that prevent that are warned of. Buffers (BatchNorm) are the first process's in all, after every step.
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
-        self.checkpoints = Checkpoints(self.results_folder / 'checkpoints', settings.keep_checkpoints)
+        self.checkpoints = self.results_folder / 'checkpoints'
+        self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.accelerator = self.make_accelerator()
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
-        self.num_classes, self.sample_shape = getattr(model, 'num_classes', None), self.check_dataset(dataset)
-        self.dataset = SeededDataset(dataset, settings.seed, self.sample_shape, exists(self.num_classes))
-        self.step, self.samples_read, self.queues = 0, 0, {}
+        self.look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
+        self.num_classes = getattr(model, 'num_classes', None)
+        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
+        self.sample_shape = self.dataset.sample_shape
+        self.step, self.samples_read, self.in_step = 0, 0, False
+        self.queues, self.parts = {}, {}
         self.prepare(model)
 
     def make_accelerator(self):
@@ -1893,20 +1920,6 @@ class BaseTrainer:
         is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         return accelerator
-
-    def check_dataset(self, dataset):
-        num = self.samples_per_process * self.world
-        has_length = hasattr(dataset, '__len__')
-        check(has_length, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
-        check(len(dataset) >= num, f'the dataset has {len(dataset)} samples, fewer than the {num} read per step')
-
-        first = dataset[0]
-        is_pair = isinstance(first, (tuple, list)) and len(first) == 2
-        sample = first[0] if is_pair else first
-        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
-        given = getattr(sample, 'dtype', type(sample).__name__)
-        check(fits, f'the dataset must yield (floating point tensor, label), its first sample is {given}')
-        return tuple(sample.shape)
 
     def prepare(self, model):
         """Release: AdamW on all parameters, and their plain average from the start, at every step."""
@@ -1926,31 +1939,37 @@ class BaseTrainer:
         if settings.compile:
             self.model = torch.compile(self.model)
 
-    def claim_folder(self):
-        """A new run does not mix with an earlier one."""
-        folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
-        probe = folder / f'.probe-{self.rank}'
+    def hold_folder(self):
+        """Against another run at the same time. A process that died holds no lock."""
+        folder = self.results_folder
         try:
             folder.mkdir(parents = True, exist_ok = True)
-            probe.touch()
-            probe.unlink()
+            with suppress(NotImplementedError):  # a file system without locks
+                self.lock.acquire()
+        except Timeout as error:
+            raise OSError(f'{folder} is in use by a run that goes on: take another results_folder') from error
         except OSError as error:
             raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
 
-        paths = [folder / name for name in ('metrics.jsonl', 'starts.jsonl', 'checkpoints', 'samples')]
-        earlier = [path for path in paths if path.exists()]
+    def claim_folder(self):
+        """A new run does not mix with an earlier one."""
+        folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
+        self.hold_folder()
+        self.lock.release()  # until it trains
+
+        earlier = [path for name in OURS for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            for path in list(self.checkpoints.root.glob('unfinished-*')) if resumes else earlier:
-                remove = shutil.rmtree if path.is_dir() else os.unlink
-                remove(path)
-
-        self.accelerator.wait_for_everyone()
+        for path in list(self.checkpoints.glob('unfinished-*')) if resumes else earlier:
+            remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
+            remove(path)
 
     def record(self):
-        return json.loads(json.dumps(dataclasses.asdict(self.settings), default = str))
+        """The settings, and what else a run depends on."""
+        frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
+        record = {**dataclasses.asdict(self.settings), **flat(self.parts)}
+        record |= dict(dataset_length = len(self.dataset), frozen = frozen)
+        return json.loads(json.dumps(record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
@@ -1958,11 +1977,6 @@ class BaseTrainer:
     @property
     def logs_this_step(self):
         return self.is_due(self.settings.log_every, self.step + 1)
-
-    @property
-    def samples_trained(self):
-        """Samples of a micro step, for the speed."""
-        return self.samples_per_process * self.world
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -1972,16 +1986,23 @@ class BaseTrainer:
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
-        return iter(DataLoader(
+        loader = iter(DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
-            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals
+            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
         ))
+        try:
+            yield from loader
+        finally:
+            if self.settings.num_workers > 0:  # Python would wait for them in vain at its end
+                loader._shutdown_workers()
 
     def read(self, batches):
-        samples, labels = next(batches)
+        batch = next(batches)
+        if isinstance(batch, Exception):
+            raise batch
         self.samples_read += self.samples_per_process * self.world
         self.seed_model()
-        return samples, torch.as_tensor(labels)
+        return batch
 
     def seed_model(self, *key):
         """What a model with dropout draws next is a function of the place in the run."""
@@ -2017,20 +2038,31 @@ class BaseTrainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group['lr'] = self.learning_rate_at(self.step)
-        try:
-            for micro_step in range(num_micro_steps):
-                loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
-        except torch.OutOfMemoryError as error:
-            problem = f'step {self.step + 1} does not fit into the memory of {self.device} ({error})'
-            hint = f'{self.less_memory}, or make the networks with checkpointing = True'
-            raise torch.OutOfMemoryError(f'{problem}: {hint}') from error
+        for micro_step in range(num_micro_steps):
+            loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
+        parameters = self.unwrapped.named_parameters()
+        unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
+        fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
+        check(fits, f'with several processes every parameter needs a gradient, {unused} have none: freeze them')
         self.accelerator.unscale_gradients()
         norms = self.clip_gradients()
         self.optimizer.step()
-        self.ema.update()
+        self.update_average()
         self.step += 1
         return loss, details, norms
+
+    def update_average(self):
+        model, average = self.unwrapped, self.ema.ema_model
+        for part in average.modules():
+            if isinstance(part, FSDPModule):  # pictures may leave it whole
+                part.reshard()
+
+        broadcast([*model.buffers()])
+        self.ema.update()
+        for (name, averaged), buffer in zip(average.named_buffers(), model.buffers(), strict = True):
+            if name not in self.ema.buffer_names:  # integers have no average
+                averaged.copy_(buffer)
 
     def check_finite(self, loss, details, norms):
         """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
@@ -2043,57 +2075,82 @@ class BaseTrainer:
         values = {name: float(value) for name, value in self.metrics(details)[0].items()}
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {self.step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; {found}'
-        good = (folder for folder in reversed(self.checkpoints.folders()) if not damage(folder))
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {next(good, "none")}')
+        message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
+        good = [folder for folder in step_folders(self.checkpoints) if not damage(folder)]
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
 
     # the loop
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint.
+        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint. It can be
+        called again after an error, unless that came within a step.
         """
-        settings, accelerator, batches = self.settings, self.accelerator, self.batches()
-        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals every tenth step
-        look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
-        config = {name: str(value) for name, value in self.record().items()}
-        accelerator.init_trackers('drifting-pytorch', config = config)
-        self.record_start()
-        if self.step == 0:
-            self.before_training(batches)
-        num_steps, self.clock, signals = settings.num_train_steps, (time.perf_counter(), self.step), []
+        wanted = "make the trainer again, with resume_from_checkpoint = 'latest'"
+        check(not self.in_step, f'the step after {self.step} failed halfway, which cannot be undone: {wanted}')
+        together(self.hold_folder, self.is_main)
+        batches = self.batches()
+        try:
+            config = {name: str(value) for name, value in self.record().items()}
+            self.accelerator.init_trackers('drifting-pytorch', config = config)
+            if self.is_main:
+                self.record_start()
+            if self.settings.sample_every > 0:
+                self.save_pictures(is_trial = True)
+            if self.step == 0:
+                self.before_training(batches)
+            signals = self.run(batches)
+        except torch.OutOfMemoryError as error:
+            problem = f'step {self.step + 1} does not fit into the memory of {self.device} ({error})'
+            hint = f'{self.less_memory}, or make the networks with checkpointing = True'
+            raise torch.OutOfMemoryError(f'{problem}: {hint}') from error
+        finally:
+            batches.close()
+            self.lock.release()
+
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        for number in signals[:1]:
+            signal.raise_signal(number)
+
+    def run(self, batches):
+        """The steps that are left. Returns the signals that came."""
+        settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
+        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals
+        self.clock = time.perf_counter(), self.step
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
             while self.step < num_steps and not signals:
-                logs, result = self.logs_this_step, self.train_step(batches)
+                logs, self.in_step = self.logs_this_step, True
+                result = self.train_step(batches)
                 bar.update()
                 if self.step % ask_every == 0:
                     signals = gather_object(received)
                 saves = signals or self.is_due(settings.save_every, self.step)
-                if logs or saves or self.step % look_every == 0 or self.step == num_steps:
+                if logs or saves or self.step % self.look_every == 0 or self.step == num_steps:
                     self.check_finite(*result)
+                self.in_step = False
                 if logs:
                     self.log(bar, *result)
-                if self.is_due(settings.sample_every, self.step):
-                    self.save_pictures()
                 if saves:
                     self.save()
+                if self.is_due(settings.sample_every, self.step):
+                    self.save_pictures()
 
         if signals:
-            accelerator.print(f'stopped by a signal, saved at step {self.step}')
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        for number in (signals or received)[:1]:
-            signal.raise_signal(number)
+            self.accelerator.print(f'stopped by a signal, saved at step {self.step}')
+        return signals or received
 
     def record_start(self):
-        if not self.is_main:
-            return
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
         failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
         machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
+        versions = {'python': platform.python_version()}
+        for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
+            with suppress(PackageNotFoundError):  # this file alone, copied
+                versions[name] = version(name)
         append_json(self.results_folder / 'starts.jsonl', dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions(),
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions,
             git = None if failed else revision, hardware = dict(device = device, **machine),
             precision = self.accelerator.mixed_precision, config = self.record()
         ))
@@ -2101,14 +2158,16 @@ class BaseTrainer:
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
         metrics = {'loss': loss, **norms, **metrics}
-        values = [torch.as_tensor(value, dtype = torch.float32, device = self.device) for value in metrics.values()]
-        values = self.accelerator.reduce(stack(values).detach(), 'mean').tolist()
+        kind = dict(dtype = torch.float32, device = self.device)
+        values = stack([torch.as_tensor(value, **kind) for value in metrics.values()])
+        values = self.accelerator.reduce(values.detach(), 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
         # of the machine, not of the run: these differ when it is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        samples = (self.step - first_step) * self.samples_trained * self.settings.gradient_accumulation_steps
+        samples = (self.step - first_step) * self.samples_trained
+        samples *= self.settings.gradient_accumulation_steps
         metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
@@ -2117,69 +2176,83 @@ class BaseTrainer:
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
             append_json(self.results_folder / 'metrics.jsonl', metrics)
 
-    @torch.no_grad()
-    def save_pictures(self):
-        has_images = exists(self.to_image) or (len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3))
-        if has_images and (self.is_main or self.accelerator.is_fsdp2):  # a sharded model needs every process
+    def save_pictures(self, is_trial = False):
+        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
+        to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
+
+        @torch.no_grad()
+        def draw():
             samples, rows = self.pictures()
-            images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+            images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
+            check(torch.is_tensor(images), f'to_image must return a tensor, it returns {type(images).__name__}')
+            check_shape('what to_image returns', images, shape)
             grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
-            if self.is_main:
+            if self.is_main and not is_trial:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
                 grid.save(folder / f'step-{self.step:08d}.png')
 
+        if exists(to_image):  # a sharded model needs every process
+            together(draw, self.is_main or self.accelerator.is_fsdp2)
+
     # checkpoints
     def save(self):
-        """Write results_folder/checkpoints/step-..., and keep the newest."""
+        """Write results_folder/checkpoints/step-..., aside until it is complete, and keep the newest."""
+        unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
-            written = together(self.write_states)
-            together(lambda: self.complete(written) if self.is_main else None)
-        except OSError as error:
-            shutil.rmtree(self.checkpoints.unfinished(self.step), ignore_errors = True)
+            written = together(lambda: self.write_states(unfinished))
+            together(lambda: self.complete(unfinished, written), self.is_main)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors = True)
             problem = f'the checkpoint of step {self.step} could not be written: {error}'
-            raise OSError(f'{problem}. The last one is {[None, *self.checkpoints.folders()][-1]}') from error
+            last = [None, *step_folders(self.checkpoints)][-1]
+            raise OSError(f'{problem}. The last one is {last}') from error
 
-    def write_states(self):
-        """Queues by each process, the rest by the main one, which alone is given it."""
-        optimizer = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
-        moments = optimizer.get('state', {})
+    def write_states(self, folder):
+        """Queues by each process, the rest by the main one."""
+        model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
+        average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         queues = {name: queue.state_dict() for name, queue in self.queues.items()}
-        states = {
-            'model': dcp.get_model_state_dict(self.unwrapped, options = FULL_STATE),
-            'ema': dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE),
-            'optimizer': {f'{name}.{kind}': t for name, state in moments.items() for kind, t in state.items()},
-            f'queue-{self.rank}': {f'{name}.{key}': t for name, state in queues.items() for key, t in state.items()}
-        }
+        states = dict(model = model, ema = average, optimizer = flat(optimizer.get('state', {})))
+        states[f'queue-{self.rank}'] = flat(queues)
 
-        folder, written = self.checkpoints.unfinished(self.step), {}
         folder.mkdir(parents = True, exist_ok = True)
+        written = {}
         for name, state in states.items():
-            if state:
+            if self.is_main or name.startswith('queue'):
                 file = f'{name}.safetensors'
                 written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
         return written
 
-    def complete(self, written):
-        scaler, files = self.accelerator.scaler, {}
-        for lines in written:
-            files |= lines
-        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
-        (self.checkpoints.unfinished(self.step) / 'config.json').write_text(config)
-        self.checkpoints.complete(self.step, dict(
+    def complete(self, unfinished, written):
+        """The manifest, and when all files are on the disk its name. The oldest ones go."""
+        scaler, folder = self.accelerator.scaler, self.checkpoints / f'step-{self.step:08d}'
+        manifest = dict(
             step = self.step, samples_read = self.samples_read, num_processes = self.world,
-            scaler = scaler.state_dict() if exists(scaler) else None,
-            versions = versions(), config = self.record(), files = files
-        ))
+            scaler = scaler.state_dict() if exists(scaler) else None, config = self.record(),
+            files = {name: entry for files in written for name, entry in files.items()}
+        )
+        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
+        (unfinished / 'config.json').write_text(config)
+        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        discard(folder)
+        unfinished.rename(folder)
+        flush(self.checkpoints)
+        for old in step_folders(self.checkpoints)[:-self.settings.keep_checkpoints]:
+            discard(old)
 
     def resume(self):
         """The end of __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
-        self.claim_folder()
+        length, num = len(self.dataset), self.samples_per_process * self.world
+        check(length >= num, f'the dataset has {length} samples, fewer than the {num} read per step')
+        together(self.claim_folder, self.is_main)
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        candidates = reversed(self.checkpoints.folders()) if given == 'latest' else [Path(given)]
-        for folder in candidates:
+        newest_first = reversed(step_folders(self.checkpoints))
+        for folder in newest_first if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
                 self.load(folder)
@@ -2190,23 +2263,26 @@ class BaseTrainer:
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one, if there is any', stacklevel = 2)
 
-        if self.is_main:
-            self.trim_metrics()
-            self.checkpoints.set_aside(self.step)
-        self.accelerator.wait_for_everyone()
+        together(self.leave_later, self.is_main)
 
-    def trim_metrics(self):
-        """What was logged after the checkpoint will be logged again; lines cut short by a crash go too."""
-        path = self.results_folder / 'metrics.jsonl'
+    def leave_later(self):
+        """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
+        for folder in step_folders(self.checkpoints):
+            if int(folder.name.removeprefix('step-')) > self.step:
+                aside = folder.with_name(f'left-{folder.name}')
+                discard(aside)
+                folder.rename(aside)
 
-        def stays(line):
-            with suppress(ValueError, TypeError, KeyError):
-                return line.endswith('\n') and json.loads(line)['step'] <= self.step
-
-        if path.is_file():
-            lines, trimmed = path.read_text().splitlines(keepends = True), path.with_suffix('.trimmed')
-            trimmed.write_text(''.join(filter(stays, lines)))
-            trimmed.replace(path)
+        path, stays = self.results_folder / 'metrics.jsonl', []
+        if not path.is_file():
+            return
+        for line in path.read_bytes().splitlines(keepends = True):
+            with suppress(ValueError, TypeError, KeyError):  # cut short by a crash
+                if line.endswith(b'\n') and json.loads(line)['step'] <= self.step:
+                    stays.append(line)
+        trimmed = path.with_suffix('.trimmed')
+        trimmed.write_bytes(b''.join(stays))
+        trimmed.replace(path)
 
     def load(self, folder):
         manifest = read_json(folder / 'manifest.json')
@@ -2214,28 +2290,32 @@ class BaseTrainer:
         found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
         check(saved_world == self.world, f'{found}: each has a queue of its own')
         may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in now if name in before and before[name] != now[name] and name not in may_change]
-        if names and self.is_main:
-            changed = ', '.join(f'{name} {before[name]} -> {now[name]}' for name in names)
-            warnings.warn(f'the run goes on with other settings than it had: {changed}', stacklevel = 3)
+        names = [name for name in {**before, **now} if name not in may_change]
+        changed = [(name, before.get(name, 'default'), now.get(name, 'default')) for name in names]
+        found = ', '.join(f'{name} {old} -> {new}' for name, old, new in changed if old != new)
+        if found and self.is_main:
+            warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
-        for name, module in dict(model = self.unwrapped, ema = self.ema.ema_model).items():
-            state_dict = read_tensors(folder / f'{name}.safetensors')
-            check_fits(module, state_dict)
+        average, model, moments = (read_tensors(folder / name) for name in SHARED_FILES)
+        for module, state_dict in (self.unwrapped, model), (self.ema.ema_model, average):
+            check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, {}
-        for key, t in read_tensors(folder / 'optimizer.safetensors').items():
-            name, kind = key.rsplit('.', 1)
-            moments.setdefault(name, {})[kind] = t
-
-        state_dict = {**dcp.get_optimizer_state_dict(self.unwrapped, optimizer), 'state': moments}
+        optimizer, moments = self.optimizer.optimizer, nested(moments)
+        state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
+        own, state_dict['state'] = state_dict['state'], moments
+        for name in model:
+            if name in now['frozen']:
+                moments.pop(name, None)
+            elif name not in moments and torch.equal(model[name], average[name]):  # it never had a gradient
+                own.pop(name, None)
+        check_fits(flat(own), flat(moments), 'states of the optimizer do')
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
-
-        states = read_tensors(folder / f'queue-{self.rank}.safetensors') if self.queues else {}
+        states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            own = {key.removeprefix(f'{name}.'): t for key, t in states.items() if key.startswith(f'{name}.')}
-            queue.load_state_dict(own)
+            hint = 'it was trained without guidance, go on with alpha_range = (1, 1)'
+            check(name in states, f'{folder} has no queue of {name} samples: {hint}')
+            queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         if exists(self.accelerator.scaler) and manifest['scaler']:
@@ -2262,23 +2342,23 @@ class GeneratorSettings(LoopSettings):
     num_uncond: int = 16  # unconditional samples per group
     group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
 
-    alpha_range: tuple = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple | list = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
     push_size: int = 64  # real samples read per step by every process (release)
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
-    queue_device: str | None = None  # None: the accelerator
+    queue_device: str | torch.device | None = None  # None: the accelerator
     queue_dtype: torch.dtype | None = None  # None: float32
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive('num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size')
         check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
+        fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
+        check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
-        check(0 <= self.no_cfg_frac <= 1, f'no_cfg_frac must be between 0 and 1, got {self.no_cfg_frac}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
 # Table 8, what differs from the ablation; where paper and release differ, the release's value
@@ -2318,17 +2398,31 @@ class Trainer(BaseTrainer):
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
+        settings, num = self.settings, self.settings.num_groups
+        self.samples_per_process, self.samples_trained = settings.push_size, num * settings.num_gen
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
-        self.check_groups()
+        fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
+        check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
+        check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
+        if exists(settings.group_chunk_size):
+            fits = self.accelerator.mixed_precision != 'fp16'
+            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
+            fits = num % self.world == 0 or not self.accelerator.is_fsdp2
+            wanted = 'num_groups that processes share evenly'
+            check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
+
         self.make_queues(len(dataset))
+        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
+        self.parts = dict(loss = described(self.loss_fn), field = described(field))
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
-            options = dict(group_chunk_size = self.settings.group_chunk_size, compile = self.settings.compile)
+            options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
             self.loss_fn = self.loss_fn.with_options(**options)
         if isinstance(self.loss_fn, Module):
-            is_cuda = self.device.type == 'cuda'
-            self.loss_fn.to(self.device, memory_format = torch.channels_last if is_cuda else torch.preserve_format)
+            self.loss_fn.to(self.device)
+            if self.device.type == 'cuda':
+                self.loss_fn.to(memory_format = torch.channels_last)
         self.resume()
 
     @classmethod
@@ -2336,15 +2430,6 @@ class Trainer(BaseTrainer):
         """With the settings of a column of Table 8, see TRAINER_PRESETS; keyword arguments override them."""
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
-
-    def check_groups(self):
-        num, world = self.settings.num_groups, self.world
-        check(num >= world, f'num_groups {num} cannot be shared by {world} processes')
-        if exists(self.settings.group_chunk_size):
-            is_fp16 = self.accelerator.mixed_precision == 'fp16'
-            check(not is_fp16, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
-            fits = num % world == 0 or not self.accelerator.is_fsdp2
-            check(fits, f'a sharded model in chunks needs num_groups that {world} processes share evenly, got {num}')
 
     def make_queues(self, num_real):
         """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
@@ -2362,17 +2447,12 @@ class Trainer(BaseTrainer):
             check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
             self.queues['unconditional'] = SampleQueue(size = size, **options)
 
-    @property
-    def samples_per_process(self):
-        return self.settings.push_size
-
-    @property
-    def samples_trained(self):
-        return self.settings.num_groups * self.settings.num_gen
-
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
         # open: nothing is said of steps before the queues are full
+        self.samples_read = 0  # again, if that was interrupted
+        for queue in self.queues.values():
+            queue.pushed.zero_()
         num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
@@ -2395,15 +2475,14 @@ class Trainer(BaseTrainer):
             queue.push(samples, labels if queue.num_classes > 1 else None)
         return labels.long()
 
-    def of_this_process(self, t):
-        return t.tensor_split(self.world)[self.rank]
-
     def draw(self, newest_labels, micro_step):
         """labels [c], alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
-        options = dict(low = low, high = high, power = settings.alpha_power, no_cfg_frac = settings.no_cfg_frac)
-        alpha = self.of_this_process(sample_alpha(settings.num_groups, generator = seeded(*key), **options))
+        alpha = sample_alpha(
+            settings.num_groups, low = low, high = high, power = settings.alpha_power,
+            no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
+        ).tensor_split(self.world)[self.rank]
 
         # release: labels of the newest real samples, without replacement, or in turns
         c, num = len(alpha), len(newest_labels)
@@ -2421,7 +2500,8 @@ class Trainer(BaseTrainer):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
-        for group in self.of_this_process(torch.arange(self.settings.num_groups)).tolist():
+        groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
+        for group in groups[self.rank].tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
             if has_styles:
@@ -2434,23 +2514,27 @@ class Trainer(BaseTrainer):
     def generate(self, model, noise, labels, alpha, styles):
         """Generated samples [c g ...] of what `inputs` gives."""
         c, g = noise.shape[:2]
-        labels, alpha = (repeat(t, 'c -> (c g)', g = g) if exists(t) else None for t in (labels, alpha))
-        noise, styles = (rearrange(t, 'c g ... -> (c g) ...') if exists(t) else None for t in (noise, styles))
-        gen = model(noise, labels, alpha, styles)
+        labels = repeat(labels, 'c -> (c g)', g = g) if exists(labels) else None
+        styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
+        alpha = repeat(alpha, 'c -> (c g)', g = g)
+        gen = model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
+        check(torch.is_tensor(gen), f'the generator must return a tensor, it returns {type(gen).__name__}')
         shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
         check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
+        has_gradient = gen.requires_grad or not torch.is_grad_enabled()
+        check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     def chunks(self, inputs):
         return chunked(inputs, self.settings.group_chunk_size)
 
+    @torch.no_grad()
     def without_graph(self, chunks):
         """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
         samples = []
         for i, chunk in enumerate(chunks):
             self.seed_model(i)
-            with torch.no_grad():
-                samples.append(self.generate(self.model, *chunk))
+            samples.append(self.generate(self.model, *chunk))
         return cat(samples)
 
     def backward(self, batches, micro_step, sync):
@@ -2490,6 +2574,8 @@ class Trainer(BaseTrainer):
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
         check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
         loss, breakdown = result
+        fits = torch.is_tensor(loss) and loss.ndim == 0 and loss.requires_grad
+        check(fits, 'the loss that loss_fn returns must be a tensor of shape () with a gradient')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
@@ -2548,10 +2634,12 @@ class MAESettings(LoopSettings):
     finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
+    finetune_start: int | None = dataclasses.field(init = False, default = None)
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive('batch_size')
+        if self.finetune_steps > 0:
+            self.finetune_start = self.num_train_steps - self.finetune_steps
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
@@ -2562,41 +2650,36 @@ class MAETrainer(BaseTrainer):
     less_memory = 'lower batch_size and raise gradient_accumulation_steps'
 
     def __init__(self, model, dataset, *, to_image = None, **settings):
-        settings = MAESettings(**settings)
-        fits = settings.finetune_steps == 0 or exists(model.num_classes)
+        super().__init__(model, dataset, MAESettings(**settings), to_image)
+        fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
         check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        steps = settings.num_train_steps - settings.finetune_steps
-        self.finetune_start = steps if settings.finetune_steps > 0 else None
-        super().__init__(model, dataset, settings, to_image)
+        num = self.samples_trained = self.settings.batch_size
+        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        self.samples_per_process = num // self.world
 
         if self.accelerator.is_fsdp2:
-            torch.distributed.fsdp.register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
+            register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
-
-    @property
-    def samples_per_process(self):
-        num = self.settings.batch_size
-        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
-        return num // self.world
-
-    def record(self):
-        return {**super().record(), 'finetune_start': self.finetune_start}
 
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        progress = (step - default(self.finetune_start, step)) / max(1, self.settings.cls_warmup_steps)
-        return self.settings.cls_weight * min(1., max(0., progress))
+        settings, start = self.settings, default(self.settings.finetune_start, step)
+        progress = (step - start) / max(1, settings.cls_warmup_steps)
+        return settings.cls_weight * min(1., max(0., progress))
 
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
-        labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
-        samples, labels = (t.to(self.device, non_blocking = True) if exists(t) else t for t in (samples, labels))
+        if exists(self.num_classes):
+            labels = checked_labels(labels, self.num_classes, len(labels))
+        samples, labels = (t.to(self.device, non_blocking = True) for t in (samples, labels))
+        labels = labels if exists(self.num_classes) else None
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
         mask = self.unwrapped.draw_mask(samples, generator)
+        cls_weight = self.cls_weight_at(self.step)
 
         with self.synced(sync):
-            loss, details = self.model(samples, labels, cls_weight = self.cls_weight_at(self.step), mask = mask)
+            loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
@@ -2607,13 +2690,12 @@ class MAETrainer(BaseTrainer):
     def pictures(self):
         """The first ten samples, what the mask leaves of them, and their reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
-        samples = stack([self.dataset[i, i][0] for i in range(num)]).to(self.device)
+        samples, _ = batch_of([self.dataset[i, i] for i in range(num)])
+        samples = samples.to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)
         restored = left + model.reconstruct(samples, mask)[0] * dropped
-        if self.accelerator.is_fsdp2:
-            model.reshard()
         return cat((samples, left, restored)), 3
 
 # ── 10. weights - our own, and those that the authors published ───
@@ -2829,7 +2911,7 @@ def from_pretrained(cls, name, *, revision = None):
         check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')
         state_dict[key] = t.float()
         check_range(f'{key} in {weights}', state_dict[key], -math.inf)
-    check_fits(model, state_dict)
+    check_fits(model.state_dict(), state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 
 import numpy as np
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss
+from drifting_pytorch.drifting import Breakdown
 from helpers import (
     Net,
     X,
     Y,
     checkpoint_names,
+    dataset,
     json_lines,
     picture_generator,
     rows,
@@ -124,6 +127,44 @@ def test_checkpoints(tmp_path):
     assert logged_steps(tmp_path) == [5]
     assert checkpoint_names(tmp_path) == ['step-00000005']
 
+def frozen_net():
+    model = Net()
+    model.embed.requires_grad_(False)
+    return model
+
+def total(x):
+    return {'sum': x.sum(dim = -1)[:, None, None]}
+
+def plain_loss(gen, *_):
+    return gen.square().mean(), Breakdown({}, {})
+
+@pytest.mark.parametrize('kwargs, change', [
+    (dict(data = dataset(180)), 'dataset_length 240 -> 180'),
+    (dict(model = frozen_net()), "frozen [] -> ['embed.weight']"),
+    (
+        dict(loss_fn = FeatureDriftLoss(affinity_floor = 0.5)),
+        "loss.drift_loss_kwargs {'affinity_floor': 0.0} -> {'affinity_floor': 0.5}"
+    ),
+    (
+        dict(loss_fn = FeatureDriftLoss(affinity_floor = 0., field = DriftField(attraction = 2.))),
+        "loss.drift_loss_kwargs {'affinity_floor': 0.0} -> {'affinity_floor': 0.0, 'field': 'DriftField'}, "
+        'field.attraction 1.0 -> 2.0'
+    ),
+    (dict(loss_fn = FeatureDriftLoss(total, affinity_floor = 0.)), "loss.encoders [] -> ['total']"),
+    (dict(loss_fn = plain_loss), 'loss.class FeatureDriftLoss -> plain_loss'),
+])
+def test_what_else_a_run_depends_on_is_warned_of(tmp_path, kwargs, change):
+    trainer(tmp_path, num_train_steps = 4, save_every = 2).train()
+    with pytest.warns(UserWarning, match = f'other settings than it had: .*{re.escape(change)}'):
+        t = trainer(tmp_path, resume_from_checkpoint = 'latest', **kwargs)
+    t.train()
+    assert t.step == 20
+
+def test_guidance_cannot_be_switched_on(tmp_path):
+    trainer(tmp_path, num_train_steps = 4, save_every = 2, alpha_range = (1., 1.)).train()
+    with pytest.raises(ValueError, match = 'no queue of unconditional samples: it was trained without guidance'):
+        trainer(tmp_path, resume_from_checkpoint = 'latest')
+
 def test_going_back_sets_later_checkpoints_aside(tmp_path):
     trainer(tmp_path, num_train_steps = 8, save_every = 2).train()
     assert checkpoint_names(tmp_path) == ['step-00000004', 'step-00000006', 'step-00000008']
@@ -151,6 +192,18 @@ def test_refused_settings_remove_nothing(tmp_path):
     with pytest.raises(ValueError, match = 'does not fit into uncond_queue_size'):
         trainer(tmp_path, overwrite = True, num_uncond = 100)
     assert checkpoint_names(tmp_path) == ['step-00000002']
+
+def test_overwriting_removes_what_a_run_wrote(tmp_path):
+    trainer(tmp_path, num_train_steps = 2, save_every = 2).train()
+    others = [tmp_path / 'samples', tmp_path / 'checkpoints' / 'step-00000002-best', tmp_path / 'notes']
+    for folder in others:
+        folder.mkdir()
+        (folder / 'kept').touch()
+
+    trainer(tmp_path, overwrite = True)
+    assert all((folder / 'kept').exists() for folder in others)
+    assert checkpoint_names(tmp_path) == ['step-00000002-best']
+    assert not (tmp_path / 'starts.jsonl').exists()
 
 # exports
 

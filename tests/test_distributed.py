@@ -249,6 +249,54 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(tmp_path, world):
         assert (other_average == average).all()
         assert (other_queue != queue).any()
 
+# buffers
+
+class Counting(PlainNet):
+    """Statistics, and a count of the batches, of what each process sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.BatchNorm1d(32)
+
+def buffers_of(model):
+    return torch.cat([buffer.flatten().double() for buffer in model.buffers()]).numpy()
+
+def train_counting(folder, **kwargs):
+    t = trainer(folder, Counting(), DATA, num_train_steps = 6, num_groups = GROUPS, num_pos = 12, **kwargs)
+    t.train()
+    return buffers_of(t.unwrapped), buffers_of(t.ema.ema_model), t.sample([0, 1, 2], seed = 0).numpy()
+
+def resume_counting(folder):
+    return train_counting(folder, resume_from_checkpoint = folder / 'checkpoints' / 'step-00000003')
+
+def train_three(folder):
+    return train_counting(folder, save_every = 3)
+
+def test_buffers_are_those_of_the_first_process(tmp_path):
+    first, second = launch(train_three, 2, tmp_path)
+    assert all((a == b).all() for a, b in zip(first, second, strict = True))
+    assert first[0][-1] == first[1][-1] == 6                       # of num_batches_tracked, which is no average
+
+    for resumed in launch(resume_counting, 2, tmp_path):
+        assert all((a == b).all() for a, b in zip(first, resumed, strict = True))
+
+# parameters
+
+class Unused(PlainNet):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(2))
+
+def train_unused(folder):
+    try:
+        trainer(folder, Unused(), DATA, num_groups = GROUPS, num_pos = 12).train()
+    except ValueError as error:
+        return str(error)
+
+def test_an_unused_parameter_is_named(tmp_path):
+    says = "with several processes every parameter needs a gradient, ['token'] have none: freeze them"
+    assert launch(train_unused, 2, tmp_path) == [says] * 2
+
 # sharded models
 
 PICTURES = TensorDataset(
@@ -257,7 +305,7 @@ PICTURES = TensorDataset(
 )
 
 def picture_trainer(folder, **kwargs):
-    settings = dict(num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 3)
+    settings = dict(num_train_steps = 6, num_groups = GROUPS, save_every = 3, sample_every = 2)
     return trainer(folder, picture_generator(depth = 2), PICTURES, **settings, **kwargs)
 
 def plain_run(folder):
@@ -297,7 +345,7 @@ def test_sharded_training_equals_replicated(tmp_path):
     for sharded in launch(sharded_run, 2, tmp_path / 'b'):
         assert all(relative(a, b) < 1e-5 for a, b in zip(sharded, whole, strict = True))
 
-    assert (tmp_path / 'b' / 'samples' / 'step-00000003.png').is_file()
+    assert (tmp_path / 'b' / 'samples' / 'step-00000004.png').is_file()
     exported = DriftingGenerator.from_pretrained(tmp_path / 'b' / 'model')
     assert (flat_parameters(exported).numpy() == sharded[1]).all()
 

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from drifting_pytorch import DriftingGenerator
-from helpers import ROOT
+from helpers import ROOT, launch
 
 sys.path.insert(0, str(ROOT / 'examples'))
 
@@ -208,14 +206,8 @@ def test_samples_do_not_depend_on_batch_chunks_and_processes(run, place, tmp_pat
 
     # two processes: every bit
 
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone']
-    script = [ROOT / 'examples' / 'evaluate.py', place, '--extractor', 'evaluate_parts:features_only', '--cpu']
-    options = ['--results-folder', tmp_path / 'two', *size, '--batch-size', 5]
-    path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
-    command += map(str, script + options)
-    done = subprocess.run(command, capture_output = True, text = True, cwd = place, env = env, timeout = 120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    options = ['--extractor', 'evaluate_parts:features_only', '--results-folder', tmp_path / 'two', '--batch-size', 5]
+    assert launch(evaluate.main, 2, [*map(str, (place, '--cpu', *options, *size))]) == [None, None]
 
     other = read_features(tmp_path / 'two')
     assert other.keys() == features.keys() and (tmp_path / 'two' / 'results.json').exists()

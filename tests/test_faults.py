@@ -6,18 +6,24 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, TensorDataset
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, drifting
 from helpers import (
     DATA,
+    ROOT,
     Net,
     PlainNet,
     Y,
@@ -110,13 +116,27 @@ class Malicious:
 def replace_by_pickle(path):
     path.write_bytes(pickle.dumps(Malicious()))
 
+def vouch_for(path):
+    """As if the file had been written so."""
+    manifest = json.loads((path.parent / 'manifest.json').read_text())
+    manifest['files'][path.name] = dict(bytes = path.stat().st_size, sha256 = drifting.sha256(path))
+    (path.parent / 'manifest.json').write_text(json.dumps(manifest))
+
 def forge(folder):
     """A pickle in place of the weights, with a manifest that vouches for it."""
-    path = folder / 'model.safetensors'
-    replace_by_pickle(path)
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    manifest['files'][path.name] = dict(bytes = path.stat().st_size, sha256 = drifting.sha256(path))
-    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    replace_by_pickle(folder / 'model.safetensors')
+    vouch_for(folder / 'model.safetensors')
+
+def edit_manifest(folder, **entries):
+    path = folder / 'manifest.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+def point_to_a_pipe(folder):
+    """Of no size, as the manifest says: whoever opens it waits for ever."""
+    files = json.loads((folder / 'manifest.json').read_text())['files']
+    edit_manifest(folder, files = {**files, 'model.safetensors': dict(bytes = 0, sha256 = '')})
+    (folder / 'model.safetensors').unlink()
+    os.mkfifo(folder / 'model.safetensors')
 
 @pytest.mark.parametrize('harm, says', [
     (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
@@ -132,6 +152,12 @@ def forge(folder):
         lambda f: (f / 'manifest.json').write_text('{"files": {}}'),
         'its manifest does not have ema.safetensors, model.safetensors, optimizer.safetensors'
     ),
+    (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is not complete (RecursionError'),
+    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'its manifest is too large, or no file'),
+    (lambda f: edit_manifest(f, step = '4'), 'its manifest does not say where the run stood'),
+    (lambda f: edit_manifest(f, samples_read = -1), 'its manifest does not say where the run stood'),
+    (lambda f: edit_manifest(f, config = None), 'its manifest does not say where the run stood'),
+    (point_to_a_pipe, 'model.safetensors has 0 bytes instead of 0, or is no file'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
@@ -152,12 +178,56 @@ def test_forged_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match = 'model.safetensors is not a safetensors file'):
         short(tmp_path, resume_from_checkpoint = 'latest')
 
-def test_metrics_cut_short_by_a_crash(tmp_path, straight):
+def shorten(states):
+    states['net.0.weight.exp_avg'] = states['net.0.weight.exp_avg'][:1]
+
+def add_one(states):
+    states['other.weight.step'] = torch.tensor(1.)
+
+@pytest.mark.parametrize('harm, found', [
+    (shorten, 'wrong shape [\'net.0.weight.exp_avg (1, 19) instead of (32, 19)\']'),
+    (lambda states: states.pop('net.0.bias.step'), "missing ['net.0.bias.step']"),
+    (
+        lambda states: [states.pop(f'net.3.bias.{kind}') for kind in ('step', 'exp_avg', 'exp_avg_sq')],
+        "missing ['net.3.bias.exp_avg', 'net.3.bias.exp_avg_sq', 'net.3.bias.step']"
+    ),
+    (add_one, "unknown ['other.weight.step']"),
+])
+def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
+    """They would be a segmentation fault of the fused optimizer, or train into nan."""
+    short(tmp_path, num_train_steps = 2, save_every = 2).train()
+    folder = tmp_path / 'checkpoints' / 'step-00000002'
+    states = load_file(folder / 'optimizer.safetensors')
+    harm(states)
+    save_file({name: t.contiguous() for name, t in states.items()}, folder / 'optimizer.safetensors')
+    vouch_for(folder / 'optimizer.safetensors')
+
+    with raises_one_line(found):
+        short(tmp_path, resume_from_checkpoint = 'latest')
+
+@pytest.mark.parametrize('rest', [b'{"step": 5, "lo', b'{"step": 1, "\xff": 0}\n'])
+def test_metrics_cut_short_by_a_crash(tmp_path, straight, rest):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
-    with open(tmp_path / 'metrics.jsonl', 'a') as file:
-        file.write('{"step": 5, "lo')
+    with open(tmp_path / 'metrics.jsonl', 'ab') as file:
+        file.write(rest)
     resumed(tmp_path)
     assert rows(tmp_path) == straight[1]
+
+def train_short(folder):
+    short(folder, num_groups = 4, num_train_steps = 2, save_every = 2).train()
+
+def try_to_resume(folder):
+    try:
+        short(folder, num_groups = 4, resume_from_checkpoint = 'latest')
+    except ValueError as error:
+        return str(error)
+
+@pytest.mark.parametrize('before, now', [(1, 2), (2, 1)])
+def test_another_number_of_processes(tmp_path, before, now):
+    """Not as if the checkpoint were damaged, which would start the run again."""
+    launch(train_short, before, tmp_path)
+    says = f'the checkpoint is of {before} processes, these are {now}: each has a queue of its own'
+    assert launch(try_to_resume, now, tmp_path) == [says] * now
 
 # the disk
 
@@ -198,6 +268,30 @@ def test_folder_that_cannot_be_written(tmp_path):
         (tmp_path / 'closed').mkdir(mode = 0o500)
         with pytest.raises(OSError, match = 'cannot be written to: '):
             short(tmp_path / 'closed')
+
+def try_again(folder, **kwargs):
+    """What a second run in the folder is told."""
+    try:
+        short(folder, **kwargs)
+    except OSError as error:
+        return str(error)
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused before it removes anything; test_killed_while_saving: a dead process holds nothing."""
+    t, told = short(tmp_path, save_every = 2), []
+    save = t.save
+
+    def save_and_start_again():
+        save()
+        for kwargs in (dict(overwrite = True), dict(resume_from_checkpoint = 'latest')):
+            told.extend(launch(partial(try_again, tmp_path, **kwargs), 1))
+
+    t.save = save_and_start_again
+    t.train()
+    assert len(told) == 6
+    assert all('is in use by a run that goes on' in message for message in told)
+    assert checkpoint_names(tmp_path)[-1] == 'step-00000006'
+    short(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest').train()
 
 # numbers that are none
 
@@ -246,9 +340,7 @@ def test_non_finite_numbers_stop_the_run(tmp_path, backwards, found):
     assert message.endswith(f'the last good checkpoint is {good}')
 
 def without_waiting(t):
-    """The loop takes this cpu for a GPU, which it does not wait for in every step."""
-    cpu, t.device = t.device, torch.device('meta')
-    t.record_start = lambda: setattr(t, 'device', cpu)             # by now the loop has asked
+    t.look_every = 10       # as on a GPU
 
 @pytest.mark.parametrize('save_every, found_at, good', [(3, 6, '.*step-00000003'), (0, 8, 'none')])
 def test_broken_steps_are_found_without_waiting(tmp_path, save_every, found_at, good):
@@ -278,8 +370,9 @@ class Unreadable(Dataset):
 def test_image_that_does_not_open(tmp_path, num_workers):
     t = short(tmp_path / 'run', data = Unreadable(tmp_path), num_workers = num_workers, num_train_steps = 20)
     message = r'sample 30 of the dataset cannot be read: cannot identify image file .*30\.png'
-    with pytest.raises(RuntimeError, match = message):
+    with pytest.raises(RuntimeError, match = message) as error:
         t.train()
+    assert '\n' not in str(error.value)
 
 # signals
 
@@ -350,6 +443,50 @@ def interrupted_together(folder):
 def test_a_signal_to_one_process_stops_all(tmp_path):
     assert launch(interrupted_together, 2, tmp_path) == [(20, 'interrupted')] * 2
     assert checkpoint_names(tmp_path) == ['step-00000020']
+
+WITH_WORKERS = """
+import signal, sys
+from helpers import Net, trainer
+
+class Breaking(Net):
+    def forward(self, *args, **kwargs):
+        if t.step == 3:
+            print('third step', flush = True)
+            if sys.argv[2] == 'raises':
+                raise RuntimeError('broken')
+        return super().forward(*args, **kwargs)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+t = trainer(sys.argv[1], Breaking(), num_workers = 2, num_train_steps = 100_000)
+t.train()
+"""
+
+@pytest.mark.parametrize('kill, number, code', [
+    (None, None, 1),
+    (os.kill, signal.SIGINT, -signal.SIGINT),
+    (os.killpg, signal.SIGINT, -signal.SIGINT),
+    (os.kill, signal.SIGTERM, -signal.SIGTERM),
+    (os.killpg, signal.SIGTERM, -signal.SIGTERM),
+])
+def test_a_process_with_workers_ends(tmp_path, kill, number, code):
+    """After an exception; after a signal to it alone, and to its workers too, as of a terminal or a scheduler."""
+    command = [sys.executable, '-c', WITH_WORKERS, tmp_path, 'trains' if kill else 'raises']
+    paths = os.pathsep.join((str(ROOT), str(ROOT / 'tests')))
+    options = dict(stdout = subprocess.PIPE, stderr = subprocess.PIPE, start_new_session = True)
+    process = subprocess.Popen(command, env = {**os.environ, 'PYTHONPATH': paths}, **options)
+
+    try:
+        assert process.stdout.readline() == b'third step\n'
+        if kill is not None:
+            kill(process.pid, number)
+        assert process.wait(timeout = 40) == code, process.stderr.read().decode()[-2000:]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+    if kill is not None:
+        assert len(checkpoint_names(tmp_path)) == 1
 
 # collapse
 

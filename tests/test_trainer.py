@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from drifting_pytorch import FeatureDriftLoss, SharpField, SinkhornField, Trainer
+from drifting_pytorch.drifting import Breakdown
 from helpers import (
     CENTERS,
+    DATA,
     Net,
     PlainNet,
     X,
     Y,
     averaged_weights,
+    checkpoint_names,
     dataset,
     flat_gradients,
     json_lines,
@@ -91,6 +94,31 @@ def test_images_of_the_averaged_model(tmp_path):
     pictures = sorted((tmp_path / 'samples').iterdir())
     assert [path.name for path in pictures] == ['step-00000002.png', 'step-00000004.png']
     assert Image.open(pictures[0]).size == (10 * 10 * 6, 3 * 10 * 6)    # 3 rows of 10, each 8 + 2 pixels, magnified 6 x
+
+def image_trainer(folder, **kwargs):
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    return trainer(folder, picture_generator(), data, **{**dict(num_train_steps = 4, sample_every = 2), **kwargs})
+
+@pytest.mark.parametrize('to_image, says', [
+    (lambda x: x[:, 0], 'what to_image returns has shape (30, 8, 8), expected (30, channels, height, width)'),
+    (lambda x: x[:7], 'what to_image returns has shape (7, 1, 8, 8)'),
+    (lambda x: x.expand(-1, 2, -1, -1), 'a picture has 1 or 3 channels, got 2'),
+    (lambda x: x.mul(255).byte(), 'a picture has finite floats in [0, 1], got torch.uint8'),
+    (lambda x: x / 0 * 0, 'a picture has finite floats in [0, 1], got nan or inf'),
+    (lambda x: x.numpy(), 'to_image must return a tensor, it returns ndarray'),
+])
+def test_what_is_no_picture_is_refused_before_the_first_step(tmp_path, to_image, says):
+    t = image_trainer(tmp_path, to_image = to_image)
+    with raises_one_line(says):
+        t.train()
+    assert t.step == 0
+
+def test_pictures_cost_no_checkpoint(tmp_path):
+    t = image_trainer(tmp_path, save_every = 2)
+    t.to_image = lambda x: x / (t.step < 2)
+    with raises_one_line('a picture has finite floats'):
+        t.train()
+    assert checkpoint_names(tmp_path) == ['step-00000002']
 
 # the loop
 
@@ -171,6 +199,7 @@ def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
     def interrupted(self, batches):
         pushed.append(0)
         if len(pushed) == 2:
+            self.read(batches)
             raise KeyboardInterrupt
         return push(self, batches)
 
@@ -181,7 +210,37 @@ def test_interrupted_while_the_queue_is_filled(tmp_path, monkeypatch):
     assert t.queues['positives'].filled.min() < t.settings.num_pos
 
     t.train()
+    straight = trainer(tmp_path / 'straight', num_pos = 16)
+    straight.train()
     assert t.step == 20
+    assert torch.equal(weights(t), weights(straight))
+
+def fails_once(fn, at = 6):
+    """fn, which raises once, at its call of that number."""
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == at:
+            raise OSError('once')
+        return fn(*args, **kwargs)
+    return call
+
+def test_a_step_that_failed_halfway_is_not_built_upon(tmp_path):
+    t = trainer(tmp_path, loss_fn = fails_once(FeatureDriftLoss(affinity_floor = 0.)))
+    with pytest.raises(OSError, match = 'once'):
+        t.train()
+    with raises_one_line("the step after 5 failed halfway, which cannot be undone: make the trainer again"):
+        t.train()
+
+def test_an_error_between_steps_can_be_caught(tmp_path):
+    straight, t = trainer(tmp_path / 'a'), trainer(tmp_path / 'b', save_every = 1)
+    straight.train()
+    t.save = fails_once(t.save)
+    with pytest.raises(OSError, match = 'once'):
+        t.train()
+    t.train()
+    assert torch.equal(weights(t), weights(straight))
 
 def test_two_trainers_at_once_do_not_disturb_each_other(tmp_path):
     settings = dict(num_train_steps = 3, gradient_accumulation_steps = 2)
@@ -256,6 +315,26 @@ def test_settings_of_another_name_are_refused(tmp_path):
     with pytest.raises(TypeError, match = 'max_skipped_steps'):
         trainer(tmp_path, max_skipped_steps = 1)
 
+@pytest.mark.parametrize('settings, says', [
+    (dict(max_grad_norm = 0.), 'max_grad_norm must be above 0, got 0.0'),
+    (dict(max_grad_norm = -1), 'max_grad_norm must be finite and not negative, got -1'),
+    (dict(max_grad_norm = math.nan), 'max_grad_norm must be finite and not negative, got nan'),
+    (dict(ema_decay = 1.1), 'ema_decay must be between 0 and 1, got 1.1'),
+    (dict(ema_decay = -0.1), 'ema_decay must be finite and not negative'),
+    (dict(lr_warmup_steps = -1), 'lr_warmup_steps must be finite and not negative'),
+    (dict(lr_warmup_steps = math.inf), 'lr_warmup_steps must be int, got inf'),
+    (dict(lr_decay_start = 2.5), 'lr_decay_start must be int | None, got 2.5'),
+    (dict(num_train_steps = 10.5), 'num_train_steps must be int, got 10.5'),
+    (dict(num_groups = '6'), "num_groups must be int, got '6'"),
+    (dict(queue_dtype = torch.int32), 'queue_dtype must be floating point, got torch.int32'),
+    (dict(learning_rate = math.nan), 'learning_rate must be finite and not negative, got nan'),
+    (dict(learning_rate = None), 'learning_rate must be float | int, got None'),
+    (dict(weight_decay = math.inf), 'weight_decay must be finite and not negative, got inf'),
+])
+def test_settings_that_ruin_a_training_are_refused(tmp_path, settings, says):
+    with raises_one_line(says):
+        trainer(tmp_path, **settings)
+
 def test_no_clipping(tmp_path):
     t = trainer(tmp_path, max_grad_norm = None, num_train_steps = 2)
     t.train()
@@ -273,6 +352,23 @@ class Wrong(Net):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)[:, :1]
 
+class Returning(Net):
+    def __init__(self, changed):
+        super().__init__()
+        self.changed = changed
+
+    def forward(self, *args, **kwargs):
+        return self.changed(super().forward(*args, **kwargs))
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(DATA)
+
+    def __len__(self):
+        return 120
+
+NOTHING = Breakdown({}, {})
+
 ONE_NAN = X.index_fill(0, torch.tensor(3), float('nan'))
 ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
 
@@ -280,9 +376,9 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X[:10], Y[:10])), 'the dataset has 10 samples, fewer than the 16 read per step'),
     (
         dict(data = TensorDataset(X.long(), Y)),
-        'the dataset must yield (floating point tensor, label), its first sample is torch.int64'
+        'the dataset must yield (floating point tensor, label), its sample 0 is torch.int64'
     ),
-    (dict(data = [(0., 0)] * 20), 'its first sample is float'),
+    (dict(data = [(0., 0)] * 20), 'its sample 0 is float'),
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
@@ -293,7 +389,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
     (
         dict(data = TensorDataset(X)),
-        'the dataset must yield (floating point tensor, label), its first sample is tuple'
+        'the dataset must yield (floating point tensor, label), its sample 0 is tuple'
     ),
     (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
@@ -307,6 +403,21 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(loss_fn = lambda gen, *_: gen.mean()), 'loss_fn must return (loss, Breakdown), it returns Tensor'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
     (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
+    (dict(model = Returning(lambda x: (x, x))), 'the generator must return a tensor, it returns tuple'),
+    (dict(model = Returning(torch.detach)), 'the generator returns samples without a gradient'),
+    (dict(model = Returning(torch.detach), group_chunk_size = 2), 'the generator returns samples without a gradient'),
+    (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length, got DataLoader'),
+    (dict(data = Endless()), 'the dataset must be map-style, with a length, got Endless'),
+    (dict(data = [(x, 'a cat') for x in X]), "sample 0 of the dataset has the label 'a cat', expected an integer"),
+    (dict(data = [(x, None) for x in X]), 'sample 0 of the dataset has the label None, expected an integer'),
+    (dict(data = TensorDataset(X, Y + 0.5)), 'has the label tensor(0.5000), expected an integer'),
+    (dict(data = [(x.numpy(), 0) for x in X]), 'its sample 0 is ndarray'),
+    (dict(data = [(x.byte(), 0) for x in X]), 'its sample 0 is torch.uint8'),
+    (dict(data = ONE_LONGER, num_workers = 1, alpha_range = (1., 1.)), 'sample 7 of the dataset has shape (3,)'),
+    (dict(loss_fn = FeatureDriftLoss), 'loss_fn must be a function or an instance as FeatureDriftLoss(), got <class'),
+    (dict(loss_fn = lambda gen, *_: (gen.mean(dim = (1, 2)), NOTHING)), 'must be a tensor of shape ()'),
+    (dict(loss_fn = lambda *_: (1., NOTHING)), 'must be a tensor of shape () with a gradient'),
+    (dict(loss_fn = lambda gen, *_: (gen.mean().detach(), NOTHING)), 'must be a tensor of shape () with a gradient'),
 ])
 def test_trainer_errors_come_before_the_first_step(tmp_path, kwargs, says):
     with raises_one_line(says):
