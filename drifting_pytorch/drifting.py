@@ -440,7 +440,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
 
     generator = torch.Generator()
-    generator.manual_seed(default(seed, generator.seed()))
+    generator.manual_seed(int(default(seed, generator.seed())))
     seeds = torch.randint(2 ** 63 - 1, (num,), generator = generator)
     device, samples = next(model.parameters()).device, []
     modes = {module: module.training for module in model.modules()}
@@ -730,7 +730,7 @@ class DriftProblems:
         if self.is_guided:
             check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
             check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
-            check_range('uncond_weight', uncond_weight, 0)
+            check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
             weight[:, 0, self.p:-self.m] = uncond_weight
         return weight
 
@@ -992,7 +992,7 @@ class FeatureDriftLoss(Module):
         if exists(alpha):
             alpha = as_tensor('alpha', alpha).to(gen.device)
             check_shape('alpha', alpha, (len(gen),), ', one guidance scale per group')
-            check_range('alpha', alpha, 1)
+            check_range('alpha', alpha, 1, 10 ** 6)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
             check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
         if exists(uncond):
@@ -1150,6 +1150,7 @@ FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 def floating(x, like):
     """Images or latents in the dtype of a parameter. Of integers nobody knows in what range they are."""
     check_floating('x', x, 'convert it to float in [-1, 1]')
+    check_range('x', x, -10 ** 6, 10 ** 6)
     return x.to(like.dtype)
 
 def check_sets(sets, known = FEATURE_SETS):
@@ -1266,7 +1267,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def checked_samples(self, x, multiple = 8):
         x = floating(x, self.to_pixels.weight)
         multiple *= self.patch_size
-        fits = x.ndim == 4 and x.shape[1] == self.channels and x.shape[2] % multiple == x.shape[3] % multiple == 0
+        fits = x.ndim == 4 and x.shape[1] == self.channels and x.numel() > 0
+        fits = fits and x.shape[2] % multiple == x.shape[3] % multiple == 0
         wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
         check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
         return x
@@ -1375,7 +1377,8 @@ class PixelInput(Module):
     def forward(self, x):
         x = floating(x, self.mean)
         wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
-        check(x.ndim == 4 and x.shape[1] == len(self.mean), f'x has shape {tuple(x.shape)}, expected {wanted}')
+        fits = x.ndim == 4 and x.shape[1] == len(self.mean) and x.numel() > 0
+        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 

@@ -47,7 +47,6 @@ from drifting_pytorch import (
     Trainer,
     drift_loss,
     drifting,
-    plain_drift_loss,
 )
 from helpers import REFERENCE, run
 
@@ -189,9 +188,6 @@ TARGETS = {
         2, then(DriftField, with_field), dict(kernel = 'laplace', normalize = 'both', attraction = 1.5, repulsion = 1.)
     ),
     'DriftField.forward': (2, DriftField(), POINTS),
-    'plain_drift_loss': (
-        3, with_gradient(plain_drift_loss), dict(FEATURES, field = DriftField(), affinity_floor = 1e-6)
-    ),
     'DriftingGenerator(...)': (
         4, then(DriftingGenerator, with_generator),
         dict(SIZES, **TOKENS, ff_mult = 4., share_style_codebook = False, bf16_rotary = False, checkpointing = False)
