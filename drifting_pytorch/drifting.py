@@ -2104,9 +2104,9 @@ class BaseTrainer:
                 self.before_training(batches)
             signals = self.run(batches)
         except torch.OutOfMemoryError as error:
-            problem = f'step {self.step + 1} does not fit into the memory of {self.device} ({error})'
-            hint = f'{self.less_memory}, or make the networks with checkpointing = True'
-            raise torch.OutOfMemoryError(f'{problem}: {hint}') from error
+            problem = f'step {self.step + 1} does not fit into memory'
+            hint = f'{self.less_memory}, or give the networks checkpointing = True'
+            raise torch.OutOfMemoryError(f'{problem}: {hint} ({error})') from error
         finally:
             batches.close()
             self.lock.release()
@@ -2397,7 +2397,7 @@ class Trainer(BaseTrainer):
     Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
     them, and classes with too few samples.
     """
-    less_memory = "set group_chunk_size = 1, queue_device = 'cpu', or lower num_groups, num_gen, num_pos or push_size"
+    less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)

@@ -151,8 +151,9 @@ def test_numbers_are_those_of_the_cpu(device, precision):
 
     print(f'\n{device}, {precision}: ' + ', '.join(f'{kind} {value:.1e}' for kind, value in worst.items()))
     assert all(worst[kind] < bound for kind, bound in BOUNDS[precision].items()), worst
-    if precision != 'float32':
-        assert worst['gradient'] > 1e-5, 'nothing was rounded'
+    has_tf32 = device.type == 'cpu' or torch.cuda.get_device_capability()[0] >= 8
+    if precision == 'bf16' or precision == 'tf32' and has_tf32:
+        assert worst['gradient'] > 1e-3, 'nothing was rounded'
 
 def test_encoder_in_channels_last(device):
     mae, x = encoder().to(device), samples(device, torch.float32)[0][0]
@@ -161,7 +162,7 @@ def test_encoder_in_channels_last(device):
         after = mae.to(memory_format = torch.channels_last).features(x)
 
     assert before.keys() == after.keys()
-    assert all(relative(after[name].cpu(), t.cpu()) < 1e-5 for name, t in before.items())
+    assert all(relative(after[name].cpu(), t.cpu()) < 1e-4 for name, t in before.items())
 
 # training
 
@@ -251,7 +252,7 @@ class Greedy(Net):
 def test_out_of_memory_names_what_lowers_it(device, tmp_path):
     AcceleratorState._reset_state(reset_partial_state = True)
     t = trainer(tmp_path, Greedy(), cpu = device.type == 'cpu', mixed_precision = 'no')
-    with pytest.raises(torch.OutOfMemoryError, match = 'step 1 does not fit into the memory of c') as error:
+    with pytest.raises(torch.OutOfMemoryError, match = 'step 1 does not fit into memory') as error:
         t.train()
     names = ('group_chunk_size', 'queue_device', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'checkpointing')
     assert all(name in str(error.value) for name in names) and 'out of memory' in str(error.value)
@@ -376,9 +377,10 @@ def loss_of_share(device_type):
         loss.backward()
     return loss.item() * len(gen), (gen.grad * len(gen)).cpu().numpy()
 
-@pytest.mark.skipif(HAS_GPU and torch.cuda.device_count() < 2, reason = 'one GPU')
 def test_two_processes_are_one(device):
     """With nccl on GPUs; test_distributed.py has the rest."""
+    if device.type == 'cuda' and torch.cuda.device_count() < 2:
+        pytest.skip('one GPU')
     (loss, grad), = in_processes(device, 1, loss_of_share, device.type)
     losses, grads = zip(*in_processes(device, 2, loss_of_share, device.type), strict = True)
     assert abs(sum(losses) / loss - 1) < 1e-4

@@ -60,7 +60,8 @@ def report_rates(args):
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
 
-    for name, (dtype, matmul.allow_tf32) in PRECISIONS.items():
+    for name, (dtype, rounded) in PRECISIONS.items():
+        matmul.allow_tf32 = rounded
         if on_a_gpu or name == 'float32':
             rows.append({'precision': name, 'TFLOP/s': matmul_rate(args, dtype) / 1e12})
 
