@@ -712,11 +712,11 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| of all temperatures is cheaper without V = W y, see squared_lengths
+        # in many dimensions |V| is had without V = W y in less memory and about the same time, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
-        is_cheaper = cost_without < num_vectors * self.y * self.d
-        self.in_coefficients = is_cheaper and self.field.zero_sum and self.own_negatives
+        is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
+        self.in_coefficients = is_cheap and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
