@@ -712,15 +712,15 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| of all temperatures is cheaper without V = W y, see squared_lengths
+        # in many dimensions |V| is had without V = W y in less memory and about the same time, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
-        is_cheaper = cost_without < num_vectors * self.y * self.d
-        self.in_coefficients = is_cheaper and self.field.zero_sum and self.own_negatives
+        is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
+        self.in_coefficients = is_cheap and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-        self.kept, self.squares = {}, {}  # what two rounds need, by part: distances, vectors
+        self.kept = {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None  # the newest part, its W
         self.placed = None, None, None  # the part in the buffer, its x, its y
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
@@ -752,20 +752,21 @@ class DriftProblems:
         self.placed = part, x, y
         return x, y
 
-    def distances(self, part):
-        """[b g y], and where |V| comes from them the squares, also those among positives and unconditional [b o o]."""
+    def squares(self, part):
+        """Squared distances [b g y], and where |V| comes from them those among positives and unconditional [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
-            squares = squared_distances(x, y)
-            self.kept[part.start] = squares.clamp(min = self.min_dist_sq).sqrt_()
-            if self.in_coefficients:
-                others = y[:, :-self.m]
-                self.squares[part.start] = squares, squared_distances(others, others)
+            others = y[:, :-self.m]
+            squares_of_others = squared_distances(others, others) if self.in_coefficients else None
+            self.kept[part.start] = squared_distances(x, y), squares_of_others
         return self.kept[part.start]
+
+    def distances(self, part):
+        return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
 
     def masked_distances(self, part, scale):
         """[b 1 g y] in units of S; no sample sees itself."""
-        dist = self.distances(part) / scale.clamp(min = self.min_scale)
+        dist = self.distances(part).div_(scale.clamp(min = self.min_scale))
         if self.own_negatives:
             dist[:, :, -self.g:].diagonal(dim1 = -2, dim2 = -1).add_(self.self_distance)
         return dist.unsqueeze(1)
@@ -789,7 +790,7 @@ class DriftProblems:
 
     def squared_lengths(self, part, W):
         """|V|^2 summed over problems and samples [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
-        squares, squares_of_others = self.squares[part.start]
+        squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
         products = W_gen @ squares  # b (t g) y
