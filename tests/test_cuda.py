@@ -16,11 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensorDeviceMismatchError,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -413,8 +409,9 @@ def test_compiled_parts_are_one_graph_each(device):
         for name, t in expected.items():
             assert relative(found[name].detach().cpu(), t.detach().cpu()) < 1e-4, name
 
+@pytest.mark.parametrize('precision, bound', [('no', 1e-4), ('bf16', 2e-2)])
 @pytest.mark.parametrize('device', [pytest.param('cpu', marks = pytest.mark.slow), CUDA], indirect = True)
-def test_compiled_step_is_the_same(device, tmp_path, monkeypatch):
+def test_compiled_step_is_the_same(device, tmp_path, monkeypatch, precision, bound):
     """What compile = True compiles: what the first step logs, and no break in it."""
     monkeypatch.setattr(DriftField, 'coefficients', inspect.unwrap(DriftField.coefficients))     # unchecked shapes
     torch.compiler.reset()
@@ -430,12 +427,13 @@ def test_compiled_step_is_the_same(device, tmp_path, monkeypatch):
         folder = tmp_path / str(is_compiled)
         with monkeypatch.context() as patch:
             patch.setattr(torch.accelerator, 'is_available', lambda: True)      # where the field is compiled too
-            t = picture_trainer(folder, device, compile = is_compiled, num_train_steps = 1)
+            settings = dict(mixed_precision = precision, num_train_steps = 1)
+            t = picture_trainer(folder, device, compile = is_compiled, **settings)
         t.train()
         found.append(row_of(folder, *LOGGED))
 
     assert len(compiled) == 3
-    assert relative(*found) < 1e-4, found
+    assert relative(*found) < bound, found
 
 # devices of another kind
 
@@ -483,11 +481,10 @@ def step_on_a_mock():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.)
         optimizer.step()
 
-        for error, wrong in (
-            (DataDependentOutputException, loss.item), (FakeTensorDeviceMismatchError, lambda: loss + torch.zeros(2))
-        ):
-            with pytest.raises(error):      # the mock is strict
-                wrong()
+        with pytest.raises(DataDependentOutputException):       # the mock is strict
+            loss.item()
+        with pytest.raises(Exception, match = 'same device'):
+            loss + torch.zeros(2)
 
     return str(loss.device), sorted(dtypes.found)
 
