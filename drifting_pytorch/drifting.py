@@ -1887,7 +1887,7 @@ class BaseTrainer:
     over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
     {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
     A process reads samples_per_process real samples in a micro step, all train on samples_trained.
-    less_memory says which settings to lower where it is short.
+    less_memory: settings to lower.
 
     results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
