@@ -655,6 +655,13 @@ class KnownGradient(torch.autograd.Function):
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
+def checked_temperatures(temperatures):
+    values = temperatures if isinstance(temperatures, (tuple, list)) else [temperatures]
+    fits = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+    fits = fits and 0 < len(values) == len(set(values))
+    check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
+    return tuple(map(float, values))
+
 PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
@@ -690,12 +697,8 @@ class DriftProblems:
         check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
         has_neg = exists(neg) or not field.needs_neg
         check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
-        values = temperatures if isinstance(temperatures, (tuple, list)) else [temperatures]
-        fits = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
-        fits = fits and 0 < len(values) == len(set(values))
-        check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
-        self.temperatures = tuple(map(float, values))
 
+        self.temperatures = checked_temperatures(temperatures)
         self.field, self.weight_options = field, (affinity_floor, weight_in_softmax)
         self.self_distance, self.diagnostics = self_distance, diagnostics
         self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
