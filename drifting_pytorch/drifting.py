@@ -429,7 +429,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     """
     num_classes = getattr(model, 'num_classes', None)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
-    fits = exists(labels) == exists(num_classes) and exists(labels) != exists(num_samples)
+    fits = exists(labels) == exists(num_classes) != exists(num_samples)
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
 
     num = as_tensor('labels', labels).numel() if exists(labels) else num_samples
@@ -438,7 +438,6 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     labels = checked_labels(labels, num_classes, num) if exists(labels) else None
     alpha = as_tensor('alpha', alpha).float()
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
-
     generator = torch.Generator()
     generator.manual_seed(int(default(seed, generator.seed())))
     seeds = torch.randint(2 ** 63 - 1, (num,), generator = generator)
@@ -566,8 +565,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
-        is_precise = dtype in (torch.float32, torch.float64)
-        check(is_precise, f'the model is {dtype}: keep it in float32, under torch.autocast')
+        check(dtype.itemsize >= 4, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
         b, wanted = noise.shape[0], 'must be None' if has_labels else 'are needed'
         check(has_labels == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {wanted}')
