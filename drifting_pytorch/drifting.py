@@ -14,12 +14,10 @@ import json
 import math
 import operator
 import os
-import platform
 import random
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import warnings
@@ -38,7 +36,6 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    broadcast,
     gather_object,
     reduce as accelerate_reduce,
 )
@@ -1683,19 +1680,12 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
-def read_json(path):
-    return json.loads(path.read_text())
-
 def append_json(path, entry):
     with open(path, 'a') as file:
         file.write(json.dumps(entry) + '\n')
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
     """copy: where tensors may share memory. Returns what the manifest says of the file."""
@@ -1725,28 +1715,18 @@ SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
     try:
-        path = folder / 'manifest.json'
-        if path.stat().st_size > 2 ** 24 or not path.is_file():
-            return 'its manifest is too large, or no file'
-        manifest = read_json(path)
-        files = manifest['files']
-        missing = ', '.join(name for name in SHARED_FILES if name not in files)
-        if missing:
-            return f'its manifest does not have {missing}'
-        numbers = [manifest[name] for name in ('step', 'samples_read', 'num_processes')]
-        if not isinstance(manifest['config'], dict) or any(type(n) is not int or n < 0 for n in numbers):
-            return 'its manifest does not say where the run stood'
+        check((folder / 'manifest.json').is_file(), 'it has no manifest')  # a pipe would be read for ever
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        for name in ('step', 'samples_read', 'num_processes'):
+            check(type(manifest[name]) is int, f'{name} is {manifest[name]!r} in its manifest')
 
         queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
         for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
-            path, expected = folder / name, files[name]
-            size = path.stat().st_size
-            if size != expected['bytes'] or not path.is_file():
-                return f'{name} has {size} bytes instead of {expected["bytes"]}, or is no file'
-            if sha256(path) != expected['sha256']:
-                return f'{name} does not have the hash that the manifest gives'
+            path, expected = folder / name, manifest['files'][name]
+            fits = path.is_file() and path.stat().st_size == expected['bytes']
+            check(fits and sha256(path) == expected['sha256'], f'{name} is not what its manifest says')
     except Exception as error:  # whatever a file may hold
-        return f'it is not complete ({type(error).__name__}: {error})'
+        return f'it is damaged ({type(error).__name__}: {error})'
 
 def step_folders(root):
     """Checkpoints, oldest first. What has another name is not ours."""
@@ -1754,15 +1734,15 @@ def step_folders(root):
 
 def together(work, here = True):
     """The results of work() in every process, or in those `here`; an error of one is an error of all."""
-    result = problem = None
     try:
         result = work() if here else None
     except (OSError, ValueError, SafetensorError) as error:
-        problem = error
+        result = error
 
-    results, problems = zip(*gather_object([(result, problem)]), strict = True)
-    for problem in filter(exists, problems):
-        raise problem
+    results = gather_object([result])
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
     return results
 
 def flat(states):
@@ -1793,17 +1773,18 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 @contextmanager
 def interruptions():
     """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
-    is_told = threading.current_thread() is threading.main_thread()
-    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS if is_told}
-    ignored = signal.SIG_IGN, None  # in the background of a script
-    handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
+    received, handlers = [], {}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in handlers:
-        signal.signal(number, remember)
+    is_told = threading.current_thread() is threading.main_thread()
+    for number in SIGNALS if is_told else ():
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
+            handlers[number] = handler
+            signal.signal(number, remember)
     try:
         yield received
     finally:
@@ -1831,13 +1812,12 @@ def image_grid(images, *, min_size = 48):
 
 # settings
 def described(part):
-    """The attributes of a loss or field: plain values, and the names of other things."""
+    """The class of a loss or field, and its attributes: plain values, and the names of other things."""
     def name_of(value):
         return getattr(value, '__name__', type(value).__name__)
 
-    own = vars(part) if isinstance(part, Module) else {}
-    own = {name: value for name, value in own.items() if name[0] != '_'}
-    own['class'] = name_of(part)
+    own = vars(part).items() if isinstance(part, Module) else ()
+    own = {'class': name_of(part), **{name: value for name, value in own if name[0] != '_'}}
     return json.loads(json.dumps(own, default = name_of, skipkeys = True))
 
 def free(value):
@@ -1882,6 +1862,8 @@ class LoopSettings:
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             name, kind, value = entry.name, entry.type, getattr(self, entry.name)
+            value = value.item() if isinstance(value, np.generic) else value
+            setattr(self, name, value)
             kind = kind | int if isinstance(0., kind) else kind
             wanted = getattr(kind, '__name__', kind)
             check(isinstance(value, kind), f'{name} must be {wanted}, got {value!r}')
@@ -1900,9 +1882,9 @@ class BaseTrainer:
     {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
     A process reads samples_per_process real samples in a micro step, all train on samples_trained.
 
-    results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
+    results_folder gets metrics.jsonl, starts.jsonl (settings, versions and device of every start), samples/ and
     checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of. Buffers (BatchNorm) are the first process's in all, after every step.
+    settings that prevent that are warned of. Several processes refuse a model with trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
@@ -1917,18 +1899,20 @@ class BaseTrainer:
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
-        self.step, self.samples_read, self.in_step = 0, 0, False
+        self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
         self.queues, self.parts = {}, {}
         self.prepare(model)
 
     def make_accelerator(self):
-        settings, mixed_precision = self.settings, self.settings.mixed_precision
-        if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
+        settings = self.settings
+        precision = default(settings.mixed_precision, os.environ.get('ACCELERATE_MIXED_PRECISION'))
+        if not exists(precision):
             has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False)
-            mixed_precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
+            precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
+        check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
 
         accelerator = Accelerator(
-            mixed_precision = mixed_precision, cpu = settings.cpu, log_with = settings.log_with,
+            mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
             project_dir = settings.results_folder,
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
@@ -1940,6 +1924,10 @@ class BaseTrainer:
     def prepare(self, model):
         """Release: AdamW on all parameters, and their plain average from the start, at every step."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
+        saved = model.state_dict()
+        trained = [name for name, t in model.named_buffers() if name in saved and t.is_floating_point()]
+        wanted = f'no statistics that are trained, as those of BatchNorm; {trained} would differ'
+        check(self.world == 1 or not trained, f'with several processes a model may have {wanted}')
         average = deepcopy(model) if is_sharded else None
         options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
         optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
@@ -1957,15 +1945,13 @@ class BaseTrainer:
 
     def hold_folder(self):
         """Against another run at the same time. A process that died holds no lock."""
-        folder = self.results_folder
         try:
-            folder.mkdir(parents = True, exist_ok = True)
+            self.results_folder.mkdir(parents = True, exist_ok = True)
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
-        except Timeout as error:
-            raise OSError(f'{folder} is in use by a run that goes on: take another results_folder') from error
         except OSError as error:
-            raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
+            found = 'is in use by another run' if isinstance(error, Timeout) else 'cannot be written to'
+            raise OSError(f'results_folder = {self.results_folder} {found}: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
@@ -1973,26 +1959,22 @@ class BaseTrainer:
         self.hold_folder()
         self.lock.release()  # until it trains
 
-        earlier = [path for name in OURS for path in folder.glob(name)]
+        names = ['checkpoints/unfinished-*'] if resumes else OURS
+        earlier = [path for name in names for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
-        for path in list(self.checkpoints.glob('unfinished-*')) if resumes else earlier:
+        for path in earlier:
             remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
             remove(path)
 
     def record(self):
-        """The settings, and what else a run depends on."""
-        frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
-        record = {**dataclasses.asdict(self.settings), **flat(self.parts)}
-        record |= dict(dataset_length = len(self.dataset), frozen = frozen)
+        """The settings, and what else a run depends on, as a manifest keeps it."""
+        record = {**dataclasses.asdict(self.settings), **flat(self.parts), 'dataset_length': len(self.dataset)}
+        record['frozen'] = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
         return json.loads(json.dumps(record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
-
-    @property
-    def logs_this_step(self):
-        return self.is_due(self.settings.log_every, self.step + 1)
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -2002,15 +1984,10 @@ class BaseTrainer:
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
-        loader = iter(DataLoader(
+        yield from DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
             pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
-        ))
-        try:
-            yield from loader
-        finally:
-            if self.settings.num_workers > 0:  # Python would wait for them in vain at its end
-                loader._shutdown_workers()
+        )
 
     def read(self, batches):
         batch = next(batches)
@@ -2035,21 +2012,9 @@ class BaseTrainer:
     def synced(self, sync):
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
-    def clip_gradients(self):
-        """{'grad_norm': of all parameters before it}, and when it is logged that of every part."""
-        norms = {}
-        for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
-            grads = [p.grad for p in part.parameters() if exists(p.grad)]
-            if grads:
-                norms[f'grad_norm/{name}'] = torch.nn.utils.get_total_norm(grads)
-
-        limit = default(self.settings.max_grad_norm, math.inf)
-        norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
-        return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
-
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of this process's last micro step, and gradient norms."""
-        num_micro_steps = self.settings.gradient_accumulation_steps
+        """One optimiser step. Returns loss and details of this process's last micro step, and the gradient's norm."""
+        num_micro_steps, limit = self.settings.gradient_accumulation_steps, self.settings.max_grad_norm
         self.optimizer.zero_grad()
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -2061,30 +2026,23 @@ class BaseTrainer:
         unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
         fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
         check(fits, f'with several processes every parameter needs a gradient, {unused} have none: freeze them')
-        self.accelerator.unscale_gradients()
-        norms = self.clip_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), default(limit, math.inf))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
-        self.update_average()
-        self.step += 1
-        return loss, details, norms
 
-    def update_average(self):
-        model, average = self.unwrapped, self.ema.ema_model
-        for part in average.modules():
+        for part in self.ema.ema_model.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
                 part.reshard()
-
-        broadcast([*model.buffers()])
         self.ema.update()
-        for (name, averaged), buffer in zip(average.named_buffers(), model.buffers(), strict = True):
-            if name not in self.ema.buffer_names:  # integers have no average
+        for averaged, buffer in zip(self.ema.ema_model.buffers(), self.unwrapped.buffers(), strict = True):
+            if not buffer.is_floating_point():  # integers have no average
                 averaged.copy_(buffer)
+        self.step += 1
+        return loss, details, norm
 
-    def check_finite(self, loss, details, norms):
+    def check_finite(self, loss, details, norm):
         """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
-        norm = norms['grad_norm']
-        is_scaled = exists(self.accelerator.scaler)  # fp16: it leaves steps with broken gradients out itself
-        is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
+        is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
 
@@ -2092,8 +2050,8 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
-        good = [folder for folder in step_folders(self.checkpoints) if not damage(folder)]
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
+        last = ['none', *step_folders(self.checkpoints)][-1]
+        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {last}')
 
     # the loop
     def train(self):
@@ -2133,16 +2091,16 @@ class BaseTrainer:
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
             while self.step < num_steps and not signals:
-                logs, self.in_step = self.logs_this_step, True
+                self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
                 result = self.train_step(batches)
                 bar.update()
                 if self.step % ask_every == 0:
                     signals = gather_object(received)
                 saves = signals or self.is_due(settings.save_every, self.step)
-                if logs or saves or self.step % self.look_every == 0 or self.step == num_steps:
+                if self.logs_this_step or saves or self.step % self.look_every == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 self.in_step = False
-                if logs:
+                if self.logs_this_step:
                     self.log(bar, *result)
                 if saves:
                     self.save()
@@ -2155,24 +2113,20 @@ class BaseTrainer:
 
     def record_start(self):
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
-        machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
-        versions = {'python': platform.python_version()}
+        versions = {}
         for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
             with suppress(PackageNotFoundError):  # this file alone, copied
                 versions[name] = version(name)
         append_json(self.results_folder / 'starts.jsonl', dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions,
-            git = None if failed else revision, hardware = dict(device = device, **machine),
-            precision = self.accelerator.mixed_precision, config = self.record()
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions, device = device,
+            num_processes = self.world, precision = self.accelerator.mixed_precision, config = self.record()
         ))
 
-    def log(self, bar, loss, details, norms):
+    def log(self, bar, loss, details, norm):
         metrics, on_bar = self.metrics(details)
-        metrics = {'loss': loss, **norms, **metrics}
-        kind = dict(dtype = torch.float32, device = self.device)
-        values = stack([torch.as_tensor(value, **kind) for value in metrics.values()])
-        values = self.accelerator.reduce(values.detach(), 'mean').tolist()
+        metrics = {'loss': loss, 'grad_norm': norm, **metrics}
+        values = torch.tensor([float(value) for value in metrics.values()], device = self.device)
+        values = self.accelerator.reduce(values, 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
@@ -2196,7 +2150,6 @@ class BaseTrainer:
         def draw():
             samples, rows = self.pictures()
             images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
-            check(torch.is_tensor(images), f'to_image must return a tensor, it returns {type(images).__name__}')
             check_shape('what to_image returns', images, shape)
             grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
             if self.is_main and not is_trial:
@@ -2216,37 +2169,30 @@ class BaseTrainer:
             together(lambda: self.complete(unfinished, written), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
-            problem = f'the checkpoint of step {self.step} could not be written: {error}'
-            last = [None, *step_folders(self.checkpoints)][-1]
-            raise OSError(f'{problem}. The last one is {last}') from error
+            message = f'the checkpoint of step {self.step} could not be written, earlier ones stay: {error}'
+            raise OSError(message) from error
 
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
         average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         queues = {name: queue.state_dict() for name, queue in self.queues.items()}
-        states = dict(model = model, ema = average, optimizer = flat(optimizer.get('state', {})))
-        states[f'queue-{self.rank}'] = flat(queues)
-
+        states = {f'queue-{self.rank}.safetensors': flat(queues)}
+        if self.is_main:
+            states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
         folder.mkdir(parents = True, exist_ok = True)
-        written = {}
-        for name, state in states.items():
-            if self.is_main or name.startswith('queue'):
-                file = f'{name}.safetensors'
-                written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
-        return written
+        return {name: save_tensors(state, folder / name, copy = name in SHARED_FILES) for name, state in states.items()}
 
     def complete(self, unfinished, written):
         """The manifest, and when all files are on the disk its name. The oldest ones go."""
-        scaler, folder = self.accelerator.scaler, self.checkpoints / f'step-{self.step:08d}'
+        folder = self.checkpoints / f'step-{self.step:08d}'
         manifest = dict(
-            step = self.step, samples_read = self.samples_read, num_processes = self.world,
-            scaler = scaler.state_dict() if exists(scaler) else None, config = self.record(),
+            step = self.step, samples_read = self.samples_read, num_processes = self.world, config = self.record(),
             files = {name: entry for files in written for name, entry in files.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (unfinished / 'config.json').write_text(config)
-        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
+        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
         discard(folder)
@@ -2280,7 +2226,7 @@ class BaseTrainer:
     def leave_later(self):
         """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
         for folder in step_folders(self.checkpoints):
-            if int(folder.name.removeprefix('step-')) > self.step:
+            if folder.name > f'step-{self.step:08d}':
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
@@ -2297,7 +2243,7 @@ class BaseTrainer:
         trimmed.replace(path)
 
     def load(self, folder):
-        manifest = read_json(folder / 'manifest.json')
+        manifest = json.loads((folder / 'manifest.json').read_text())
         before, now, saved_world = manifest['config'], self.record(), manifest['num_processes']
         found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
         check(saved_world == self.world, f'{found}: each has a queue of its own')
@@ -2313,15 +2259,13 @@ class BaseTrainer:
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, nested(moments)
+        # parameters that are frozen now, or never had a gradient, have none
+        optimizer = self.optimizer.optimizer
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
-        own, state_dict['state'] = state_dict['state'], moments
-        for name in model:
-            if name in now['frozen']:
-                moments.pop(name, None)
-            elif name not in moments and torch.equal(model[name], average[name]):  # it never had a gradient
-                own.pop(name, None)
+        moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
+        own = {name: state for name, state in state_dict['state'].items() if name in moments}
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
+        state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
@@ -2330,8 +2274,6 @@ class BaseTrainer:
             queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
-        if exists(self.accelerator.scaler) and manifest['scaler']:
-            self.accelerator.scaler.load_state_dict(manifest['scaler'])
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
@@ -2416,8 +2358,6 @@ class Trainer(BaseTrainer):
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if exists(settings.group_chunk_size):
-            fits = self.accelerator.mixed_precision != 'fp16'
-            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
             wanted = 'num_groups that processes share evenly'
             check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
@@ -2612,8 +2552,8 @@ class Trainer(BaseTrainer):
         drifts = {name: stack(values).mean() for name, values in drifts.items()}
         return {**metrics, **drifts}, (*drifts, 'loss')
 
-    def log(self, bar, loss, details, norms):
-        super().log(bar, loss, details, norms)
+    def log(self, bar, loss, details, norm):
+        super().log(bar, loss, details, norm)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         spread = details.spread
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
@@ -2903,7 +2843,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     state_dict = read_msgpack(weights) if is_release else read_tensors(weights)
     try:
-        arguments = read_json(config)
+        arguments = json.loads(config.read_text())
         check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
             arguments = arguments.get('model_config')
