@@ -1713,10 +1713,11 @@ OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
+    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at the rest too."""
     try:
-        check((folder / 'manifest.json').is_file(), 'it has no manifest')  # a pipe would be read for ever
-        manifest = json.loads((folder / 'manifest.json').read_text())
+        path = folder / 'manifest.json'
+        check(path.is_file(), 'it has no manifest')  # a pipe would be read for ever
+        manifest = json.loads(path.read_text())
         for name in ('step', 'samples_read', 'num_processes'):
             check(type(manifest[name]) is int, f'{name} is {manifest[name]!r} in its manifest')
 
@@ -1728,12 +1729,8 @@ def damage(folder, rank = 0):
     except Exception as error:  # whatever a file may hold
         return f'it is damaged ({type(error).__name__}: {error})'
 
-def step_folders(root):
-    """Checkpoints, oldest first. What has another name is not ours."""
-    return sorted(path for path in root.glob(STEP) if path.is_dir())
-
 def together(work, here = True):
-    """The results of work() in every process, or in those `here`; an error of one is an error of all."""
+    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
     except (OSError, ValueError, SafetensorError) as error:
@@ -1762,8 +1759,8 @@ TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 def check_fits(own, given, what = 'weights do'):
     own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    other = [name for name in own if name in given and given[name] != own[name]]
-    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in other]
+    shared = sorted(own.keys() & given.keys())
+    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in shared if given[name] != own[name]]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
     check(own == given, f'the {what} not fit the model: {found}')
 
@@ -1772,7 +1769,7 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
 def interruptions():
-    """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
+    """A list of the signals that came, so that a step can end. A second one acts at once."""
     received, handlers = [], {}
 
     def remember(number, frame):
@@ -1801,9 +1798,8 @@ def image_grid(images, *, min_size = 48):
     """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
-    is_float = images.is_floating_point()
-    found = 'nan or inf' if is_float else images.dtype
-    check(is_float and images.isfinite().all(), f'a picture has finite floats in [0, 1], got {found}')
+    check_floating('a picture', images, 'expected numbers in [0, 1]')
+    check(images.isfinite().all(), 'a picture has non-finite values (nan or inf)')
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
@@ -1865,8 +1861,7 @@ class LoopSettings:
             value = value.item() if isinstance(value, np.generic) else value
             setattr(self, name, value)
             kind = kind | int if isinstance(0., kind) else kind
-            wanted = getattr(kind, '__name__', kind)
-            check(isinstance(value, kind), f'{name} must be {wanted}, got {value!r}')
+            check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
             if isinstance(value, (int, float)):
                 fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
                 check(fits, f'{name} must be finite and not negative, got {value}')
@@ -1877,57 +1872,54 @@ class LoopSettings:
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
-    A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
-    over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
-    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
-    A process reads samples_per_process real samples in a micro step, all train on samples_trained.
+    A subclass has backward(batches, micro_step, sync), which adds the gradient of a micro step, averaged over
+    processes if sync, and returns the loss () and details; metrics(details), what to log of them {name: number}
+    and the names on the progress bar; pictures(), samples [b ch h w] and the rows of their grid.
+    A process reads samples_per_process real samples in a micro step.
 
-    results_folder gets metrics.jsonl, starts.jsonl (settings, versions and device of every start), samples/ and
-    checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of. Several processes refuse a model with trained statistics (BatchNorm).
+    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
+    settings that prevent that are warned of. Several processes refuse a model with persistent buffers of
+    floating point (BatchNorm), which would differ between them.
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
-        self.accelerator = self.make_accelerator()
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.queues, self.parts = {}, {}
+        self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
+
+        precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
+        if not exists(precision):
+            on_gpu = torch.cuda.is_available() and not settings.cpu
+            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation = False)
+            precision = 'bf16' if has_bf16 else 'no'
+        check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
+
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
+            project_dir = self.results_folder,
+            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
+        )
+        accelerator.gradient_accumulation_steps = 1  # whatever the environment says
+        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
-        self.look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
+
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
-        self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
-        self.queues, self.parts = {}, {}
         self.prepare(model)
-
-    def make_accelerator(self):
-        settings = self.settings
-        precision = default(settings.mixed_precision, os.environ.get('ACCELERATE_MIXED_PRECISION'))
-        if not exists(precision):
-            has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False)
-            precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
-        check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
-
-        accelerator = Accelerator(
-            mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
-            project_dir = settings.results_folder,
-            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
-        )
-        accelerator.gradient_accumulation_steps = 1  # whatever the environment says: train_step accumulates
-        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
-        check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
-        return accelerator
 
     def prepare(self, model):
         """Release: AdamW on all parameters, and their plain average from the start, at every step."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
-        saved = model.state_dict()
-        trained = [name for name, t in model.named_buffers() if name in saved and t.is_floating_point()]
-        wanted = f'no statistics that are trained, as those of BatchNorm; {trained} would differ'
-        check(self.world == 1 or not trained, f'with several processes a model may have {wanted}')
+        saved, buffers = model.state_dict(), model.named_buffers()
+        kept = [name for name, t in buffers if name in saved and t.is_floating_point()]
+        wanted = 'use one process, or persistent = False for constants'
+        check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
         options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
         optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
@@ -2013,7 +2005,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of this process's last micro step, and the gradient's norm."""
+        """One optimiser step. Returns loss and details of the last micro step, and the gradient's norm."""
         num_micro_steps, limit = self.settings.gradient_accumulation_steps, self.settings.max_grad_norm
         self.optimizer.zero_grad()
         self.model.train()
@@ -2029,19 +2021,19 @@ class BaseTrainer:
         norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), default(limit, math.inf))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
-
-        for part in self.ema.ema_model.modules():
+        average = self.ema.ema_model
+        for part in average.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
                 part.reshard()
         self.ema.update()
-        for averaged, buffer in zip(self.ema.ema_model.buffers(), self.unwrapped.buffers(), strict = True):
+        for averaged, buffer in zip(average.buffers(), self.unwrapped.buffers(), strict = True):
             if not buffer.is_floating_point():  # integers have no average
                 averaged.copy_(buffer)
         self.step += 1
         return loss, details, norm
 
     def check_finite(self, loss, details, norm):
-        """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
+        """Stops the run before broken weights are saved. They stay broken, so not every step has to ask."""
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
@@ -2050,18 +2042,17 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
-        last = ['none', *step_folders(self.checkpoints)][-1]
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {last}')
+        last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
+        raise FloatingPointError(f'{message}. The last good checkpoint is {last}')
 
     # the loop
     def train(self):
         """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint. It can be
-        called again after an error, unless that came within a step.
+        Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
+        It can be called again after an error, unless that came within a step.
         """
-        wanted = "make the trainer again, with resume_from_checkpoint = 'latest'"
-        check(not self.in_step, f'the step after {self.step} failed halfway, which cannot be undone: {wanted}')
+        check(not self.in_step, f'the step after {self.step} failed halfway: make the trainer again, and resume')
         together(self.hold_folder, self.is_main)
         batches = self.batches()
         try:
@@ -2097,7 +2088,7 @@ class BaseTrainer:
                 if self.step % ask_every == 0:
                     signals = gather_object(received)
                 saves = signals or self.is_due(settings.save_every, self.step)
-                if self.logs_this_step or saves or self.step % self.look_every == 0 or self.step == num_steps:
+                if self.logs_this_step or saves or self.step % 10 == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 self.in_step = False
                 if self.logs_this_step:
@@ -2130,11 +2121,9 @@ class BaseTrainer:
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
-        # of the machine, not of the run: these differ when it is repeated
+        # of the machine: these differ when a run is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        samples = (self.step - first_step) * self.samples_trained
-        samples *= self.settings.gradient_accumulation_steps
-        metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
+        metrics['machine/steps_per_second'] = (self.step - first_step) / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         self.accelerator.log(metrics, step = self.step)
@@ -2162,32 +2151,36 @@ class BaseTrainer:
 
     # checkpoints
     def save(self):
-        """Write results_folder/checkpoints/step-..., aside until it is complete, and keep the newest."""
+        """Write a checkpoint, aside until it is complete, and keep the newest."""
         unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
             written = together(lambda: self.write_states(unfinished))
             together(lambda: self.complete(unfinished, written), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
-            message = f'the checkpoint of step {self.step} could not be written, earlier ones stay: {error}'
-            raise OSError(message) from error
+            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
         average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
-        queues = {name: queue.state_dict() for name, queue in self.queues.items()}
-        states = {f'queue-{self.rank}.safetensors': flat(queues)}
+        queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
+        states = {f'queue-{self.rank}.safetensors': queues}
         if self.is_main:
             states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
+
         folder.mkdir(parents = True, exist_ok = True)
-        return {name: save_tensors(state, folder / name, copy = name in SHARED_FILES) for name, state in states.items()}
+        written = {}
+        for name, state in states.items():
+            written[name] = save_tensors(state, folder / name, copy = name in SHARED_FILES)
+        return written
 
     def complete(self, unfinished, written):
         """The manifest, and when all files are on the disk its name. The oldest ones go."""
         folder = self.checkpoints / f'step-{self.step:08d}'
         manifest = dict(
-            step = self.step, samples_read = self.samples_read, num_processes = self.world, config = self.record(),
+            step = self.step, samples_read = self.samples_read,
+            num_processes = self.world, config = self.record(),
             files = {name: entry for files in written for name, entry in files.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
@@ -2198,18 +2191,18 @@ class BaseTrainer:
         discard(folder)
         unfinished.rename(folder)
         flush(self.checkpoints)
-        for old in step_folders(self.checkpoints)[:-self.settings.keep_checkpoints]:
+        for old in sorted(self.checkpoints.glob(STEP))[:-self.settings.keep_checkpoints]:
             discard(old)
 
     def resume(self):
-        """The end of __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
+        """The end of __init__: goes on from a checkpoint if that was asked for."""
         length, num = len(self.dataset), self.samples_per_process * self.world
         check(length >= num, f'the dataset has {length} samples, fewer than the {num} read per step')
         together(self.claim_folder, self.is_main)
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        newest_first = reversed(step_folders(self.checkpoints))
+        newest_first = reversed(sorted(self.checkpoints.glob(STEP)))
         for folder in newest_first if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
@@ -2224,8 +2217,8 @@ class BaseTrainer:
         together(self.leave_later, self.is_main)
 
     def leave_later(self):
-        """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
-        for folder in step_folders(self.checkpoints):
+        """Later checkpoints do not count any more, and what was logged later will be logged again."""
+        for folder in sorted(self.checkpoints.glob(STEP)):
             if folder.name > f'step-{self.step:08d}':
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
@@ -2269,8 +2262,7 @@ class BaseTrainer:
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            hint = 'it was trained without guidance, go on with alpha_range = (1, 1)'
-            check(name in states, f'{folder} has no queue of {name} samples: {hint}')
+            check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
@@ -2278,8 +2270,7 @@ class BaseTrainer:
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
-        wanted = 'of others save trainer.ema.ema_model.state_dict()'
-        check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
+        check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
@@ -2351,7 +2342,7 @@ class Trainer(BaseTrainer):
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         settings, num = self.settings, self.settings.num_groups
-        self.samples_per_process, self.samples_trained = settings.push_size, num * settings.num_gen
+        self.samples_per_process = settings.push_size
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
@@ -2601,7 +2592,7 @@ class MAETrainer(BaseTrainer):
         super().__init__(model, dataset, MAESettings(**settings), to_image)
         fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
         check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        num = self.samples_trained = self.settings.batch_size
+        num = self.settings.batch_size
         check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
 
