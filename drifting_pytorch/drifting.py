@@ -43,7 +43,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
@@ -1776,8 +1776,7 @@ def interruptions():
         received.append(number)
         signal.signal(number, handlers[number])
 
-    is_told = threading.current_thread() is threading.main_thread()
-    for number in SIGNALS if is_told else ():
+    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         handler = signal.getsignal(number)
         if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
             handlers[number] = handler
@@ -1795,7 +1794,7 @@ def ignore_signals(worker):
 
 # pictures and records
 def image_grid(images, *, min_size = 48):
-    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
+    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
     check_floating('a picture', images, 'expected numbers in [0, 1]')
@@ -1808,13 +1807,12 @@ def image_grid(images, *, min_size = 48):
 
 # settings
 def described(part):
-    """The class of a loss or field, and its attributes: plain values, and the names of other things."""
+    """Class and attributes of a loss or field: plain values, and names of other things."""
     def name_of(value):
         return getattr(value, '__name__', type(value).__name__)
 
-    own = vars(part).items() if isinstance(part, Module) else ()
-    own = {'class': name_of(part), **{name: value for name, value in own if name[0] != '_'}}
-    return json.loads(json.dumps(own, default = name_of, skipkeys = True))
+    own = {name: value for name, value in getattr(part, '__dict__', {}).items() if name[0] != '_'}
+    return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
@@ -1877,9 +1875,8 @@ class BaseTrainer:
     and the names on the progress bar; pictures(), samples [b ch h w] and the rows of their grid.
     A process reads samples_per_process real samples in a micro step.
 
-    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of. Several processes refuse a model with persistent buffers of
-    floating point (BatchNorm), which would differ between them.
+    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
+    that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
@@ -1892,8 +1889,7 @@ class BaseTrainer:
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
         if not exists(precision):
             on_gpu = torch.cuda.is_available() and not settings.cpu
-            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation = False)
-            precision = 'bf16' if has_bf16 else 'no'
+            precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(False) else 'no'  # not emulated
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
 
         self.accelerator = accelerator = Accelerator(
@@ -1914,15 +1910,15 @@ class BaseTrainer:
         self.prepare(model)
 
     def prepare(self, model):
-        """Release: AdamW on all parameters, and their plain average from the start, at every step."""
+        """Release: AdamW on all parameters, and their plain average from the start."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
-        saved, buffers = model.state_dict(), model.named_buffers()
-        kept = [name for name, t in buffers if name in saved and t.is_floating_point()]
+        saved = model.state_dict()
+        kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
         wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
-        options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
-        optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
+        options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
+        optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
@@ -1942,8 +1938,8 @@ class BaseTrainer:
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
         except OSError as error:
-            found = 'is in use by another run' if isinstance(error, Timeout) else 'cannot be written to'
-            raise OSError(f'results_folder = {self.results_folder} {found}: {error}') from error
+            found = 'is in use by another run, or cannot be written to'
+            raise OSError(f'{self.results_folder} {found}: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
@@ -1953,17 +1949,17 @@ class BaseTrainer:
 
         names = ['checkpoints/unfinished-*'] if resumes else OURS
         earlier = [path for name in names for path in folder.glob(name)]
-        wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
+        wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
         for path in earlier:
             remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
             remove(path)
 
     def record(self):
-        """The settings, and what else a run depends on, as a manifest keeps it."""
-        record = {**dataclasses.asdict(self.settings), **flat(self.parts), 'dataset_length': len(self.dataset)}
-        record['frozen'] = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
-        return json.loads(json.dumps(record, default = str))
+        """The settings, and what else a run depends on."""
+        frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
+        record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
+        return json.loads(json.dumps(dataclasses.asdict(self.settings) | record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
@@ -2006,7 +2002,7 @@ class BaseTrainer:
 
     def train_step(self, batches):
         """One optimiser step. Returns loss and details of the last micro step, and the gradient's norm."""
-        num_micro_steps, limit = self.settings.gradient_accumulation_steps, self.settings.max_grad_norm
+        num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -2017,8 +2013,9 @@ class BaseTrainer:
         parameters = self.unwrapped.named_parameters()
         unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
         fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
-        check(fits, f'with several processes every parameter needs a gradient, {unused} have none: freeze them')
-        norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), default(limit, math.inf))
+        check(fits, f'with several processes {unused} need a gradient and have none: freeze them')
+        limit = default(self.settings.max_grad_norm, math.inf)
+        norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
         average = self.ema.ema_model
@@ -2033,7 +2030,7 @@ class BaseTrainer:
         return loss, details, norm
 
     def check_finite(self, loss, details, norm):
-        """Stops the run before broken weights are saved. They stay broken, so not every step has to ask."""
+        """Before broken weights are saved. They stay broken, so not every step has to ask."""
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
@@ -2043,11 +2040,11 @@ class BaseTrainer:
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
-        raise FloatingPointError(f'{message}. The last good checkpoint is {last}')
+        raise FloatingPointError(f'{message}; the last good checkpoint is {last}')
 
     # the loop
     def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
+        """Train up to num_train_steps. Seeds the process's random numbers.
 
         Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
         It can be called again after an error, unless that came within a step.
@@ -2072,6 +2069,7 @@ class BaseTrainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:
+            self.accelerator.print(f'stopped by a signal after step {self.step}')
             signal.raise_signal(number)
 
     def run(self, batches):
@@ -2098,8 +2096,6 @@ class BaseTrainer:
                 if self.is_due(settings.sample_every, self.step):
                     self.save_pictures()
 
-        if signals:
-            self.accelerator.print(f'stopped by a signal, saved at step {self.step}')
         return signals or received
 
     def record_start(self):
@@ -2212,12 +2208,12 @@ class BaseTrainer:
             message = f'{folder} cannot be used: {problem}'
             check(given == 'latest', message)
             if self.is_main:
-                warnings.warn(f'{message}. Going on from an earlier one, if there is any', stacklevel = 2)
+                warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
 
         together(self.leave_later, self.is_main)
 
     def leave_later(self):
-        """Later checkpoints do not count any more, and what was logged later will be logged again."""
+        """Later checkpoints count no more, and what was logged later will be logged again."""
         for folder in sorted(self.checkpoints.glob(STEP)):
             if folder.name > f'step-{self.step:08d}':
                 aside = folder.with_name(f'left-{folder.name}')
@@ -2237,13 +2233,11 @@ class BaseTrainer:
 
     def load(self, folder):
         manifest = json.loads((folder / 'manifest.json').read_text())
-        before, now, saved_world = manifest['config'], self.record(), manifest['num_processes']
-        found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
-        check(saved_world == self.world, f'{found}: each has a queue of its own')
-        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in {**before, **now} if name not in may_change]
-        changed = [(name, before.get(name, 'default'), now.get(name, 'default')) for name in names]
-        found = ', '.join(f'{name} {old} -> {new}' for name, old, new in changed if old != new)
+        before, now, num = manifest['config'], self.record(), manifest['num_processes']
+        check(num == self.world, f'the checkpoint has the queues of {num} processes, these are {self.world}')
+        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata]
+        changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
+        found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
         if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 

@@ -305,7 +305,7 @@ def train_unused(folder):
         return str(error)
 
 def test_an_unused_parameter_is_named(tmp_path):
-    says = "with several processes every parameter needs a gradient, ['token'] have none: freeze them"
+    says = "with several processes ['token'] need a gradient and have none: freeze them"
     assert launch(train_unused, 2, tmp_path) == [says] * 2
 
 # sharded models
