@@ -14,12 +14,10 @@ import json
 import math
 import operator
 import os
-import platform
 import random
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import warnings
@@ -38,7 +36,6 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    broadcast,
     gather_object,
     reduce as accelerate_reduce,
 )
@@ -46,7 +43,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
 from ema_pytorch import EMA
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float, Int, jaxtyped
 from PIL import Image
@@ -1672,19 +1669,12 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from error
 
-def read_json(path):
-    return json.loads(path.read_text())
-
 def append_json(path, entry):
     with open(path, 'a') as file:
         file.write(json.dumps(entry) + '\n')
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
     """copy: where tensors may share memory. Returns what the manifest says of the file."""
@@ -1712,46 +1702,33 @@ OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at all else too."""
+    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at the rest too."""
     try:
         path = folder / 'manifest.json'
-        if path.stat().st_size > 2 ** 24 or not path.is_file():
-            return 'its manifest is too large, or no file'
-        manifest = read_json(path)
-        files = manifest['files']
-        missing = ', '.join(name for name in SHARED_FILES if name not in files)
-        if missing:
-            return f'its manifest does not have {missing}'
-        numbers = [manifest[name] for name in ('step', 'samples_read', 'num_processes')]
-        if not isinstance(manifest['config'], dict) or any(type(n) is not int or n < 0 for n in numbers):
-            return 'its manifest does not say where the run stood'
+        check(path.is_file(), 'it has no manifest')  # a pipe would be read for ever
+        manifest = json.loads(path.read_text())
+        for name in ('step', 'samples_read', 'num_processes'):
+            check(type(manifest[name]) is int, f'{name} is {manifest[name]!r} in its manifest')
 
         queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
         for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
-            path, expected = folder / name, files[name]
-            size = path.stat().st_size
-            if size != expected['bytes'] or not path.is_file():
-                return f'{name} has {size} bytes instead of {expected["bytes"]}, or is no file'
-            if sha256(path) != expected['sha256']:
-                return f'{name} does not have the hash that the manifest gives'
+            path, expected = folder / name, manifest['files'][name]
+            fits = path.is_file() and path.stat().st_size == expected['bytes']
+            check(fits and sha256(path) == expected['sha256'], f'{name} is not what its manifest says')
     except Exception as error:  # whatever a file may hold
-        return f'it is not complete ({type(error).__name__}: {error})'
-
-def step_folders(root):
-    """Checkpoints, oldest first. What has another name is not ours."""
-    return sorted(path for path in root.glob(STEP) if path.is_dir())
+        return f'it is damaged ({type(error).__name__}: {error})'
 
 def together(work, here = True):
-    """The results of work() in every process, or in those `here`; an error of one is an error of all."""
-    result = problem = None
+    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
     except (OSError, ValueError, SafetensorError) as error:
-        problem = error
+        result = error
 
-    results, problems = zip(*gather_object([(result, problem)]), strict = True)
-    for problem in filter(exists, problems):
-        raise problem
+    results = gather_object([result])
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
     return results
 
 def flat(states):
@@ -1771,8 +1748,8 @@ TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 def check_fits(own, given, what = 'weights do'):
     own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    other = [name for name in own if name in given and given[name] != own[name]]
-    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in other]
+    shared = sorted(own.keys() & given.keys())
+    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in shared if given[name] != own[name]]
     found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
     check(own == given, f'the {what} not fit the model: {found}')
 
@@ -1781,18 +1758,18 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
 def interruptions():
-    """The signals that came, Ctrl-C or SIGTERM, as a list, so that a step can end. A second one acts at once."""
-    is_told = threading.current_thread() is threading.main_thread()
-    received, handlers = [], {number: signal.getsignal(number) for number in SIGNALS if is_told}
-    ignored = signal.SIG_IGN, None  # in the background of a script
-    handlers = {number: handler for number, handler in handlers.items() if handler not in ignored}
+    """A list of the signals that came, so that a step can end. A second one acts at once."""
+    received, handlers = [], {}
 
     def remember(number, frame):
         received.append(number)
         signal.signal(number, handlers[number])
 
-    for number in handlers:
-        signal.signal(number, remember)
+    for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+        handler = signal.getsignal(number)
+        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
+            handlers[number] = handler
+            signal.signal(number, remember)
     try:
         yield received
     finally:
@@ -1806,12 +1783,11 @@ def ignore_signals(worker):
 
 # pictures and records
 def image_grid(images, *, min_size = 48):
-    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified to min_size pixels."""
+    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
-    is_float = images.is_floating_point()
-    found = 'nan or inf' if is_float else images.dtype
-    check(is_float and images.isfinite().all(), f'a picture has finite floats in [0, 1], got {found}')
+    check_floating('a picture', images, 'expected numbers in [0, 1]')
+    check(images.isfinite().all(), 'a picture has non-finite values (nan or inf)')
     pixels = F.pad(images.float().cpu(), (1, 1, 1, 1), value = 1.)
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
@@ -1820,14 +1796,12 @@ def image_grid(images, *, min_size = 48):
 
 # settings
 def described(part):
-    """The attributes of a loss or field: plain values, and the names of other things."""
+    """Class and attributes of a loss or field: plain values, and names of other things."""
     def name_of(value):
         return getattr(value, '__name__', type(value).__name__)
 
-    own = vars(part) if isinstance(part, Module) else {}
-    own = {name: value for name, value in own.items() if name[0] != '_'}
-    own['class'] = name_of(part)
-    return json.loads(json.dumps(own, default = name_of, skipkeys = True))
+    own = {name: value for name, value in getattr(part, '__dict__', {}).items() if name[0] != '_'}
+    return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
 def free(value):
     """The default of a setting that a resumed run may change without a warning."""
@@ -1871,9 +1845,10 @@ class LoopSettings:
     def __post_init__(self):
         for entry in dataclasses.fields(self):
             name, kind, value = entry.name, entry.type, getattr(self, entry.name)
+            value = value.item() if isinstance(value, np.generic) else value
+            setattr(self, name, value)
             kind = kind | int if isinstance(0., kind) else kind
-            wanted = getattr(kind, '__name__', kind)
-            check(isinstance(value, kind), f'{name} must be {wanted}, got {value!r}')
+            check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
             if isinstance(value, (int, float)):
                 fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
                 check(fits, f'{name} must be finite and not negative, got {value}')
@@ -1884,55 +1859,55 @@ class LoopSettings:
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
-    A subclass says what is trained: backward(batches, micro_step, sync) adds the gradient of a micro step, averaged
-    over processes if sync, and returns the loss () and details; metrics(details) returns what to log of them,
-    {name: tensor ()}, and the names on the progress bar; pictures() samples [b ch h w] and the rows of their grid.
-    A process reads samples_per_process real samples in a micro step, all train on samples_trained.
-    less_memory: settings to lower.
+    A subclass has backward(batches, micro_step, sync), which adds the gradient of a micro step, averaged over
+    processes if sync, and returns the loss () and details; metrics(details), what to log of them {name: number}
+    and the names on the progress bar; pictures(), samples [b ch h w] and the rows of their grid.
+    A process reads samples_per_process real samples in a micro step. less_memory: settings to lower.
 
-    results_folder gets metrics.jsonl, starts.jsonl (settings, versions and hardware of every start), samples/ and
-    checkpoints/. Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been;
-    settings that prevent that are warned of. Buffers (BatchNorm) are the first process's in all, after every step.
+    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
+    that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
-        self.accelerator = self.make_accelerator()
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.queues, self.parts = {}, {}
+        self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
+
+        precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
+        if not exists(precision):
+            on_gpu = torch.cuda.is_available() and not settings.cpu
+            precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(False) else 'no'  # not emulated
+        check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
+
+        self.accelerator = accelerator = Accelerator(
+            mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
+            project_dir = self.results_folder,
+            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
+        )
+        accelerator.gradient_accumulation_steps = 1  # whatever the environment says
+        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
+        self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.hide_bar = not (settings.progress_bar and self.is_main)
-        self.look_every = 1 if self.device.type == 'cpu' else 10  # at the loss: an accelerator is waited for
+
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
-        self.step, self.samples_read, self.in_step = 0, 0, False
-        self.queues, self.parts = {}, {}
         self.prepare(model)
 
-    def make_accelerator(self):
-        settings, mixed_precision = self.settings, self.settings.mixed_precision
-        if not exists(mixed_precision) and 'ACCELERATE_MIXED_PRECISION' not in os.environ:
-            has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation = False)
-            mixed_precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
-
-        accelerator = Accelerator(
-            mixed_precision = mixed_precision, cpu = settings.cpu, log_with = settings.log_with,
-            project_dir = settings.results_folder,
-            kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
-        )
-        accelerator.gradient_accumulation_steps = 1  # whatever the environment says: train_step accumulates
-        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
-        check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
-        return accelerator
-
     def prepare(self, model):
-        """Release: AdamW on all parameters, and their plain average from the start, at every step."""
+        """Release: AdamW on all parameters, and their plain average from the start."""
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
+        saved = model.state_dict()
+        kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
+        wanted = 'use one process, or persistent = False for constants'
+        check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
-        options = dict(lr = settings.learning_rate, betas = settings.betas, weight_decay = settings.weight_decay)
-        optimizer = torch.optim.AdamW(model.parameters(), fused = self.device.type in ('cuda', 'cpu'), **options)
+        options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
+        optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
@@ -1947,15 +1922,13 @@ class BaseTrainer:
 
     def hold_folder(self):
         """Against another run at the same time. A process that died holds no lock."""
-        folder = self.results_folder
         try:
-            folder.mkdir(parents = True, exist_ok = True)
+            self.results_folder.mkdir(parents = True, exist_ok = True)
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
-        except Timeout as error:
-            raise OSError(f'{folder} is in use by a run that goes on: take another results_folder') from error
         except OSError as error:
-            raise OSError(f'results_folder = {str(folder)!r} cannot be written to: {error}') from error
+            found = 'is in use by another run, or cannot be written to'
+            raise OSError(f'{self.results_folder} {found}: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
@@ -1963,26 +1936,22 @@ class BaseTrainer:
         self.hold_folder()
         self.lock.release()  # until it trains
 
-        earlier = [path for name in OURS for path in folder.glob(name)]
-        wanted = "pass resume_from_checkpoint = 'latest', overwrite = True, or another results_folder"
+        names = ['checkpoints/unfinished-*'] if resumes else OURS
+        earlier = [path for name in names for path in folder.glob(name)]
+        wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
         check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
-        for path in list(self.checkpoints.glob('unfinished-*')) if resumes else earlier:
+        for path in earlier:
             remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
             remove(path)
 
     def record(self):
         """The settings, and what else a run depends on."""
         frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
-        record = {**dataclasses.asdict(self.settings), **flat(self.parts)}
-        record |= dict(dataset_length = len(self.dataset), frozen = frozen)
-        return json.loads(json.dumps(record, default = str))
+        record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
+        return json.loads(json.dumps(dataclasses.asdict(self.settings) | record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
-
-    @property
-    def logs_this_step(self):
-        return self.is_due(self.settings.log_every, self.step + 1)
 
     def before_training(self, batches):
         """Once, before the first step of a run that is not resumed."""
@@ -1992,15 +1961,10 @@ class BaseTrainer:
         """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
-        loader = iter(DataLoader(
+        yield from DataLoader(
             self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
             pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
-        ))
-        try:
-            yield from loader
-        finally:
-            if self.settings.num_workers > 0:  # Python would wait for them in vain at its end
-                loader._shutdown_workers()
+        )
 
     def read(self, batches):
         batch = next(batches)
@@ -2025,20 +1989,8 @@ class BaseTrainer:
     def synced(self, sync):
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
-    def clip_gradients(self):
-        """{'grad_norm': of all parameters before it}, and when it is logged that of every part."""
-        norms = {}
-        for name, part in self.unwrapped.named_children() if self.logs_this_step else ():
-            grads = [p.grad for p in part.parameters() if exists(p.grad)]
-            if grads:
-                norms[f'grad_norm/{name}'] = torch.nn.utils.get_total_norm(grads)
-
-        limit = default(self.settings.max_grad_norm, math.inf)
-        norms['grad_norm'] = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
-        return {name: norm.full_tensor() if isinstance(norm, DTensor) else norm for name, norm in norms.items()}
-
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of this process's last micro step, and gradient norms."""
+        """One optimiser step. Returns loss and details of the last micro step, and the gradient's norm."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2050,31 +2002,26 @@ class BaseTrainer:
         parameters = self.unwrapped.named_parameters()
         unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
         fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
-        check(fits, f'with several processes every parameter needs a gradient, {unused} have none: freeze them')
-        self.accelerator.unscale_gradients()
-        norms = self.clip_gradients()
+        check(fits, f'with several processes {unused} need a gradient and have none: freeze them')
+        limit = default(self.settings.max_grad_norm, math.inf)
+        norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.optimizer.step()
-        self.update_average()
-        self.step += 1
-        return loss, details, norms
-
-    def update_average(self):
-        model, average = self.unwrapped, self.ema.ema_model
+        average = self.ema.ema_model
         for part in average.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
                 part.reshard()
-
-        broadcast([*model.buffers()])
         self.ema.update()
-        for (name, averaged), buffer in zip(average.named_buffers(), model.buffers(), strict = True):
-            if name not in self.ema.buffer_names:  # integers have no average
+        for averaged, buffer in zip(average.buffers(), self.unwrapped.buffers(), strict = True):
+            if not buffer.is_floating_point():  # integers have no average
                 averaged.copy_(buffer)
+        self.step += 1
+        return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Stops the run before broken weights are saved. They stay broken, so the newest step tells."""
+        """Before broken weights are saved. They stay broken, so not every step has to ask."""
         norm = norms['grad_norm']
-        is_scaled = exists(self.accelerator.scaler)  # fp16: it leaves steps with broken gradients out itself
-        is_finite = loss.isfinite() & (norm.isfinite() | is_scaled)
+        is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
 
@@ -2082,18 +2029,17 @@ class BaseTrainer:
         broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
-        good = [folder for folder in step_folders(self.checkpoints) if not damage(folder)]
-        raise FloatingPointError(f'{message}. Stopped; the last good checkpoint is {["none", *good][-1]}')
+        last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
+        raise FloatingPointError(f'{message}; the last good checkpoint is {last}')
 
     # the loop
     def train(self):
-        """Train up to num_train_steps, from the step that was resumed if any. Seeds the process's random numbers.
+        """Train up to num_train_steps. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, and names the last good checkpoint. It can be
-        called again after an error, unless that came within a step.
+        Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
+        It can be called again after an error, unless that came within a step.
         """
-        wanted = "make the trainer again, with resume_from_checkpoint = 'latest'"
-        check(not self.in_step, f'the step after {self.step} failed halfway, which cannot be undone: {wanted}')
+        check(not self.in_step, f'the step after {self.step} failed halfway: make the trainer again, and resume')
         together(self.hold_folder, self.is_main)
         batches = self.batches()
         try:
@@ -2117,6 +2063,7 @@ class BaseTrainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:
+            self.accelerator.print(f'stopped by a signal after step {self.step}')
             signal.raise_signal(number)
 
     def run(self, batches):
@@ -2127,54 +2074,46 @@ class BaseTrainer:
 
         with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
             while self.step < num_steps and not signals:
-                logs, self.in_step = self.logs_this_step, True
+                self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
                 result = self.train_step(batches)
                 bar.update()
                 if self.step % ask_every == 0:
                     signals = gather_object(received)
                 saves = signals or self.is_due(settings.save_every, self.step)
-                if logs or saves or self.step % self.look_every == 0 or self.step == num_steps:
+                if self.logs_this_step or saves or self.step % 10 == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 self.in_step = False
-                if logs:
+                if self.logs_this_step:
                     self.log(bar, *result)
                 if saves:
                     self.save()
                 if self.is_due(settings.sample_every, self.step):
                     self.save_pictures()
 
-        if signals:
-            self.accelerator.print(f'stopped by a signal, saved at step {self.step}')
         return signals or received
 
     def record_start(self):
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        failed, revision = subprocess.getstatusoutput('git rev-parse HEAD')  # of the working directory
-        machine = dict(processes = self.world, cpus = os.cpu_count(), platform = platform.platform())
-        versions = {'python': platform.python_version()}
+        versions = {}
         for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
             with suppress(PackageNotFoundError):  # this file alone, copied
                 versions[name] = version(name)
         append_json(self.results_folder / 'starts.jsonl', dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions,
-            git = None if failed else revision, hardware = dict(device = device, **machine),
-            precision = self.accelerator.mixed_precision, config = self.record()
+            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions, device = device,
+            num_processes = self.world, precision = self.accelerator.mixed_precision, config = self.record()
         ))
 
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
         metrics = {'loss': loss, **norms, **metrics}
-        kind = dict(dtype = torch.float32, device = self.device)
-        values = stack([torch.as_tensor(value, **kind) for value in metrics.values()])
-        values = self.accelerator.reduce(values.detach(), 'mean').tolist()
+        values = torch.tensor([float(value) for value in metrics.values()], device = self.device)
+        values = self.accelerator.reduce(values, 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
-        # of the machine, not of the run: these differ when it is repeated
+        # of the machine: these differ when a run is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
-        samples = (self.step - first_step) * self.samples_trained
-        samples *= self.settings.gradient_accumulation_steps
-        metrics['machine/samples_per_second'] = samples / (self.clock[0] - before)
+        metrics['machine/steps_per_second'] = (self.step - first_step) / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
         self.accelerator.log(metrics, step = self.step)
@@ -2190,7 +2129,6 @@ class BaseTrainer:
         def draw():
             samples, rows = self.pictures()
             images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
-            check(torch.is_tensor(images), f'to_image must return a tensor, it returns {type(images).__name__}')
             check_shape('what to_image returns', images, shape)
             grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
             if self.is_main and not is_trial:
@@ -2203,61 +2141,58 @@ class BaseTrainer:
 
     # checkpoints
     def save(self):
-        """Write results_folder/checkpoints/step-..., aside until it is complete, and keep the newest."""
+        """Write a checkpoint, aside until it is complete, and keep the newest."""
         unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
             written = together(lambda: self.write_states(unfinished))
             together(lambda: self.complete(unfinished, written), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
-            problem = f'the checkpoint of step {self.step} could not be written: {error}'
-            last = [None, *step_folders(self.checkpoints)][-1]
-            raise OSError(f'{problem}. The last one is {last}') from error
+            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
         average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
-        queues = {name: queue.state_dict() for name, queue in self.queues.items()}
-        states = dict(model = model, ema = average, optimizer = flat(optimizer.get('state', {})))
-        states[f'queue-{self.rank}'] = flat(queues)
+        queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
+        states = {f'queue-{self.rank}.safetensors': queues}
+        if self.is_main:
+            states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
         written = {}
         for name, state in states.items():
-            if self.is_main or name.startswith('queue'):
-                file = f'{name}.safetensors'
-                written[file] = save_tensors(state, folder / file, copy = not name.startswith('queue'))
+            written[name] = save_tensors(state, folder / name, copy = name in SHARED_FILES)
         return written
 
     def complete(self, unfinished, written):
         """The manifest, and when all files are on the disk its name. The oldest ones go."""
-        scaler, folder = self.accelerator.scaler, self.checkpoints / f'step-{self.step:08d}'
+        folder = self.checkpoints / f'step-{self.step:08d}'
         manifest = dict(
-            step = self.step, samples_read = self.samples_read, num_processes = self.world,
-            scaler = scaler.state_dict() if exists(scaler) else None, config = self.record(),
+            step = self.step, samples_read = self.samples_read,
+            num_processes = self.world, config = self.record(),
             files = {name: entry for files in written for name, entry in files.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (unfinished / 'config.json').write_text(config)
-        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1, default = str))
+        (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
         for path in (*unfinished.iterdir(), unfinished):
             flush(path)
         discard(folder)
         unfinished.rename(folder)
         flush(self.checkpoints)
-        for old in step_folders(self.checkpoints)[:-self.settings.keep_checkpoints]:
+        for old in sorted(self.checkpoints.glob(STEP))[:-self.settings.keep_checkpoints]:
             discard(old)
 
     def resume(self):
-        """The end of __init__: claims the folder, and goes on from a checkpoint if that was asked for."""
+        """The end of __init__: goes on from a checkpoint if that was asked for."""
         length, num = len(self.dataset), self.samples_per_process * self.world
         check(length >= num, f'the dataset has {length} samples, fewer than the {num} read per step')
         together(self.claim_folder, self.is_main)
         given = self.settings.resume_from_checkpoint
         if not exists(given):
             return
-        newest_first = reversed(step_folders(self.checkpoints))
+        newest_first = reversed(sorted(self.checkpoints.glob(STEP)))
         for folder in newest_first if given == 'latest' else [Path(given)]:
             problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
             if not exists(problem):
@@ -2267,14 +2202,14 @@ class BaseTrainer:
             message = f'{folder} cannot be used: {problem}'
             check(given == 'latest', message)
             if self.is_main:
-                warnings.warn(f'{message}. Going on from an earlier one, if there is any', stacklevel = 2)
+                warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
 
         together(self.leave_later, self.is_main)
 
     def leave_later(self):
-        """Checkpoints after this one do not count any more, and what was logged after it will be logged again."""
-        for folder in step_folders(self.checkpoints):
-            if int(folder.name.removeprefix('step-')) > self.step:
+        """Later checkpoints count no more, and what was logged later will be logged again."""
+        for folder in sorted(self.checkpoints.glob(STEP)):
+            if folder.name > f'step-{self.step:08d}':
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
@@ -2291,14 +2226,12 @@ class BaseTrainer:
         trimmed.replace(path)
 
     def load(self, folder):
-        manifest = read_json(folder / 'manifest.json')
-        before, now, saved_world = manifest['config'], self.record(), manifest['num_processes']
-        found = f'the checkpoint is of {saved_world} processes, these are {self.world}'
-        check(saved_world == self.world, f'{found}: each has a queue of its own')
-        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata.get('free')]
-        names = [name for name in {**before, **now} if name not in may_change]
-        changed = [(name, before.get(name, 'default'), now.get(name, 'default')) for name in names]
-        found = ', '.join(f'{name} {old} -> {new}' for name, old, new in changed if old != new)
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        before, now, num = manifest['config'], self.record(), manifest['num_processes']
+        check(num == self.world, f'the checkpoint has the queues of {num} processes, these are {self.world}')
+        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata]
+        changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
+        found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
         if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
@@ -2307,31 +2240,25 @@ class BaseTrainer:
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        optimizer, moments = self.optimizer.optimizer, nested(moments)
+        # parameters that are frozen now, or never had a gradient, have none
+        optimizer = self.optimizer.optimizer
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
-        own, state_dict['state'] = state_dict['state'], moments
-        for name in model:
-            if name in now['frozen']:
-                moments.pop(name, None)
-            elif name not in moments and torch.equal(model[name], average[name]):  # it never had a gradient
-                own.pop(name, None)
+        moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
+        own = {name: state for name, state in state_dict['state'].items() if name in moments}
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
+        state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            hint = 'it was trained without guidance, go on with alpha_range = (1, 1)'
-            check(name in states, f'{folder} has no queue of {name} samples: {hint}')
+            check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
 
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
-        if exists(self.accelerator.scaler) and manifest['scaler']:
-            self.accelerator.scaler.load_state_dict(manifest['scaler'])
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
-        wanted = 'of others save trainer.ema.ema_model.state_dict()'
-        check(is_ours, f'save_pretrained is for the models of this package: {wanted}')
+        check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
@@ -2405,15 +2332,13 @@ class Trainer(BaseTrainer):
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         settings, num = self.settings, self.settings.num_groups
-        self.samples_per_process, self.samples_trained = settings.push_size, num * settings.num_gen
+        self.samples_per_process = settings.push_size
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if exists(settings.group_chunk_size):
-            fits = self.accelerator.mixed_precision != 'fp16'
-            check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
             wanted = 'num_groups that processes share evenly'
             check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
@@ -2659,7 +2584,7 @@ class MAETrainer(BaseTrainer):
         super().__init__(model, dataset, MAESettings(**settings), to_image)
         fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
         check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        num = self.samples_trained = self.settings.batch_size
+        num = self.settings.batch_size
         check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
 
@@ -2901,7 +2826,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     state_dict = read_msgpack(weights) if is_release else read_tensors(weights)
     try:
-        arguments = read_json(config)
+        arguments = json.loads(config.read_text())
         check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
             arguments = arguments.get('model_config')

@@ -99,7 +99,7 @@ def test_checkpoints(tmp_path):
 
     Net().load_state_dict(load_file(checkpoints / 'step-00000010' / 'ema.safetensors'))
 
-    with pytest.raises(ValueError, match = 'checkpoints cannot be used: it is not complete'):
+    with pytest.raises(ValueError, match = 'checkpoints cannot be used: it is damaged'):
         trainer(tmp_path, resume_from_checkpoint = checkpoints)
     with pytest.raises(ValueError, match = 'the saved queue has'):
         trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
@@ -162,7 +162,7 @@ def test_what_else_a_run_depends_on_is_warned_of(tmp_path, kwargs, change):
 
 def test_guidance_cannot_be_switched_on(tmp_path):
     trainer(tmp_path, num_train_steps = 4, save_every = 2, alpha_range = (1., 1.)).train()
-    with pytest.raises(ValueError, match = 'no queue of unconditional samples: it was trained without guidance'):
+    with pytest.raises(ValueError, match = r'no queue of unconditional samples: set alpha_range = \(1, 1\)'):
         trainer(tmp_path, resume_from_checkpoint = 'latest')
 
 def test_going_back_sets_later_checkpoints_aside(tmp_path):

@@ -252,33 +252,44 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(tmp_path, world):
 # buffers
 
 class Counting(PlainNet):
-    """Statistics, and a count of the batches, of what each process sees."""
+    """Statistics, and a count of the batches, of what a process sees."""
 
     def __init__(self):
         super().__init__()
         self.net[1] = nn.BatchNorm1d(32)
 
 def buffers_of(model):
-    return torch.cat([buffer.flatten().double() for buffer in model.buffers()]).numpy()
+    return torch.cat([buffer.flatten().double() for buffer in model.buffers()])
 
 def train_counting(folder, **kwargs):
     t = trainer(folder, Counting(), DATA, num_train_steps = 6, num_groups = GROUPS, num_pos = 12, **kwargs)
     t.train()
-    return buffers_of(t.unwrapped), buffers_of(t.ema.ema_model), t.sample([0, 1, 2], seed = 0).numpy()
+    return buffers_of(t.unwrapped), buffers_of(t.ema.ema_model), t.sample([0, 1, 2], seed = 0)
 
-def resume_counting(folder):
-    return train_counting(folder, resume_from_checkpoint = folder / 'checkpoints' / 'step-00000003')
+def test_buffers_of_one_process_are_averaged_counted_and_resumed(tmp_path):
+    straight = train_counting(tmp_path, save_every = 3)
+    assert straight[0][-1] == straight[1][-1] == 6                 # of num_batches_tracked, which is no average
+    assert not torch.equal(straight[0], straight[1])
 
-def train_three(folder):
-    return train_counting(folder, save_every = 3)
+    resumed = train_counting(tmp_path, resume_from_checkpoint = tmp_path / 'checkpoints' / 'step-00000003')
+    assert all(map(torch.equal, straight, resumed))
 
-def test_buffers_are_those_of_the_first_process(tmp_path):
-    first, second = launch(train_three, 2, tmp_path)
-    assert all((a == b).all() for a, b in zip(first, second, strict = True))
-    assert first[0][-1] == first[1][-1] == 6                       # of num_batches_tracked, which is no average
+class Constants(PlainNet):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('scale', torch.ones(1), persistent = False)
+        self.register_buffer('order', torch.arange(3))
 
-    for resumed in launch(resume_counting, 2, tmp_path):
-        assert all((a == b).all() for a, b in zip(first, resumed, strict = True))
+def try_to_train(folder):
+    trainer(folder / 'constants', Constants(), DATA, num_train_steps = 1, num_groups = GROUPS, num_pos = 12).train()
+    try:
+        trainer(folder / 'counting', Counting(), DATA, num_groups = GROUPS, num_pos = 12)
+    except ValueError as error:
+        return str(error)
+
+def test_statistics_of_several_processes_are_refused(tmp_path):
+    says = "the buffers ['net.1.running_mean', 'net.1.running_var'] would differ between processes: "
+    assert all(message.startswith(says) for message in launch(try_to_train, 2, tmp_path))
 
 # parameters
 
@@ -294,7 +305,7 @@ def train_unused(folder):
         return str(error)
 
 def test_an_unused_parameter_is_named(tmp_path):
-    says = "with several processes every parameter needs a gradient, ['token'] have none: freeze them"
+    says = "with several processes ['token'] need a gradient and have none: freeze them"
     assert launch(train_unused, 2, tmp_path) == [says] * 2
 
 # sharded models

@@ -138,26 +138,24 @@ def point_to_a_pipe(folder):
     (folder / 'model.safetensors').unlink()
     os.mkfifo(folder / 'model.safetensors')
 
+def manifest_is_a_pipe(folder):
+    (folder / 'manifest.json').unlink()
+    os.mkfifo(folder / 'manifest.json')
+
 @pytest.mark.parametrize('harm, says', [
-    (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors has 100 bytes instead of'),
-    (
-        lambda f: flip(f / 'optimizer.safetensors'),
-        'optimizer.safetensors does not have the hash that the manifest gives'
-    ),
-    (lambda f: replace_by_pickle(f / 'model.safetensors'), 'model.safetensors has'),
-    (lambda f: (f / 'queue-0.safetensors').unlink(), 'it is not complete (FileNotFoundError'),
-    (lambda f: (f / 'manifest.json').unlink(), 'it is not complete (FileNotFoundError'),
-    (lambda f: (f / 'manifest.json').write_text('{"files": '), 'it is not complete (JSONDecodeError'),
-    (
-        lambda f: (f / 'manifest.json').write_text('{"files": {}}'),
-        'its manifest does not have ema.safetensors, model.safetensors, optimizer.safetensors'
-    ),
-    (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is not complete (RecursionError'),
-    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'its manifest is too large, or no file'),
-    (lambda f: edit_manifest(f, step = '4'), 'its manifest does not say where the run stood'),
-    (lambda f: edit_manifest(f, samples_read = -1), 'its manifest does not say where the run stood'),
-    (lambda f: edit_manifest(f, config = None), 'its manifest does not say where the run stood'),
-    (point_to_a_pipe, 'model.safetensors has 0 bytes instead of 0, or is no file'),
+    (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors is not what its manifest says'),
+    (lambda f: flip(f / 'optimizer.safetensors'), 'optimizer.safetensors is not what its manifest says'),
+    (lambda f: replace_by_pickle(f / 'model.safetensors'), 'model.safetensors is not what its manifest says'),
+    (lambda f: (f / 'queue-0.safetensors').unlink(), 'queue-0.safetensors is not what its manifest says'),
+    (lambda f: (f / 'manifest.json').unlink(), 'it has no manifest'),
+    (lambda f: (f / 'manifest.json').write_text('{"files": '), 'it is damaged (JSONDecodeError'),
+    (lambda f: (f / 'manifest.json').write_text('{"files": {}}'), "it is damaged (KeyError: 'step'"),
+    (lambda f: edit_manifest(f, files = {}), "it is damaged (KeyError: 'ema.safetensors'"),
+    (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is damaged (RecursionError'),
+    (lambda f: edit_manifest(f, step = '4'), "step is '4' in its manifest"),
+    (lambda f: edit_manifest(f, samples_read = None), 'samples_read is None in its manifest'),
+    (point_to_a_pipe, 'model.safetensors is not what its manifest says'),
+    (manifest_is_a_pipe, 'it has no manifest'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
@@ -187,10 +185,6 @@ def add_one(states):
 @pytest.mark.parametrize('harm, found', [
     (shorten, 'wrong shape [\'net.0.weight.exp_avg (1, 19) instead of (32, 19)\']'),
     (lambda states: states.pop('net.0.bias.step'), "missing ['net.0.bias.step']"),
-    (
-        lambda states: [states.pop(f'net.3.bias.{kind}') for kind in ('step', 'exp_avg', 'exp_avg_sq')],
-        "missing ['net.3.bias.exp_avg', 'net.3.bias.exp_avg_sq', 'net.3.bias.step']"
-    ),
     (add_one, "unknown ['other.weight.step']"),
 ])
 def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
@@ -226,7 +220,7 @@ def try_to_resume(folder):
 def test_another_number_of_processes(tmp_path, before, now):
     """Not as if the checkpoint were damaged, which would start the run again."""
     launch(train_short, before, tmp_path)
-    says = f'the checkpoint is of {before} processes, these are {now}: each has a queue of its own'
+    says = f'the checkpoint has the queues of {before} processes, these are {now}'
     assert launch(try_to_resume, now, tmp_path) == [says] * now
 
 # the disk
@@ -251,7 +245,6 @@ def with_full_disk(folder):
 def test_full_disk(tmp_path, straight):
     (message, folders), = launch(with_full_disk, 1, tmp_path)
     assert 'the checkpoint of step 4 could not be written' in message
-    assert message.endswith('step-00000002')
     assert folders == ['step-00000002']
 
     start, final, complaints = resumed(tmp_path)
@@ -261,7 +254,7 @@ def test_full_disk(tmp_path, straight):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match = 'results_folder = .* cannot be written to: '):
+    with pytest.raises(OSError, match = 'run is in use by another run, or cannot be written to: '):
         short(tmp_path / 'file' / 'run')
 
     if os.geteuid() != 0:       # root may write everywhere
@@ -289,7 +282,7 @@ def test_two_runs_in_one_folder(tmp_path):
     t.save = save_and_start_again
     t.train()
     assert len(told) == 6
-    assert all('is in use by a run that goes on' in message for message in told)
+    assert all('is in use by another run' in message for message in told)
     assert checkpoint_names(tmp_path)[-1] == 'step-00000006'
     short(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest').train()
 
@@ -314,7 +307,7 @@ class Breaking(Net):
             return out + (0 * out).abs() ** 0.5
         return out + float('nan')
 
-def broken(folder, backwards = False, prepare = None, **kwargs):
+def broken(folder, backwards = False, **kwargs):
     torch.manual_seed(0)
     model = Breaking(backwards = backwards)
     loss_fn = FeatureDriftLoss(lambda x: {'sum': x.sum(dim = -1)[:, None, None]})
@@ -322,8 +315,6 @@ def broken(folder, backwards = False, prepare = None, **kwargs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drifting, 'can_read', lambda t: False)    # as on a GPU, where values are not looked at
         t = short(folder, model, loss_fn = loss_fn, **kwargs)
-        if prepare is not None:
-            prepare(t)
         t.train()
 
 @pytest.mark.parametrize('backwards, found', [
@@ -339,14 +330,11 @@ def test_non_finite_numbers_stop_the_run(tmp_path, backwards, found):
     assert found in message
     assert message.endswith(f'the last good checkpoint is {good}')
 
-def without_waiting(t):
-    t.look_every = 10       # as on a GPU
-
 @pytest.mark.parametrize('save_every, found_at, good', [(3, 6, '.*step-00000003'), (0, 8, 'none')])
 def test_broken_steps_are_found_without_waiting(tmp_path, save_every, found_at, good):
-    """As on a GPU: nothing is read in the step, but before the next checkpoint or the end. Nothing broken is saved."""
+    """Nothing is read in the step, but before the next checkpoint or the end. Nothing broken is saved."""
     with pytest.raises(FloatingPointError, match = f'step {found_at}: .*the last good checkpoint is {good}'):
-        broken(tmp_path, prepare = without_waiting, num_train_steps = 8, save_every = save_every, log_every = 0)
+        broken(tmp_path, num_train_steps = 8, save_every = save_every, log_every = 0)
 
 # data
 

@@ -1,6 +1,7 @@
 """The generator's training: the loop, its settings, and errors before the first step."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -75,17 +76,16 @@ def test_metrics_tell_the_drift(tmp_path):
         assert row['feature/global/scale'] > 0
         assert 1 <= row['alpha/mean'] <= row['alpha/max'] <= 4
         assert row['spread'] > 0
-        assert row['machine/samples_per_second'] > 0
+        assert row['machine/steps_per_second'] > 0
         assert 'machine/memory_mib' not in row      # of a GPU
 
     assert [row['learning_rate'] for row in log] == [pytest.approx(1e-2)] * 4
-    parts = math.hypot(log[0]['grad_norm/embed'], log[0]['grad_norm/net'])
-    assert log[0]['grad_norm'] == pytest.approx(parts, rel = 1e-5)
+    assert all(0 < row['grad_norm'] < math.inf for row in log)
 
     start, = json_lines(tmp_path / 'starts.jsonl')
     assert start['config']['num_groups'] == 6
     assert start['versions']['torch'] == torch.__version__
-    assert start['hardware']['device'] == 'cpu'
+    assert (start['device'], start['num_processes'], start['precision']) == ('cpu', 1, 'no')
 
 def test_images_of_the_averaged_model(tmp_path):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
@@ -103,9 +103,9 @@ def image_trainer(folder, **kwargs):
     (lambda x: x[:, 0], 'what to_image returns has shape (30, 8, 8), expected (30, channels, height, width)'),
     (lambda x: x[:7], 'what to_image returns has shape (7, 1, 8, 8)'),
     (lambda x: x.expand(-1, 2, -1, -1), 'a picture has 1 or 3 channels, got 2'),
-    (lambda x: x.mul(255).byte(), 'a picture has finite floats in [0, 1], got torch.uint8'),
-    (lambda x: x / 0 * 0, 'a picture has finite floats in [0, 1], got nan or inf'),
-    (lambda x: x.numpy(), 'to_image must return a tensor, it returns ndarray'),
+    (lambda x: x.mul(255).byte(), 'a picture must be floating point, got torch.uint8: expected numbers in [0, 1]'),
+    (lambda x: x / 0 * 0, 'a picture has non-finite values (nan or inf)'),
+    (lambda x: x.numpy(), 'what to_image returns must be a tensor, got ndarray'),
 ])
 def test_what_is_no_picture_is_refused_before_the_first_step(tmp_path, to_image, says):
     t = image_trainer(tmp_path, to_image = to_image)
@@ -116,7 +116,7 @@ def test_what_is_no_picture_is_refused_before_the_first_step(tmp_path, to_image,
 def test_pictures_cost_no_checkpoint(tmp_path):
     t = image_trainer(tmp_path, save_every = 2)
     t.to_image = lambda x: x / (t.step < 2)
-    with raises_one_line('a picture has finite floats'):
+    with raises_one_line('a picture has non-finite values'):
         t.train()
     assert checkpoint_names(tmp_path) == ['step-00000002']
 
@@ -182,7 +182,7 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
         gradients.append(flat_gradients(t.unwrapped))
 
     t, batches = accumulating()
-    norm = t.train_step(batches)[2]['grad_norm']
+    norm = t.train_step(batches)[2]
     assert relative(norm, ((gradients[0] + gradients[1]) / 2).norm()) < 1e-5
 
 def test_gradients_of_an_aborted_step_have_no_effect(tmp_path):
@@ -230,7 +230,7 @@ def test_a_step_that_failed_halfway_is_not_built_upon(tmp_path):
     t = trainer(tmp_path, loss_fn = fails_once(FeatureDriftLoss(affinity_floor = 0.)))
     with pytest.raises(OSError, match = 'once'):
         t.train()
-    with raises_one_line("the step after 5 failed halfway, which cannot be undone: make the trainer again"):
+    with raises_one_line('the step after 5 failed halfway: make the trainer again, and resume'):
         t.train()
 
 def test_an_error_between_steps_can_be_caught(tmp_path):
@@ -330,10 +330,29 @@ def test_settings_of_another_name_are_refused(tmp_path):
     (dict(learning_rate = math.nan), 'learning_rate must be finite and not negative, got nan'),
     (dict(learning_rate = None), 'learning_rate must be float | int, got None'),
     (dict(weight_decay = math.inf), 'weight_decay must be finite and not negative, got inf'),
+    (dict(num_train_steps = np.float64(10.)), 'num_train_steps must be int, got 10.0'),
+    (dict(num_groups = np.int64(0)), 'num_groups must be above 0, got 0'),
+    (dict(mixed_precision = 'fp16'), 'mixed_precision = fp16 is not supported: use bf16'),
 ])
 def test_settings_that_ruin_a_training_are_refused(tmp_path, settings, says):
     with raises_one_line(says):
         trainer(tmp_path, **settings)
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    """And the same ones in a manifest: a resumed run is not told of a change."""
+    numbers = dict(num_groups = np.int64(6), learning_rate = np.float32(0.5), ema_decay = np.float64(0.9))
+    t = trainer(tmp_path, num_train_steps = np.int32(2), save_every = 2, **numbers)
+    assert [type(getattr(t.settings, name)) for name in numbers] == [int, float, float]
+    t.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plain = dict(num_groups = 6, learning_rate = 0.5, ema_decay = 0.9)
+        trainer(tmp_path, resume_from_checkpoint = 'latest', **plain)
+
+def test_precision_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'fp16')
+    with raises_one_line('mixed_precision = fp16 is not supported: use bf16'):
+        trainer(tmp_path)
 
 def test_no_clipping(tmp_path):
     t = trainer(tmp_path, max_grad_norm = None, num_train_steps = 2)

@@ -182,7 +182,7 @@ def add_run_options(parser, results_folder):
     parser.add_argument('--num-workers', type = int, default = 8, help = 'data loading processes for each GPU')
     parser.add_argument('--gradient-accumulation-steps', type = int, default = 1, help = 'batches per optimiser step')
     parser.add_argument(
-        '--mixed-precision', choices = ('no', 'fp16', 'bf16'), default = None,
+        '--mixed-precision', choices = ('no', 'bf16'), default = None,
         help = 'None for that of accelerate launch (which sets one, no, unless it is told otherwise), '
                'or else bf16 where the GPU has it'
     )
