@@ -2030,7 +2030,7 @@ class BaseTrainer:
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
         message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
-        raise FloatingPointError(f'{message}; the last good checkpoint is {last}')
+        raise FloatingPointError(f'{message}; the last checkpoint is {last}')
 
     # the loop
     def train(self):
