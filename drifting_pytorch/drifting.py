@@ -1705,10 +1705,11 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at the rest too."""
     try:
         path = folder / 'manifest.json'
-        check(path.is_file(), 'it has no manifest')  # a pipe would be read for ever
+        fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe would be read for ever
+        check(fits, 'it has no manifest')
         manifest = json.loads(path.read_text())
-        for name in ('step', 'samples_read', 'num_processes'):
-            check(type(manifest[name]) is int, f'{name} is {manifest[name]!r} in its manifest')
+        for name, kind in dict(step = int, samples_read = int, num_processes = int, config = dict).items():
+            check(type(manifest[name]) is kind, f'{name} is {manifest[name]!r} in its manifest')
 
         queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
         for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
@@ -2106,7 +2107,8 @@ class BaseTrainer:
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
         metrics = {'loss': loss, **norms, **metrics}
-        values = torch.tensor([float(value) for value in metrics.values()], device = self.device)
+        kind = dict(dtype = torch.float32, device = self.device)
+        values = stack([torch.as_tensor(value, **kind) for value in metrics.values()]).detach()
         values = self.accelerator.reduce(values, 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
@@ -2244,7 +2246,8 @@ class BaseTrainer:
         optimizer = self.optimizer.optimizer
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
-        own = {name: state for name, state in state_dict['state'].items() if name in moments}
+        had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
+        own = {name: state for name, state in state_dict['state'].items() if name not in had_none}
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)

@@ -153,6 +153,8 @@ def manifest_is_a_pipe(folder):
     (lambda f: edit_manifest(f, files = {}), "it is damaged (KeyError: 'ema.safetensors'"),
     (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is damaged (RecursionError'),
     (lambda f: edit_manifest(f, step = '4'), "step is '4' in its manifest"),
+    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'it has no manifest'),
+    (lambda f: edit_manifest(f, config = None), 'config is None in its manifest'),
     (lambda f: edit_manifest(f, samples_read = None), 'samples_read is None in its manifest'),
     (point_to_a_pipe, 'model.safetensors is not what its manifest says'),
     (manifest_is_a_pipe, 'it has no manifest'),
@@ -185,6 +187,10 @@ def add_one(states):
 @pytest.mark.parametrize('harm, found', [
     (shorten, 'wrong shape [\'net.0.weight.exp_avg (1, 19) instead of (32, 19)\']'),
     (lambda states: states.pop('net.0.bias.step'), "missing ['net.0.bias.step']"),
+    (
+        lambda states: [states.pop(f'net.3.bias.{kind}') for kind in ('step', 'exp_avg', 'exp_avg_sq')],
+        "missing ['net.3.bias.exp_avg', 'net.3.bias.exp_avg_sq', 'net.3.bias.step']"
+    ),
     (add_one, "unknown ['other.weight.step']"),
 ])
 def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
