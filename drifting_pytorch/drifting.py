@@ -1531,8 +1531,7 @@ class ImageFolder(Dataset):
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
         image = rearrange(torch.from_numpy(pixels), 'h w ch -> ch h w').float() / 127.5 - 1
-        mirrored = self.flip and random.random() < 0.5
-        return image.flip(-1) if mirrored else image, label
+        return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
     """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
@@ -1576,19 +1575,15 @@ class SampleQueue:
         held = tuple(self.samples.shape[2:])
         check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
 
-        # by class; within its class each sample has a place among those of this push
-        order = labels.argsort(stable = True)
-        labels = labels[order]
-        counts = labels.bincount(minlength = self.num_classes)
-        starts = counts.cumsum(dim = 0) - counts
-        place = torch.arange(num) - starts[labels]
-
-        # each class is a ring; of more than fit only the newest stay
-        slot = (self.pushed[labels] + place) % self.size
-        stays = place >= (counts - self.size)[labels]
-        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in (labels, slot, order))
+        # by class, each sample has a number in it; a class is a ring, where of more than fit the newest stay
+        counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
+        labels, pushed = labels[order], self.pushed + counts
+        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]
+        stays = number >= (pushed - self.size)[labels]
+        places = labels, number % self.size, order
+        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in places)
         self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
-        self.pushed += counts
+        self.pushed = pushed
 
     def draw(self, labels, num, generator = None):
         """Samples [c num ...] of the classes labels [c], without replacement within a row."""
@@ -1604,8 +1599,7 @@ class SampleQueue:
         return self.samples[labels, slot]
 
     def state_dict(self):
-        state = dict(pushed = self.pushed, samples = self.samples)
-        return {name: t for name, t in state.items() if exists(t)}
+        return existing(pushed = self.pushed, samples = self.samples)
 
     def load_state_dict(self, state):
         if 'samples' in state:
