@@ -59,7 +59,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -1618,8 +1618,8 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
-    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0), or an error.
+    """Batches of a dataset. Its random augmentations depend on the place in the run, whichever worker asks.
+    An index is the batch's places [(position in the run, index in the dataset)].
     """
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
@@ -1628,12 +1628,12 @@ class SeededDataset(Dataset):
         check(len(dataset) > 0, 'the dataset is empty')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape = None
-        self.sample_shape = tuple(self.read(0)[0].shape)
+        self.sample_shape = tuple(self.sample(0)[0].shape)
 
     def __len__(self):
         return len(self.dataset)
 
-    def read(self, index):
+    def sample(self, index):
         name = f'sample {index} of the dataset'
         try:
             item = self.dataset[index]
@@ -1645,28 +1645,26 @@ class SeededDataset(Dataset):
         fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
         given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
         check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        fits, found = self.sample_shape in (None, sample.shape), tuple(sample.shape)
-        check(fits, f'{name} has shape {found}, the first one has {self.sample_shape}')
+        shape = default(self.sample_shape, sample.shape)
+        check(sample.shape == shape, f'{name} has shape {tuple(sample.shape)}, the first one has {shape}')
         try:
             return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
             raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
-    def __getitem__(self, place):
-        position, index = place
-        seed = seed_for(self.seed, 'sample', position)
+    def batch(self, places):
+        """float32 samples [b ...] and labels [b], or zeros."""
+        seed = seed_for(self.seed, 'sample', places[0][0])
         torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take long
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
+        return default_collate([self.sample(index) for _, index in places])
+
+    def __getitem__(self, places):
         try:
-            return self.read(index)
+            return self.batch(places)
         except (RuntimeError, ValueError) as error:  # which a worker would raise with all that led to it
             return error
-
-def batch_of(items):
-    """Samples [b ...] and labels [b], or the first error among them."""
-    errors = [item for item in items if isinstance(item, Exception)]
-    return errors[0] if errors else default_collate(items)
 
 # ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
 
@@ -1997,8 +1995,9 @@ class BaseTrainer:
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
         loader = iter(DataLoader(
-            self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
-            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
+            self.dataset, None, sampler = BatchSampler(places, self.samples_per_process, drop_last = False),
+            num_workers = self.settings.num_workers, pin_memory = self.device.type == 'cuda',
+            worker_init_fn = ignore_signals
         ))
         try:
             yield from loader
@@ -2692,8 +2691,7 @@ class MAETrainer(BaseTrainer):
     def pictures(self):
         """The first ten samples, what the mask leaves of them, and their reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
-        samples, _ = batch_of([self.dataset[i, i] for i in range(num)])
-        samples = samples.to(self.device)
+        samples = self.dataset.batch([(i, i) for i in range(num)])[0].to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)
