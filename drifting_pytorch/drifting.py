@@ -1494,7 +1494,7 @@ class ImageFolder(Dataset):
 
     A label is the place of the image's folder among the class folders, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    Raises ValueError for folders without images or with images next to class folders, and for unreadable images.
+    Raises ValueError for folders that hold none or mix them with class folders, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1564,16 +1564,15 @@ class SampleQueue:
 
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
-        num, shape = len(samples), tuple(samples.shape[1:])
+        num, shape = len(samples), samples.shape[1:]
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
         labels = checked_labels(labels.cpu(), self.num_classes, num)
         check_range('real samples', samples, -math.inf)
         if not exists(self.samples):
-            dtype = default(self.dtype, samples.dtype)
-            self.samples = torch.zeros(self.num_classes, self.size, *shape, device = self.device, dtype = dtype)
-        held = tuple(self.samples.shape[2:])
-        check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
+            places = self.num_classes, self.size
+            self.samples = samples.new_zeros(*places, *shape, device = self.device, dtype = self.dtype)
+        check_shape('real samples', samples, (num, *self.samples.shape[2:]), ' as before')
 
         # by class, each sample has a number in it; a class is a ring, where of more than fit the newest stay
         counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
@@ -1645,8 +1644,7 @@ class SeededDataset(Dataset):
         fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
         given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
         check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        shape = default(self.sample_shape, sample.shape)
-        check(sample.shape == shape, f'{name} has shape {tuple(sample.shape)}, the first one has {shape}')
+        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
         try:
             return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
@@ -2380,11 +2378,6 @@ TRAINER_PRESETS = {
     'L/16': PIXEL,
 }
 
-class StepDetails(NamedTuple):
-    breakdown: Breakdown
-    alpha: Tensor  # guidance scales of the step [c]
-    spread: Tensor | None  # deviation of generated samples within their groups, in that of the positives
-
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8).
 
@@ -2394,10 +2387,8 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups, and the loss is that of all of them. Each has a queue of its own, of the real
-    samples that it reads, and takes the labels of its groups from its newest ones.
-    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
-    them, and classes with too few samples.
+    Several processes share the groups. Each takes labels and real samples of its own from a queue of what it reads.
+    Raises ValueError, before the first step, for settings and data that do not fit each other.
     """
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
@@ -2412,10 +2403,22 @@ class Trainer(BaseTrainer):
             fits = self.accelerator.mixed_precision != 'fp16'
             check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
-            wanted = 'num_groups that processes share evenly'
-            check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
+            check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
 
-        self.make_queues(len(dataset))
+        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
+        is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
+        self.alpha_range = settings.alpha_range if is_guided else (1., 1.)
+        self.num_uncond = num = settings.num_uncond if is_guided else 0
+        options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
+        num_classes, size = default(self.num_classes, 1), settings.class_queue_size
+        self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
+        if is_guided:
+            most, size = len(dataset), settings.uncond_queue_size
+            wanted = f'guidance needs 1 to {most} (the dataset) unconditional samples'
+            check(0 < num <= most, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
+            check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
+            self.queues['unconditional'] = SampleQueue(size = size, **options)
+
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
 
@@ -2423,32 +2426,15 @@ class Trainer(BaseTrainer):
             options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
             self.loss_fn = self.loss_fn.with_options(**options)
         if isinstance(self.loss_fn, Module):
-            self.loss_fn.to(self.device)
-            if self.device.type == 'cuda':
-                self.loss_fn.to(memory_format = torch.channels_last)
+            layout = torch.channels_last if self.device.type == 'cuda' else torch.preserve_format
+            self.loss_fn.to(self.device, memory_format = layout)
         self.resume()
 
     @classmethod
     def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
-        """With the settings of a column of Table 8, see TRAINER_PRESETS; keyword arguments override them."""
+        """Trained as in a column of Table 8, see TRAINER_PRESETS; keyword arguments override it."""
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
-
-    def make_queues(self, num_real):
-        """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
-        settings, num = self.settings, self.settings.num_uncond
-        is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
-        self.alpha_range, self.num_uncond = (settings.alpha_range, num) if is_guided else ((1., 1.), 0)
-        options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
-        num_classes, size = default(self.num_classes, 1), settings.class_queue_size
-        self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
-
-        if is_guided:
-            wanted = f'guidance needs 1 to {num_real} (the dataset) unconditional samples'
-            check(0 < num <= num_real, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
-            size = settings.uncond_queue_size
-            check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
-            self.queues['unconditional'] = SampleQueue(size = size, **options)
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most one pass over the data."""
@@ -2463,7 +2449,7 @@ class Trainer(BaseTrainer):
             held = rearrange(cat([queue.filled for queue in self.queues.values()]), 'n -> 1 n')
             held = self.accelerator.gather(held.to(self.device)).amin(dim = 0).tolist()
             short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
-            if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
+            if not short and held[-1] >= self.num_uncond:
                 return
 
         some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
@@ -2514,64 +2500,53 @@ class Trainer(BaseTrainer):
         return stack(noise), labels, alpha, stack(styles) if has_styles else None
 
     # the step
-    def generate(self, model, noise, labels, alpha, styles):
-        """Generated samples [c g ...] of what `inputs` gives."""
+    def generate(self, noise, labels, alpha, styles, number = 0):
+        """Generated samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
+        self.seed_model(number)
         c, g = noise.shape[:2]
         labels = repeat(labels, 'c -> (c g)', g = g) if exists(labels) else None
         styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
         alpha = repeat(alpha, 'c -> (c g)', g = g)
-        gen = model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
-        check(torch.is_tensor(gen), f'the generator must return a tensor, it returns {type(gen).__name__}')
-        shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
-        check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
+        gen = self.model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
+        check_shape('what the generator returns', gen, (c * g, *self.sample_shape), ' like the dataset')
         has_gradient = gen.requires_grad or not torch.is_grad_enabled()
         check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
-    def chunks(self, inputs):
-        return chunked(inputs, self.settings.group_chunk_size)
-
     @torch.no_grad()
     def without_graph(self, chunks):
-        """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
-        samples = []
-        for i, chunk in enumerate(chunks):
-            self.seed_model(i)
-            samples.append(self.generate(self.model, *chunk))
-        return cat(samples)
+        return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
 
     def backward(self, batches, micro_step, sync):
         """The gradient of one micro step.
         In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk to the weights.
         """
-        settings, options = self.settings, {}
+        settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
-        chunks = self.chunks(self.inputs(labels, alpha, micro_step))
+        chunks = chunked(self.inputs(labels, alpha, micro_step), size)
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
-            options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
+            options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
         share = len(labels) * self.world / settings.num_groups  # processes may have unequal numbers of groups
         share = share / settings.gradient_accumulation_steps
-        if not exists(settings.group_chunk_size):
-            self.seed_model(0)
+        if not exists(size):
             with self.synced(sync):
-                gen = self.generate(self.model, *chunks[0])
-                loss, details = self.loss(gen, pos, uncond, alpha, options)
+                loss, details = self.loss(self.generate(*chunks[0]), pos, uncond, alpha, options)
                 self.accelerator.backward(loss * share)
             return loss.detach(), details
 
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
-        grads = torch.autograd.grad(loss * share, gen)[0].split(settings.group_chunk_size)
+        grads = torch.autograd.grad(loss * share, gen)[0].split(size)
         for i, (chunk, grad) in enumerate(zip(chunks, grads, strict = True)):
-            self.seed_model(i)
             with self.synced(sync and i == len(chunks) - 1):
-                self.accelerator.backward((self.generate(self.model, *chunk) * grad).sum())
+                self.accelerator.backward((self.generate(*chunk, i) * grad).sum())
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
+        """And details: the Breakdown, alpha, and how far samples of a group spread, relative to real ones, or None."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
@@ -2583,22 +2558,19 @@ class Trainer(BaseTrainer):
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
             spread = of_gen / of_pos
-        return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
+        return loss, (Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
     def metrics(self, details):
         """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
-        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max()}
+        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
-        metrics |= {'spread': spread} if exists(spread) else {}
         drifts = {}
         for name, stats in breakdown.stats.items():
             metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-            for kind, values in stats._asdict().items():
-                if kind != 'scale':
-                    metrics |= {f'feature/{name}/{kind}/{t}': value for t, value in values.items()}
-
+            for kind, values in islice(stats._asdict().items(), 1, None):  # behind the scale
+                metrics |= {f'feature/{name}/{kind}/{t}': value for t, value in values.items()}
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
 
@@ -2608,7 +2580,7 @@ class Trainer(BaseTrainer):
     def log(self, bar, loss, details, norms):
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
-        spread = details.spread
+        *_, spread = details
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
@@ -2648,7 +2620,6 @@ class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
 
     settings: see MAESettings and LoopSettings. to_image: see Trainer.
-    The pictures are of samples, of what is left of them, and of reconstructions.
     """
     def __init__(self, model, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, MAESettings(**settings), to_image)
@@ -2671,16 +2642,16 @@ class MAETrainer(BaseTrainer):
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
+        inputs = [samples]
         if exists(self.num_classes):
-            labels = checked_labels(labels, self.num_classes, len(labels))
-        samples, labels = (t.to(self.device, non_blocking = True) for t in (samples, labels))
-        labels = labels if exists(self.num_classes) else None
+            inputs.append(checked_labels(labels, self.num_classes, len(labels)))
+        inputs = [t.to(self.device, non_blocking = True) for t in inputs]
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
-        mask = self.unwrapped.draw_mask(samples, generator)
+        mask = self.unwrapped.draw_mask(inputs[0], generator)
         cls_weight = self.cls_weight_at(self.step)
 
         with self.synced(sync):
-            loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)
+            loss, details = self.model(*inputs, cls_weight = cls_weight, mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
@@ -2703,47 +2674,36 @@ class MAETrainer(BaseTrainer):
 # the release's options by our names: its name, and what its reader takes where a config does not say it
 MAE_OPTIONS = dict(
     dim = ('base_channels', 64), channels = ('in_channels', 3), patch_size = ('input_patch_size', 1),
-    num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4),
-    layers = ('layers', (2, 2, 2, 2))
+    num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4), layers = ('layers', (2, 2, 2, 2))
 )
 GENERATOR_OPTIONS = dict(
     image_size = ('input_size', 32), channels = ('in_channels', 3), patch_size = ('patch_size', 2),
     dim = ('hidden_size', 1152), depth = ('depth', 28), heads = ('num_heads', 16),
-    ff_mult = ('mlp_ratio', 4.),
-    num_classes = ('num_classes', 1001), num_register_tokens = ('n_cls_tokens', 0),
+    ff_mult = ('mlp_ratio', 4.), num_classes = ('num_classes', 1001), num_register_tokens = ('n_cls_tokens', 0),
     num_style_tokens = ('noise_coords', 1), style_codebook_size = ('noise_classes', 0)
 )
 
 # from its parameters' names to ours: patterns, applied one after the other
-MAE_NAMES = (
-    (r'^(encoder|decoder)/', ''), (r'^stages_(\d+)/layers_', r'stages/\1/'), (r'^up', 'ups/up'),
-    (r'^head', 'to_pixels'), (r'^fc', 'to_logits'),
+MAE_NAMES = {
+    '^(encoder|decoder)/': '', r'^stages_(\d+)/layers_': r'stages/\1/', '^up': 'ups/up',
+    '^head': 'to_pixels', '^fc': 'to_logits', r'^(layer\d)_norm': r'norms/\1', 'concat_norm_fn': 'norm',
+    'proj_(conv|gn)': r'shortcut/\1', r'(conv|gn)(\d)': r'conv\2/\1', 'conv/': '0/', 'gn/': '1/',
+    '^conv1': 'stem'
+}
+GENERATOR_NAMES = {
+    '/Dense_0|Torch|^LightningDiT_0/': '', '^RMSNorm_0': 'alpha_embed/3', '^Embed_0': 'class_embed',
+    'TimestepEmbedder_0/Linear_0': 'alpha_embed/0', 'TimestepEmbedder_0/Linear_1': 'alpha_embed/2',
+    '^Linear_0': 'patch_embed', '^Linear_1': 'register_proj', 'cls_embed': 'register_embed',
+    'FinalLayer_0/Linear_0': 'final_modulation/linear', 'FinalLayer_0/Linear_1': 'to_patch',
+    'FinalLayer_0/RMSNorm_0': 'final_norm',
 
-    # norms, and convolutions with theirs
-    (r'^(layer\d)_norm', r'norms/\1'), (r'concat_norm_fn', 'norm'), (r'proj_(conv|gn)', r'shortcut/\1'),
-    (r'(conv|gn)(\d)', r'conv\2/\1'), (r'conv/', '0/'), (r'gn/', '1/'), (r'^conv1', 'stem')
-)
-GENERATOR_NAMES = (
-    (r'/Dense_0|Torch', ''),
-
-    # condition
-    (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'), (r'^RMSNorm_0', 'alpha_embed/3'),
-    (r'^TimestepEmbedder_0/Linear_0', 'alpha_embed/0'),
-    (r'^TimestepEmbedder_0/Linear_1', 'alpha_embed/2'),
-
-    # first and last layer
-    (r'^LightningDiT_0/', ''), (r'^Linear_0', 'patch_embed'), (r'^Linear_1', 'register_proj'),
-    (r'^cls_embed', 'register_embed'), (r'^FinalLayer_0/RMSNorm_0', 'final_norm'),
-    (r'^FinalLayer_0/Linear_0', 'final_modulation/linear'), (r'^FinalLayer_0/Linear_1', 'to_patch'),
-
-    # blocks
-    (r'^blocks_', 'blocks/'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm'),
-    (r'Attention_0/Linear_0/kernel', 'attn/to_qkv/weight'), (r'Attention_0/Linear_0/bias', 'qkv_bias'),
-    (r'Attention_0/Linear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/Linear_1/bias', 'out_bias'),
-    (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'), (r'SwiGLUFFN_0/Linear_0', 'ff/ff/0/gate'),
-    (r'SwiGLUFFN_0/Linear_1', 'ff/ff/0/proj'), (r'SwiGLUFFN_0/Linear_2', 'ff/ff/2'),
-    (r'Linear_0', 'modulation/linear')
-)
+    'blocks_': 'blocks/', 'RMSNorm_0': 'attn_norm', 'RMSNorm_1': 'ff_norm',
+    r'Attention_0/(\w)_norm': r'attn/\1_rmsnorm',
+    'Attention_0/Linear_0': 'attn/to_qkv', 'Attention_0/Linear_1': 'attn/to_out',
+    r'attn/to_(\w+)/bias': r'\1_bias',
+    'SwiGLUFFN_0/Linear_0': 'ff/ff/0/gate', 'SwiGLUFFN_0/Linear_1': 'ff/ff/0/proj',
+    'SwiGLUFFN_0/Linear_2': 'ff/ff/2', 'Linear_0': 'modulation/linear'
+}
 
 def flatten(tree, *path):
     """{'a/b/c': tensor} of nested maps of tensors."""
@@ -2751,12 +2711,6 @@ def flatten(tree, *path):
     if torch.is_tensor(tree):
         return {name: tree}
     check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-    # arrays above 1 GiB come in pieces. Lists may come as maps {'0': ..., '1': ...}
-    if '__msgpack_chunked_array__' in tree:
-        lists = (tree['shape'], tree['chunks'])
-        shape, pieces = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in lists)
-        return {name: cat([piece.flatten() for piece in pieces]).reshape(shape)}
-
     flat = {}
     for key, branch in tree.items():
         flat |= flatten(branch, *path, key)
@@ -2784,7 +2738,7 @@ def read_msgpack(path):
             at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
             check(at_end, 'there is something behind the last array')
             return params
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, EOFError, msgpack.UnpackException) as error:
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
 def translated(config, params, options, names):
@@ -2792,7 +2746,7 @@ def translated(config, params, options, names):
     state = {}
     for path in list(params):
         t, name = params.pop(path), path
-        for pattern, ours in (*names, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')):
+        for pattern, ours in {**names, '(kernel|scale|embedding)$': 'weight', '/': '.'}.items():
             name = re.sub(pattern, ours, name)
         if path.endswith('/kernel'):
             t = rearrange(t, '... i o -> o i ...')  # (in, out), or (h, w, in, out)
@@ -2808,8 +2762,7 @@ def generator_from_release(config, params):
     needed = dict.fromkeys(('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'), True)
     for name, wanted in {**needed, **same}.items():
         value = config.get(name, same.get(name, False))
-        found = f'the published generator has {name} = {value}, not {wanted}'
-        check(value == wanted, f'{found}, which this generator does not offer')
+        check(value == wanted, f'it has {name} = {value}, this generator offers {wanted} alone')
 
     if arguments['style_codebook_size'] == 0:
         arguments |= dict(num_style_tokens = 0, style_codebook_size = 1)
@@ -2819,19 +2772,16 @@ def generator_from_release(config, params):
     def interleaved(t, heads):
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    # what is missing is found when the weights are loaded
-    nothing = torch.empty(0, arguments['dim'])
-    num_styles = sum(name.startswith('style.') for name in state)
-    styles = [state.pop(f'style.{i}.weight', nothing) for i in range(num_styles)]
-    state['style_embed.weight'] = cat((nothing, *styles))
+    num_styles = sum(name.startswith('noise_embeds_') for name in state)
+    styles = [state.pop(f'noise_embeds_{i}.weight') for i in range(num_styles)]
+    state['style_embed.weight'] = cat((torch.empty(0, arguments['dim']), *styles))
     for name in list(state):
         if name in ('pos_embed', 'register_embed'):
             state[name] = state[name].squeeze(0)
         elif name.endswith('_rmsnorm.weight'):
             state[name] = interleaved(state[name], 1)
         elif '.proj.' in name:
-            up = state[name]
-            state[name] = cat((up, state.pop(name.replace('proj', 'gate'), up[:0])))
+            state[name] = cat((state[name], state.pop(name.replace('proj', 'gate'))))
         elif 'qkv' in name:
             q, k, v = state.pop(name).tensor_split(3)
             q, k = (interleaved(t, arguments['heads']) for t in (q, k))
@@ -2841,36 +2791,28 @@ def generator_from_release(config, params):
 # of each model: its kind and names in the authors' repository, and its translation
 PUBLISHED = {
     DriftingGenerator: (
-        'gen',
-        ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'),
+        'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'),
         generator_from_release
     ),
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), mae_from_release)
 }
 
-def first_line(error):
-    return f'{error}\n'.splitlines()[0]
-
 def check_sizes(arguments, state):
-    """Of what takes time or memory even without its weights, before it is made: blocks and positions."""
-    blocks = {found[0] for name in state if (found := re.match(r'blocks\.\d+|stages\.\d+\.\d+', name))}
-    num = sum(arguments.get('layers', [arguments.get('depth', len(blocks))]))
-    check(num == len(blocks), f'its config has {num} blocks, its weights have {len(blocks)}')
-    pos_embed, register_embed = (state.get(name, torch.empty(0)) for name in ('pos_embed', 'register_embed'))
-    if {'image_size', 'patch_size', 'dim'} <= arguments.keys():
-        num_patches = (arguments['image_size'] // arguments['patch_size']) ** 2
-        check_shape('pos_embed', pos_embed, (num_patches, arguments['dim']))
-    if 'num_register_tokens' in arguments:
-        check_shape('register_embed', register_embed, (arguments['num_register_tokens'], 'dim'))
+    """Blocks and tokens cost time and memory even without their weights."""
+    blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
+    tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', 1)) ** 2
+    tokens += arguments.get('num_register_tokens', 0)
+    numbers = sum(t.numel() for t in state.values())
+    fits = blocks <= len(state) and tokens * arguments.get('dim', 1) <= numbers
+    check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
 
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
-    name: of a published model; or of a repository on the hub ('user/name', downloaded once; revision: a commit, tag or
-        branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
-        which need the extra [pretrained]).
-    Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes,
-        not finite; OSError for what is neither a folder nor found on the hub.
+    name: of a published model (needs the extra [pretrained]), or of a repository on the hub ('user/name'), of which
+        revision is a commit, tag or branch; or a folder: of save_pretrained, or of a published model.
+    Raises ValueError for unknown names, damaged files, and weights that do not fit or are not finite; OSError for what
+        is neither a folder nor found on the hub.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
@@ -2879,10 +2821,8 @@ def from_pretrained(cls, name, *, revision = None):
 
     if folder.is_dir():
         config, weights = (folder / file for file in files)
-        wanted = 'expected a folder of save_pretrained or a published model'
-        check(config.is_file(), f'{folder} has neither config.json nor metadata.json: {wanted}')
-        origin = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
-        check(weights.is_file(), f'{folder} is not {origin}: it has no {weights.name}')
+        missing = ' and no '.join(path.name for path in (config, weights) if not path.is_file())
+        check(not missing, f'{folder} has no {missing}: expected a folder of save_pretrained or a published model')
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
@@ -2890,22 +2830,22 @@ def from_pretrained(cls, name, *, revision = None):
         try:
             config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
         except OSError as error:
-            found = f'{name} is no folder, and not found as {repository} on the hub'
-            raise OSError(f'{found}: {first_line(error)}') from error
+            reason, *_ = f'{error}\n'.splitlines()
+            raise OSError(f'{name} is no folder, and not found as {repository} on the hub: {reason}') from error
 
     state_dict = read_msgpack(weights) if is_release else read_tensors(weights)
     try:
         arguments = read_json(config)
+        arguments = arguments['model_config'] if is_release else arguments
         check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
-            arguments = arguments.get('model_config')
-            check(isinstance(arguments, dict), f'{config} has no model_config: it is not of a published model')
             arguments, state_dict = translate(arguments, state_dict)
         check_sizes(arguments, state_dict)
         with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
             model = cls(**arguments)
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f'{name} is not a {cls.__name__}: {first_line(error)}') from error
+        reason, *_ = f'{error}\n'.splitlines()
+        raise ValueError(f'{name} is not a {cls.__name__}: {reason}') from error
 
     for key, t in state_dict.items():
         check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')

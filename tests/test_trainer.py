@@ -175,7 +175,7 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
 
     for micro_step in range(2):
         labels, alpha, pos, uncond = t.draw(t.push(batches), micro_step)
-        gen = t.generate(t.model, *t.inputs(labels, alpha, micro_step))
+        gen = t.generate(*t.inputs(labels, alpha, micro_step))
         loss, _ = t.loss_fn(gen, pos, uncond, alpha)
         t.unwrapped.zero_grad()
         loss.backward()
@@ -398,12 +398,12 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = iter([])), 'the dataset must be map-style, with a length, got list_iterator'),
     (
         dict(data = ONE_LONGER, model = Net(num_classes = None)),
-        'sample 7 of the dataset has shape (3,), the first one has (2,)'
+        'sample 7 of the dataset has shape (3,), expected (2,) like the first one'
     ),
     (dict(loss_fn = lambda gen, *_: gen.mean()), 'loss_fn must return (loss, Breakdown), it returns Tensor'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
-    (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
-    (dict(model = Returning(lambda x: (x, x))), 'the generator must return a tensor, it returns tuple'),
+    (dict(model = Wrong()), 'what the generator returns has shape (48, 1), expected (48, 2) like the dataset'),
+    (dict(model = Returning(lambda x: (x, x))), 'what the generator returns must be a tensor, got tuple'),
     (dict(model = Returning(torch.detach)), 'the generator returns samples without a gradient'),
     (dict(model = Returning(torch.detach), group_chunk_size = 2), 'the generator returns samples without a gradient'),
     (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length, got DataLoader'),
