@@ -1479,9 +1479,7 @@ def images_in(folder):
     return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.'))
 
 def center_crop(picture, size):
-    """The centre [size, size] of a picture as ADM and DiT cut it.
-    It is halved by a box filter while twice too large, then resized by a bicubic one to the shorter side.
-    """
+    """The centre [size, size] of a picture as ADM and DiT cut it."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -1572,7 +1570,7 @@ class SampleQueue:
         if not exists(self.samples):
             places = self.num_classes, self.size
             self.samples = samples.new_zeros(*places, *shape, device = self.device, dtype = self.dtype)
-        check_shape('real samples', samples, (num, *self.samples.shape[2:]), ' as before')
+        check_shape('real samples', samples, (num, *self.samples.shape[2:]))
 
         # by class, each sample has a number in it; a class is a ring, where of more than fit the newest stay
         counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
@@ -2405,15 +2403,15 @@ class Trainer(BaseTrainer):
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
             check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
 
-        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
-        is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
-        self.alpha_range = settings.alpha_range if is_guided else (1., 1.)
-        self.num_uncond = num = settings.num_uncond if is_guided else 0
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         num_classes, size = default(self.num_classes, 1), settings.class_queue_size
         self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
-        if is_guided:
-            most, size = len(dataset), settings.uncond_queue_size
+
+        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
+        self.alpha_range, self.num_uncond = (1., 1.), 0
+        if exists(self.num_classes) and settings.alpha_range[1] > 1:
+            self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
+            num, most, size = settings.num_uncond, len(dataset), settings.uncond_queue_size
             wanted = f'guidance needs 1 to {most} (the dataset) unconditional samples'
             check(0 < num <= most, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
             check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
@@ -2446,8 +2444,8 @@ class Trainer(BaseTrainer):
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
-            held = rearrange(cat([queue.filled for queue in self.queues.values()]), 'n -> 1 n')
-            held = self.accelerator.gather(held.to(self.device)).amin(dim = 0).tolist()
+            held = cat([queue.filled for queue in self.queues.values()]).to(self.device)
+            held = self.accelerator.gather(rearrange(held, 'n -> 1 n')).amin(dim = 0).tolist()
             short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
             if not short and held[-1] >= self.num_uncond:
                 return
@@ -2478,26 +2476,25 @@ class Trainer(BaseTrainer):
         turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
         labels = newest_labels[cat(turns)[:c]]
 
-        pos, uncond = self.queues['positives'].draw(labels, settings.num_pos, generator), None
+        drawn = [labels, alpha, self.queues['positives'].draw(labels, settings.num_pos, generator)]
         if self.num_uncond > 0:
-            uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
-            uncond = uncond.to(self.device, non_blocking = True).float()
-        labels, alpha, pos = (t.to(self.device, non_blocking = True) for t in (labels, alpha, pos))
-        return labels, alpha, pos.float(), uncond
+            drawn.append(self.queues['unconditional'].draw(0 * labels, self.num_uncond, generator))
+        labels, alpha, pos, *uncond = (t.to(self.device, non_blocking = True) for t in drawn)
+        return labels, alpha, pos.float(), uncond[0].float() if uncond else None
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
-        noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
+        noise, styles = [], []
         groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
         for group in groups[self.rank].tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
-            if has_styles:
+            if hasattr(self.unwrapped, 'draw_styles'):
                 styles.append(self.unwrapped.draw_styles(g, generator))
 
         labels = labels if exists(self.num_classes) else None
-        return stack(noise), labels, alpha, stack(styles) if has_styles else None
+        return stack(noise), labels, alpha, stack(styles) if styles else None
 
     # the step
     def generate(self, noise, labels, alpha, styles, number = 0):
@@ -2546,7 +2543,7 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """And details: the Breakdown, alpha, and how far samples of a group spread, relative to real ones, or None."""
+        """The loss, and (Breakdown, alpha, spread of a group's samples relative to real ones or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
@@ -2568,9 +2565,10 @@ class Trainer(BaseTrainer):
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
         drifts = {}
         for name, stats in breakdown.stats.items():
-            metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-            for kind, values in islice(stats._asdict().items(), 1, None):  # behind the scale
-                metrics |= {f'feature/{name}/{kind}/{t}': value for t, value in values.items()}
+            prefix, kinds = f'feature/{name}', stats._asdict()
+            metrics |= {f'{prefix}/loss': breakdown.losses[name], f'{prefix}/scale': kinds.pop('scale')}
+            for kind, values in kinds.items():
+                metrics |= {f'{prefix}/{kind}/{t}': value for t, value in values.items()}
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
 
@@ -2648,10 +2646,8 @@ class MAETrainer(BaseTrainer):
         inputs = [t.to(self.device, non_blocking = True) for t in inputs]
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
         mask = self.unwrapped.draw_mask(inputs[0], generator)
-        cls_weight = self.cls_weight_at(self.step)
-
         with self.synced(sync):
-            loss, details = self.model(*inputs, cls_weight = cls_weight, mask = mask)
+            loss, details = self.model(*inputs, cls_weight = self.cls_weight_at(self.step), mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
