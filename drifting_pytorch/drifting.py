@@ -1464,7 +1464,7 @@ class ConvNeXtFeatures(Module):
 
 # ── 8. data - A.7, A.8 ────────────────────────────────────
 
-# every random number of a run comes from a seed made of its place in the run, which can so be repeated
+# every random number of a run comes from a seed made of its place there: it can be repeated
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise')."""
     return random.Random(repr(key)).getrandbits(63)
@@ -1562,17 +1562,17 @@ class SampleQueue:
 
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
-        num, shape = len(samples), samples.shape[1:]
+        num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
         labels = checked_labels(labels.cpu(), self.num_classes, num)
         check_range('real samples', samples, -math.inf)
         if not exists(self.samples):
-            places = self.num_classes, self.size
-            self.samples = samples.new_zeros(*places, *shape, device = self.device, dtype = self.dtype)
+            shape = self.num_classes, self.size, *samples.shape[1:]
+            self.samples = samples.new_zeros(shape, device = self.device, dtype = self.dtype)
         check_shape('real samples', samples, (num, *self.samples.shape[2:]))
 
-        # by class, each sample has a number in it; a class is a ring, where of more than fit the newest stay
+        # each class numbers its samples, and is a ring: of more than fit only the newest stay
         counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
         labels, pushed = labels[order], self.pushed + counts
         number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]
@@ -1615,9 +1615,7 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """Batches of a dataset. Its random augmentations depend on the place in the run, whichever worker asks.
-    An index is the batch's places [(position in the run, index in the dataset)].
-    """
+    """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
         fits = fits and not isinstance(dataset, IterableDataset)
@@ -2411,11 +2409,10 @@ class Trainer(BaseTrainer):
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if exists(self.num_classes) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
-            num, most, size = settings.num_uncond, len(dataset), settings.uncond_queue_size
-            wanted = f'guidance needs 1 to {most} (the dataset) unconditional samples'
+            num, most = settings.num_uncond, min(len(dataset), settings.uncond_queue_size)
+            wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size)'
             check(0 < num <= most, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
-            check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
-            self.queues['unconditional'] = SampleQueue(size = size, **options)
+            self.queues['unconditional'] = SampleQueue(size = settings.uncond_queue_size, **options)
 
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
@@ -2450,7 +2447,7 @@ class Trainer(BaseTrainer):
             if not short and held[-1] >= self.num_uncond:
                 return
 
-        some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
+        some = dict(islice(short.items(), 10))
         found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
         raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
 
@@ -2670,12 +2667,14 @@ class MAETrainer(BaseTrainer):
 # the release's options by our names: its name, and what its reader takes where a config does not say it
 MAE_OPTIONS = dict(
     dim = ('base_channels', 64), channels = ('in_channels', 3), patch_size = ('input_patch_size', 1),
-    num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4), layers = ('layers', (2, 2, 2, 2))
+    num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4),
+    layers = ('layers', (2, 2, 2, 2))
 )
 GENERATOR_OPTIONS = dict(
     image_size = ('input_size', 32), channels = ('in_channels', 3), patch_size = ('patch_size', 2),
     dim = ('hidden_size', 1152), depth = ('depth', 28), heads = ('num_heads', 16),
-    ff_mult = ('mlp_ratio', 4.), num_classes = ('num_classes', 1001), num_register_tokens = ('n_cls_tokens', 0),
+    ff_mult = ('mlp_ratio', 4.), num_classes = ('num_classes', 1001),
+    num_register_tokens = ('n_cls_tokens', 0),
     num_style_tokens = ('noise_coords', 1), style_codebook_size = ('noise_classes', 0)
 )
 
@@ -2731,10 +2730,9 @@ def read_msgpack(path):
         with open(path, 'rb') as file:  # array by array, never the whole file
             unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
             params = flatten(unpacker.unpack())
-            at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
-            check(at_end, 'there is something behind the last array')
+            check(unpacker.tell() == path.stat().st_size, 'there is something behind the last array')
             return params
-    except (ValueError, TypeError, AttributeError, RuntimeError, EOFError, msgpack.UnpackException) as error:
+    except Exception as error:  # whatever a file may hold
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
 def translated(config, params, options, names):
@@ -2781,7 +2779,8 @@ def generator_from_release(config, params):
         elif 'qkv' in name:
             q, k, v = state.pop(name).tensor_split(3)
             q, k = (interleaved(t, arguments['heads']) for t in (q, k))
-            state |= {name.replace('qkv', letter): t for letter, t in dict(q = q, k = k, v = v.clone()).items()}
+            for letter, t in dict(q = q, k = k, v = v.clone()).items():
+                state[name.replace('qkv', letter)] = t
     return arguments, state
 
 # of each model: its kind and names in the authors' repository, and its translation
@@ -2799,7 +2798,7 @@ def check_sizes(arguments, state):
     tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', 1)) ** 2
     tokens += arguments.get('num_register_tokens', 0)
     numbers = sum(t.numel() for t in state.values())
-    fits = blocks <= len(state) and tokens * arguments.get('dim', 1) <= numbers
+    fits = blocks <= len(state) and tokens <= numbers // arguments.get('dim', 1)
     check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
 
 def from_pretrained(cls, name, *, revision = None):
@@ -2839,7 +2838,7 @@ def from_pretrained(cls, name, *, revision = None):
         check_sizes(arguments, state_dict)
         with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
             model = cls(**arguments)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # whatever a config may hold
         reason, *_ = f'{error}\n'.splitlines()
         raise ValueError(f'{name} is not a {cls.__name__}: {reason}') from error
 

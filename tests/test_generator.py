@@ -214,7 +214,7 @@ def saved(folder, config = None, **weights):
 
 @pytest.mark.parametrize('config, weights, says', [
     ([1, 2], {}, 'config.json must be a mapping, got list'),
-    (dict(dim = -8), {}, 'dim must be a whole number from 1 on, got -8'),
+    (dict(dim = -8), {}, 'more than its weights'),
     (dict(heads = 0), {}, 'heads must be a whole number from 1 on, got 0'),
     (dict(heads = '4'), {}, "heads must be a whole number from 1 on, got '4'"),
     (dict(patch_size = 0), {}, 'division'),
@@ -222,6 +222,7 @@ def saved(folder, config = None, **weights):
     (dict(image_size = 2 * 10 ** 7), {}, '2 blocks and 100000000000003 tokens, more than its weights'),
     (dict(num_register_tokens = 10 ** 14), {}, '2 blocks and 100000000000016 tokens, more than its weights'),
     (dict(dim = 2 ** 60), {}, 'more than its weights'),
+    (dict(dim = '32', image_size = 10 ** 9), {}, 'is not a DriftingGenerator'),
     (dict(depth = 10 ** 9), {}, 'its config has 1000000000 blocks and 19 tokens, more than its weights'),
     (dict(ff_mult = float('nan')), {}, 'is not a DriftingGenerator'),
     (dict(ff_mult = 1e300), {}, 'is not a DriftingGenerator'),

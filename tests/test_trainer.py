@@ -382,16 +382,16 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
-        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): 2: 0.'
+        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
     ),
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
-    (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
+    (dict(num_uncond = 50), 'guidance needs 1 to 40 unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
     (
         dict(data = TensorDataset(X)),
         'the dataset must yield (floating point tensor, label), its sample 0 is tuple'
     ),
-    (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
+    (dict(num_uncond = 0), 'guidance needs 1 to 40 unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
     (dict(num_gen = 1), 'num_gen must be above 1'),
