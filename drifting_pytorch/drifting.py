@@ -1490,9 +1490,9 @@ def center_crop(picture, size):
 class ImageFolder(Dataset):
     """Images [ch size size] in [-1, 1] of a folder, and their labels.
 
-    A label is the place of the image's folder among the class folders, or 0 where there are none (num_classes None).
+    A label is the place of the image's class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    Raises ValueError for folders that hold none or mix them with class folders, and for unreadable images.
+    Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1544,7 +1544,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class: positives, or in a queue of one class unconditional samples (A.8).
+    """The newest real samples of every class (A.8): positives, or in a queue of one class unconditional ones.
 
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
@@ -2383,19 +2383,19 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups. Each takes labels and real samples of its own from a queue of what it reads.
-    Raises ValueError, before the first step, for settings and data that do not fit each other.
+    Several processes share the groups; each takes labels and real samples from a queue of what it reads.
+    Raises ValueError, before the first step, for settings and data that do not fit.
     """
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
-        settings, num = self.settings, self.settings.num_groups
+        settings, num, chunk = self.settings, self.settings.num_groups, self.settings.group_chunk_size
         self.samples_per_process, self.samples_trained = settings.push_size, num * settings.num_gen
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
-        if exists(settings.group_chunk_size):
+        if exists(chunk):
             fits = self.accelerator.mixed_precision != 'fp16'
             check(fits, 'group_chunk_size does without a loss scale, which fp16 needs: use bf16')
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
@@ -2418,8 +2418,7 @@ class Trainer(BaseTrainer):
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
-            options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
-            self.loss_fn = self.loss_fn.with_options(**options)
+            self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):
             layout = torch.channels_last if self.device.type == 'cuda' else torch.preserve_format
             self.loss_fn.to(self.device, memory_format = layout)
@@ -2427,7 +2426,7 @@ class Trainer(BaseTrainer):
 
     @classmethod
     def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
-        """Trained as in a column of Table 8, see TRAINER_PRESETS; keyword arguments override it."""
+        """By a column of Table 8, see TRAINER_PRESETS; keyword arguments override it."""
         check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
@@ -2493,7 +2492,6 @@ class Trainer(BaseTrainer):
         labels = labels if exists(self.num_classes) else None
         return stack(noise), labels, alpha, stack(styles) if styles else None
 
-    # the step
     def generate(self, noise, labels, alpha, styles, number = 0):
         """Generated samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
         self.seed_model(number)
@@ -2806,8 +2804,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     name: of a published model (needs the extra [pretrained]), or of a repository on the hub ('user/name'), of which
         revision is a commit, tag or branch; or a folder: of save_pretrained, or of a published model.
-    Raises ValueError for unknown names, damaged files, and weights that do not fit or are not finite; OSError for what
-        is neither a folder nor found on the hub.
+    Raises ValueError for unknown names, damaged files, and unfit or non-finite weights; OSError for what is not found.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
@@ -2836,7 +2833,7 @@ def from_pretrained(cls, name, *, revision = None):
         if is_release:
             arguments, state_dict = translate(arguments, state_dict)
         check_sizes(arguments, state_dict)
-        with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
+        with torch.device('meta'):  # the weights are taken as they are read, not copied
             model = cls(**arguments)
     except Exception as error:  # whatever a config may hold
         reason, *_ = f'{error}\n'.splitlines()
@@ -2850,5 +2847,5 @@ def from_pretrained(cls, name, *, revision = None):
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:  # the readers are explained last, so that the models could come first
+for model_class in PUBLISHED:  # last, so that the models could come first
     model_class.from_pretrained = classmethod(from_pretrained)

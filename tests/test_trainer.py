@@ -386,12 +386,12 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     ),
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
-    (dict(num_uncond = 50), 'guidance needs 1 to 40 unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
+    (dict(num_uncond = 50), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
     (
         dict(data = TensorDataset(X)),
         'the dataset must yield (floating point tensor, label), its sample 0 is tuple'
     ),
-    (dict(num_uncond = 0), 'guidance needs 1 to 40 unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
+    (dict(num_uncond = 0), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
     (dict(num_gen = 1), 'num_gen must be above 1'),
