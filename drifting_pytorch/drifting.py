@@ -1649,7 +1649,7 @@ class SeededDataset(Dataset):
     def batch(self, places):
         """float32 samples [b ...] and labels [b], or zeros."""
         seed = seed_for(self.seed, 'sample', places[0][0])
-        torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take long
+        torch.default_generator.manual_seed(seed)  # of the cpu alone: all take long
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
         return default_collate([self.sample(index) for _, index in places])
@@ -1657,7 +1657,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, places):
         try:
             return self.batch(places)
-        except (RuntimeError, ValueError) as error:  # which a worker would raise with all that led to it
+        except (RuntimeError, ValueError) as error:  # a worker would raise it with all that led to it
             return error
 
 # ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
@@ -2345,7 +2345,7 @@ class GeneratorSettings(LoopSettings):
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64  # real samples read per step by every process (release)
+    push_size: int = 64  # real samples a process reads per step (release)
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2431,7 +2431,7 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most one pass over the data."""
+        """Read until every class has enough positives in every process, at most once through the data."""
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
@@ -2662,7 +2662,7 @@ class MAETrainer(BaseTrainer):
 
 # ── 10. weights - our own, and those that the authors published ───
 
-# the release's options by our names: its name, and what its reader takes where a config does not say it
+# the release's options by our names: its name, and what its reader takes where a config says nothing
 MAE_OPTIONS = dict(
     dim = ('base_channels', 64), channels = ('in_channels', 3), patch_size = ('input_patch_size', 1),
     num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4),
