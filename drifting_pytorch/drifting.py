@@ -56,7 +56,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -1450,7 +1450,7 @@ class ConvNeXtFeatures(Module):
 
 # ── 8. data - A.7, A.8 ────────────────────────────────────
 
-# every random number of a run comes from a seed made of its place in the run, which can so be repeated
+# every random number of a run comes from a seed made of its place there: it can be repeated
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise')."""
     return random.Random(repr(key)).getrandbits(63)
@@ -1465,9 +1465,7 @@ def images_in(folder):
     return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.'))
 
 def center_crop(picture, size):
-    """The centre [size, size] of a picture as ADM and DiT cut it.
-    It is halved by a box filter while twice too large, then resized by a bicubic one to the shorter side.
-    """
+    """The centre [size, size] of a picture as ADM and DiT cut it."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -1478,9 +1476,9 @@ def center_crop(picture, size):
 class ImageFolder(Dataset):
     """Images [ch size size] in [-1, 1] of a folder, and their labels.
 
-    A label is the place of the image's folder among the class folders, or 0 where there are none (num_classes None).
+    A label is the place of the image's class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    Raises ValueError for folders without images or with images next to class folders, and for unreadable images.
+    Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1517,8 +1515,7 @@ class ImageFolder(Dataset):
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
         image = rearrange(torch.from_numpy(pixels), 'h w ch -> ch h w').float() / 127.5 - 1
-        mirrored = self.flip and random.random() < 0.5
-        return image.flip(-1) if mirrored else image, label
+        return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
     """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
@@ -1533,7 +1530,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class: positives, or in a queue of one class unconditional samples (A.8).
+    """The newest real samples of every class (A.8): positives, or in a queue of one class unconditional ones.
 
     size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
     """
@@ -1551,30 +1548,25 @@ class SampleQueue:
 
     def push(self, samples, labels = None):
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
-        num, shape = len(samples), tuple(samples.shape[1:])
+        num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
         labels = checked_labels(labels.cpu(), self.num_classes, num)
         check_range('real samples', samples, -math.inf)
         if not exists(self.samples):
-            dtype = default(self.dtype, samples.dtype)
-            self.samples = torch.zeros(self.num_classes, self.size, *shape, device = self.device, dtype = dtype)
-        held = tuple(self.samples.shape[2:])
-        check(shape == held, f'samples of shape {shape} pushed to a queue of {held}')
+            shape = self.num_classes, self.size, *samples.shape[1:]
+            self.samples = samples.new_zeros(shape, device = self.device, dtype = self.dtype)
+        check_shape('real samples', samples, (num, *self.samples.shape[2:]))
 
-        # by class; within its class each sample has a place among those of this push
-        order = labels.argsort(stable = True)
-        labels = labels[order]
-        counts = labels.bincount(minlength = self.num_classes)
-        starts = counts.cumsum(dim = 0) - counts
-        place = torch.arange(num) - starts[labels]
-
-        # each class is a ring; of more than fit only the newest stay
-        slot = (self.pushed[labels] + place) % self.size
-        stays = place >= (counts - self.size)[labels]
-        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in (labels, slot, order))
+        # each class numbers its samples, and is a ring: of more than fit only the newest stay
+        counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
+        labels, pushed = labels[order], self.pushed + counts
+        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]
+        stays = number >= (pushed - self.size)[labels]
+        places = labels, number % self.size, order
+        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in places)
         self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
-        self.pushed += counts
+        self.pushed = pushed
 
     def draw(self, labels, num, generator = None):
         """Samples [c num ...] of the classes labels [c], without replacement within a row."""
@@ -1590,8 +1582,7 @@ class SampleQueue:
         return self.samples[labels, slot]
 
     def state_dict(self):
-        state = dict(pushed = self.pushed, samples = self.samples)
-        return {name: t for name, t in state.items() if exists(t)}
+        return existing(pushed = self.pushed, samples = self.samples)
 
     def load_state_dict(self, state):
         if 'samples' in state:
@@ -1610,9 +1601,7 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """A dataset whose random augmentations depend on the position in the run, whichever process or worker asks.
-    Its index is (position in the run, index in the dataset); it yields (float32 sample, label or 0), or an error.
-    """
+    """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
         fits = fits and not isinstance(dataset, IterableDataset)
@@ -1620,12 +1609,12 @@ class SeededDataset(Dataset):
         check(len(dataset) > 0, 'the dataset is empty')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape = None
-        self.sample_shape = tuple(self.read(0)[0].shape)
+        self.sample_shape = tuple(self.sample(0)[0].shape)
 
     def __len__(self):
         return len(self.dataset)
 
-    def read(self, index):
+    def sample(self, index):
         name = f'sample {index} of the dataset'
         try:
             item = self.dataset[index]
@@ -1637,28 +1626,25 @@ class SeededDataset(Dataset):
         fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
         given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
         check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        fits, found = self.sample_shape in (None, sample.shape), tuple(sample.shape)
-        check(fits, f'{name} has shape {found}, the first one has {self.sample_shape}')
+        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
         try:
             return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
             raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
-    def __getitem__(self, place):
-        position, index = place
-        seed = seed_for(self.seed, 'sample', position)
-        torch.default_generator.manual_seed(seed)  # of the cpu alone: all devices take long
+    def batch(self, places):
+        """float32 samples [b ...] and labels [b], or zeros."""
+        seed = seed_for(self.seed, 'sample', places[0][0])
+        torch.default_generator.manual_seed(seed)  # of the cpu alone: all take long
         random.seed(seed)
         np.random.seed(seed % 2 ** 32)
-        try:
-            return self.read(index)
-        except (RuntimeError, ValueError) as error:  # which a worker would raise with all that led to it
-            return error
+        return default_collate([self.sample(index) for _, index in places])
 
-def batch_of(items):
-    """Samples [b ...] and labels [b], or the first error among them."""
-    errors = [item for item in items if isinstance(item, Exception)]
-    return errors[0] if errors else default_collate(items)
+    def __getitem__(self, places):
+        try:
+            return self.batch(places)
+        except (RuntimeError, ValueError) as error:  # a worker would raise it with all that led to it
+            return error
 
 # ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
 
@@ -1963,8 +1949,9 @@ class BaseTrainer:
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
         yield from DataLoader(
-            self.dataset, self.samples_per_process, sampler = places, num_workers = self.settings.num_workers,
-            pin_memory = self.device.type == 'cuda', worker_init_fn = ignore_signals, collate_fn = batch_of
+            self.dataset, None, sampler = BatchSampler(places, self.samples_per_process, drop_last = False),
+            num_workers = self.settings.num_workers, pin_memory = self.device.type == 'cuda',
+            worker_init_fn = ignore_signals
         )
 
     def read(self, batches):
@@ -2282,7 +2269,7 @@ class GeneratorSettings(LoopSettings):
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64  # real samples read per step by every process (release)
+    push_size: int = 64  # real samples a process reads per step (release)
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2311,11 +2298,6 @@ TRAINER_PRESETS = {
     'L/16': PIXEL,
 }
 
-class StepDetails(NamedTuple):
-    breakdown: Breakdown
-    alpha: Tensor  # guidance scales of the step [c]
-    spread: Tensor | None  # deviation of generated samples within their groups, in that of the positives
-
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8).
 
@@ -2325,64 +2307,55 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups, and the loss is that of all of them. Each has a queue of its own, of the real
-    samples that it reads, and takes the labels of its groups from its newest ones.
-    Raises ValueError, before the first step, for settings that contradict each other, a dataset that does not fit
-    them, and classes with too few samples.
+    Several processes share the groups; each takes labels and real samples from a queue of what it reads.
+    Raises ValueError, before the first step, for settings and data that do not fit.
     """
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
-        settings, num = self.settings, self.settings.num_groups
+        settings, num, chunk = self.settings, self.settings.num_groups, self.settings.group_chunk_size
         self.samples_per_process = settings.push_size
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
-        if exists(settings.group_chunk_size):
+        if exists(chunk):
             fits = num % self.world == 0 or not self.accelerator.is_fsdp2
-            wanted = 'num_groups that processes share evenly'
-            check(fits, f'a sharded model in chunks needs {wanted}, got {num}')
+            check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
 
-        self.make_queues(len(dataset))
-        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
-        self.parts = dict(loss = described(self.loss_fn), field = described(field))
-
-        if isinstance(self.loss_fn, FeatureDriftLoss):
-            options = dict(group_chunk_size = settings.group_chunk_size, compile = settings.compile)
-            self.loss_fn = self.loss_fn.with_options(**options)
-        if isinstance(self.loss_fn, Module):
-            self.loss_fn.to(self.device)
-            if self.device.type == 'cuda':
-                self.loss_fn.to(memory_format = torch.channels_last)
-        self.resume()
-
-    @classmethod
-    def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
-        """With the settings of a column of Table 8, see TRAINER_PRESETS; keyword arguments override them."""
-        check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
-        return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
-
-    def make_queues(self, num_real):
-        """Without classes, or at alpha = 1 throughout, there is nothing to guide away from."""
-        settings, num = self.settings, self.settings.num_uncond
-        is_guided = exists(self.num_classes) and settings.alpha_range[1] > 1
-        self.alpha_range, self.num_uncond = (settings.alpha_range, num) if is_guided else ((1., 1.), 0)
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         num_classes, size = default(self.num_classes, 1), settings.class_queue_size
         self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
 
-        if is_guided:
-            wanted = f'guidance needs 1 to {num_real} (the dataset) unconditional samples'
-            check(0 < num <= num_real, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
-            size = settings.uncond_queue_size
-            check(num <= size, f'num_uncond = {num} does not fit into uncond_queue_size = {size}')
-            self.queues['unconditional'] = SampleQueue(size = size, **options)
+        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
+        self.alpha_range, self.num_uncond = (1., 1.), 0
+        if exists(self.num_classes) and settings.alpha_range[1] > 1:
+            self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
+            num, most = settings.num_uncond, min(len(dataset), settings.uncond_queue_size)
+            wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size)'
+            check(0 < num <= most, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
+            self.queues['unconditional'] = SampleQueue(size = settings.uncond_queue_size, **options)
+
+        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
+        self.parts = dict(loss = described(self.loss_fn), field = described(field))
+
+        if isinstance(self.loss_fn, FeatureDriftLoss):
+            self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
+        if isinstance(self.loss_fn, Module):
+            layout = torch.channels_last if self.device.type == 'cuda' else torch.preserve_format
+            self.loss_fn.to(self.device, memory_format = layout)
+        self.resume()
+
+    @classmethod
+    def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
+        """By a column of Table 8, see TRAINER_PRESETS; keyword arguments override it."""
+        check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
+        return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most one pass over the data."""
+        """Read until every class has enough positives in every process, at most once through the data."""
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
@@ -2391,13 +2364,13 @@ class Trainer(BaseTrainer):
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
-            held = rearrange(cat([queue.filled for queue in self.queues.values()]), 'n -> 1 n')
-            held = self.accelerator.gather(held.to(self.device)).amin(dim = 0).tolist()
+            held = cat([queue.filled for queue in self.queues.values()]).to(self.device)
+            held = self.accelerator.gather(rearrange(held, 'n -> 1 n')).amin(dim = 0).tolist()
             short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
-            if not short and (self.num_uncond == 0 or held[-1] >= self.num_uncond):
+            if not short and held[-1] >= self.num_uncond:
                 return
 
-        some = ', '.join(f'{label}: {num}' for label, num in islice(short.items(), 10))
+        some = dict(islice(short.items(), 10))
         found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
         raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
 
@@ -2423,86 +2396,73 @@ class Trainer(BaseTrainer):
         turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
         labels = newest_labels[cat(turns)[:c]]
 
-        pos, uncond = self.queues['positives'].draw(labels, settings.num_pos, generator), None
+        drawn = [labels, alpha, self.queues['positives'].draw(labels, settings.num_pos, generator)]
         if self.num_uncond > 0:
-            uncond = self.queues['unconditional'].draw(torch.zeros_like(labels), self.num_uncond, generator)
-            uncond = uncond.to(self.device, non_blocking = True).float()
-        labels, alpha, pos = (t.to(self.device, non_blocking = True) for t in (labels, alpha, pos))
-        return labels, alpha, pos.float(), uncond
+            drawn.append(self.queues['unconditional'].draw(0 * labels, self.num_uncond, generator))
+        labels, alpha, pos, *uncond = (t.to(self.device, non_blocking = True) for t in drawn)
+        return labels, alpha, pos.float(), uncond[0].float() if uncond else None
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
-        noise, styles, has_styles = [], [], hasattr(self.unwrapped, 'draw_styles')
+        noise, styles = [], []
         groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
         for group in groups[self.rank].tolist():
             generator = seeded(*key, group, device = self.device)
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
-            if has_styles:
+            if hasattr(self.unwrapped, 'draw_styles'):
                 styles.append(self.unwrapped.draw_styles(g, generator))
 
         labels = labels if exists(self.num_classes) else None
-        return stack(noise), labels, alpha, stack(styles) if has_styles else None
+        return stack(noise), labels, alpha, stack(styles) if styles else None
 
-    # the step
-    def generate(self, model, noise, labels, alpha, styles):
-        """Generated samples [c g ...] of what `inputs` gives."""
+    def generate(self, noise, labels, alpha, styles, number = 0):
+        """Generated samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
+        self.seed_model(number)
         c, g = noise.shape[:2]
         labels = repeat(labels, 'c -> (c g)', g = g) if exists(labels) else None
         styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
         alpha = repeat(alpha, 'c -> (c g)', g = g)
-        gen = model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
-        check(torch.is_tensor(gen), f'the generator must return a tensor, it returns {type(gen).__name__}')
-        shape, wanted = tuple(gen.shape[1:]), f'those of the dataset have {self.sample_shape}'
-        check(shape == self.sample_shape, f'the generator returns samples of shape {shape}, {wanted}')
+        gen = self.model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
+        check_shape('what the generator returns', gen, (c * g, *self.sample_shape), ' like the dataset')
         has_gradient = gen.requires_grad or not torch.is_grad_enabled()
         check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
-    def chunks(self, inputs):
-        return chunked(inputs, self.settings.group_chunk_size)
-
     @torch.no_grad()
     def without_graph(self, chunks):
-        """Generated samples [c g ...]. A chunk draws the same dropout whenever it is generated."""
-        samples = []
-        for i, chunk in enumerate(chunks):
-            self.seed_model(i)
-            samples.append(self.generate(self.model, *chunk))
-        return cat(samples)
+        return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
 
     def backward(self, batches, micro_step, sync):
         """The gradient of one micro step.
         In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk to the weights.
         """
-        settings, options = self.settings, {}
+        settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
-        chunks = self.chunks(self.inputs(labels, alpha, micro_step))
+        chunks = chunked(self.inputs(labels, alpha, micro_step), size)
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
-            options['neg'] = self.without_graph(self.chunks(self.inputs(labels, alpha, micro_step, 'neg')))
+            options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
         share = len(labels) * self.world / settings.num_groups  # processes may have unequal numbers of groups
         share = share / settings.gradient_accumulation_steps
-        if not exists(settings.group_chunk_size):
-            self.seed_model(0)
+        if not exists(size):
             with self.synced(sync):
-                gen = self.generate(self.model, *chunks[0])
-                loss, details = self.loss(gen, pos, uncond, alpha, options)
+                loss, details = self.loss(self.generate(*chunks[0]), pos, uncond, alpha, options)
                 self.accelerator.backward(loss * share)
             return loss.detach(), details
 
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
-        grads = torch.autograd.grad(loss * share, gen)[0].split(settings.group_chunk_size)
+        grads = torch.autograd.grad(loss * share, gen)[0].split(size)
         for i, (chunk, grad) in enumerate(zip(chunks, grads, strict = True)):
-            self.seed_model(i)
             with self.synced(sync and i == len(chunks) - 1):
-                self.accelerator.backward((self.generate(self.model, *chunk) * grad).sum())
+                self.accelerator.backward((self.generate(*chunk, i) * grad).sum())
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
+        """The loss, and (Breakdown, alpha, spread of a group's samples relative to real ones or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
@@ -2514,22 +2474,20 @@ class Trainer(BaseTrainer):
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
             spread = of_gen / of_pos
-        return loss, StepDetails(Breakdown(losses, breakdown.stats), alpha, spread)
+        return loss, (Breakdown(losses, breakdown.stats), alpha, spread)
 
     # what is seen of it
     def metrics(self, details):
         """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
-        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max()}
+        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
-        metrics |= {'spread': spread} if exists(spread) else {}
         drifts = {}
         for name, stats in breakdown.stats.items():
-            metrics |= {f'feature/{name}/loss': breakdown.losses[name], f'feature/{name}/scale': stats.scale}
-            for kind, values in stats._asdict().items():
-                if kind != 'scale':
-                    metrics |= {f'feature/{name}/{kind}/{t}': value for t, value in values.items()}
-
+            prefix, kinds = f'feature/{name}', stats._asdict()
+            metrics |= {f'{prefix}/loss': breakdown.losses[name], f'{prefix}/scale': kinds.pop('scale')}
+            for kind, values in kinds.items():
+                metrics |= {f'{prefix}/{kind}/{t}': value for t, value in values.items()}
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
 
@@ -2539,7 +2497,7 @@ class Trainer(BaseTrainer):
     def log(self, bar, loss, details, norms):
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
-        spread = details.spread
+        *_, spread = details
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
             found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
@@ -2579,7 +2537,6 @@ class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
 
     settings: see MAESettings and LoopSettings. to_image: see Trainer.
-    The pictures are of samples, of what is left of them, and of reconstructions.
     """
     less_memory = 'lower batch_size and raise gradient_accumulation_steps'
 
@@ -2604,16 +2561,14 @@ class MAETrainer(BaseTrainer):
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
+        inputs = [samples]
         if exists(self.num_classes):
-            labels = checked_labels(labels, self.num_classes, len(labels))
-        samples, labels = (t.to(self.device, non_blocking = True) for t in (samples, labels))
-        labels = labels if exists(self.num_classes) else None
+            inputs.append(checked_labels(labels, self.num_classes, len(labels)))
+        inputs = [t.to(self.device, non_blocking = True) for t in inputs]
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
-        mask = self.unwrapped.draw_mask(samples, generator)
-        cls_weight = self.cls_weight_at(self.step)
-
+        mask = self.unwrapped.draw_mask(inputs[0], generator)
         with self.synced(sync):
-            loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)
+            loss, details = self.model(*inputs, cls_weight = self.cls_weight_at(self.step), mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
@@ -2624,8 +2579,7 @@ class MAETrainer(BaseTrainer):
     def pictures(self):
         """The first ten samples, what the mask leaves of them, and their reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
-        samples, _ = batch_of([self.dataset[i, i] for i in range(num)])
-        samples = samples.to(self.device)
+        samples = self.dataset.batch([(i, i) for i in range(num)])[0].to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
         dropped = model.dropped(mask)
         left = samples * (1 - dropped)
@@ -2634,7 +2588,7 @@ class MAETrainer(BaseTrainer):
 
 # ── 10. weights - our own, and those that the authors published ───
 
-# the release's options by our names: its name, and what its reader takes where a config does not say it
+# the release's options by our names: its name, and what its reader takes where a config says nothing
 MAE_OPTIONS = dict(
     dim = ('base_channels', 64), channels = ('in_channels', 3), patch_size = ('input_patch_size', 1),
     num_classes = ('num_classes', 1000), mask_patch_size = ('patch_size', 4),
@@ -2643,41 +2597,32 @@ MAE_OPTIONS = dict(
 GENERATOR_OPTIONS = dict(
     image_size = ('input_size', 32), channels = ('in_channels', 3), patch_size = ('patch_size', 2),
     dim = ('hidden_size', 1152), depth = ('depth', 28), heads = ('num_heads', 16),
-    ff_mult = ('mlp_ratio', 4.),
-    num_classes = ('num_classes', 1001), num_register_tokens = ('n_cls_tokens', 0),
+    ff_mult = ('mlp_ratio', 4.), num_classes = ('num_classes', 1001),
+    num_register_tokens = ('n_cls_tokens', 0),
     num_style_tokens = ('noise_coords', 1), style_codebook_size = ('noise_classes', 0)
 )
 
 # from its parameters' names to ours: patterns, applied one after the other
-MAE_NAMES = (
-    (r'^(encoder|decoder)/', ''), (r'^stages_(\d+)/layers_', r'stages/\1/'), (r'^up', 'ups/up'),
-    (r'^head', 'to_pixels'), (r'^fc', 'to_logits'),
+MAE_NAMES = {
+    '^(encoder|decoder)/': '', r'^stages_(\d+)/layers_': r'stages/\1/', '^up': 'ups/up',
+    '^head': 'to_pixels', '^fc': 'to_logits', r'^(layer\d)_norm': r'norms/\1', 'concat_norm_fn': 'norm',
+    'proj_(conv|gn)': r'shortcut/\1', r'(conv|gn)(\d)': r'conv\2/\1', 'conv/': '0/', 'gn/': '1/',
+    '^conv1': 'stem'
+}
+GENERATOR_NAMES = {
+    '/Dense_0|Torch|^LightningDiT_0/': '', '^RMSNorm_0': 'alpha_embed/3', '^Embed_0': 'class_embed',
+    'TimestepEmbedder_0/Linear_0': 'alpha_embed/0', 'TimestepEmbedder_0/Linear_1': 'alpha_embed/2',
+    '^Linear_0': 'patch_embed', '^Linear_1': 'register_proj', 'cls_embed': 'register_embed',
+    'FinalLayer_0/Linear_0': 'final_modulation/linear', 'FinalLayer_0/Linear_1': 'to_patch',
+    'FinalLayer_0/RMSNorm_0': 'final_norm',
 
-    # norms, and convolutions with theirs
-    (r'^(layer\d)_norm', r'norms/\1'), (r'concat_norm_fn', 'norm'), (r'proj_(conv|gn)', r'shortcut/\1'),
-    (r'(conv|gn)(\d)', r'conv\2/\1'), (r'conv/', '0/'), (r'gn/', '1/'), (r'^conv1', 'stem')
-)
-GENERATOR_NAMES = (
-    (r'/Dense_0|Torch', ''),
-
-    # condition
-    (r'^Embed_0', 'class_embed'), (r'^noise_embeds_', 'style/'), (r'^RMSNorm_0', 'alpha_embed/3'),
-    (r'^TimestepEmbedder_0/Linear_0', 'alpha_embed/0'),
-    (r'^TimestepEmbedder_0/Linear_1', 'alpha_embed/2'),
-
-    # first and last layer
-    (r'^LightningDiT_0/', ''), (r'^Linear_0', 'patch_embed'), (r'^Linear_1', 'register_proj'),
-    (r'^cls_embed', 'register_embed'), (r'^FinalLayer_0/RMSNorm_0', 'final_norm'),
-    (r'^FinalLayer_0/Linear_0', 'final_modulation/linear'), (r'^FinalLayer_0/Linear_1', 'to_patch'),
-
-    # blocks
-    (r'^blocks_', 'blocks/'), (r'RMSNorm_0', 'attn_norm'), (r'RMSNorm_1', 'ff_norm'),
-    (r'Attention_0/Linear_0/kernel', 'attn/to_qkv/weight'), (r'Attention_0/Linear_0/bias', 'qkv_bias'),
-    (r'Attention_0/Linear_1/kernel', 'attn/to_out/weight'), (r'Attention_0/Linear_1/bias', 'out_bias'),
-    (r'Attention_0/(\w)_norm', r'attn/\1_rmsnorm'), (r'SwiGLUFFN_0/Linear_0', 'ff/ff/0/gate'),
-    (r'SwiGLUFFN_0/Linear_1', 'ff/ff/0/proj'), (r'SwiGLUFFN_0/Linear_2', 'ff/ff/2'),
-    (r'Linear_0', 'modulation/linear')
-)
+    'blocks_': 'blocks/', 'RMSNorm_0': 'attn_norm', 'RMSNorm_1': 'ff_norm',
+    r'Attention_0/(\w)_norm': r'attn/\1_rmsnorm',
+    'Attention_0/Linear_0': 'attn/to_qkv', 'Attention_0/Linear_1': 'attn/to_out',
+    r'attn/to_(\w+)/bias': r'\1_bias',
+    'SwiGLUFFN_0/Linear_0': 'ff/ff/0/gate', 'SwiGLUFFN_0/Linear_1': 'ff/ff/0/proj',
+    'SwiGLUFFN_0/Linear_2': 'ff/ff/2', 'Linear_0': 'modulation/linear'
+}
 
 def flatten(tree, *path):
     """{'a/b/c': tensor} of nested maps of tensors."""
@@ -2685,12 +2630,6 @@ def flatten(tree, *path):
     if torch.is_tensor(tree):
         return {name: tree}
     check(isinstance(tree, dict), f'expected nested maps of arrays, found {type(tree).__name__} at {name or "the top"}')
-    # arrays above 1 GiB come in pieces. Lists may come as maps {'0': ..., '1': ...}
-    if '__msgpack_chunked_array__' in tree:
-        lists = (tree['shape'], tree['chunks'])
-        shape, pieces = (t if isinstance(t, list) else [t[str(i)] for i in range(len(t))] for t in lists)
-        return {name: cat([piece.flatten() for piece in pieces]).reshape(shape)}
-
     flat = {}
     for key, branch in tree.items():
         flat |= flatten(branch, *path, key)
@@ -2715,10 +2654,9 @@ def read_msgpack(path):
         with open(path, 'rb') as file:  # array by array, never the whole file
             unpacker = msgpack.Unpacker(file, ext_hook = to_tensor, max_buffer_size = 2 ** 31 - 1)
             params = flatten(unpacker.unpack())
-            at_end = not file.read(1) and unpacker.tell() == path.stat().st_size
-            check(at_end, 'there is something behind the last array')
+            check(unpacker.tell() == path.stat().st_size, 'there is something behind the last array')
             return params
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError, EOFError, msgpack.UnpackException) as error:
+    except Exception as error:  # whatever a file may hold
         raise ValueError(f'{path} is not a msgpack file of arrays: {error or "it ends too early"}') from error
 
 def translated(config, params, options, names):
@@ -2726,7 +2664,7 @@ def translated(config, params, options, names):
     state = {}
     for path in list(params):
         t, name = params.pop(path), path
-        for pattern, ours in (*names, (r'(kernel|scale|embedding)$', 'weight'), ('/', '.')):
+        for pattern, ours in {**names, '(kernel|scale|embedding)$': 'weight', '/': '.'}.items():
             name = re.sub(pattern, ours, name)
         if path.endswith('/kernel'):
             t = rearrange(t, '... i o -> o i ...')  # (in, out), or (h, w, in, out)
@@ -2742,8 +2680,7 @@ def generator_from_release(config, params):
     needed = dict.fromkeys(('use_qknorm', 'use_swiglu', 'use_rope', 'use_rmsnorm'), True)
     for name, wanted in {**needed, **same}.items():
         value = config.get(name, same.get(name, False))
-        found = f'the published generator has {name} = {value}, not {wanted}'
-        check(value == wanted, f'{found}, which this generator does not offer')
+        check(value == wanted, f'it has {name} = {value}, this generator offers {wanted} alone')
 
     if arguments['style_codebook_size'] == 0:
         arguments |= dict(num_style_tokens = 0, style_codebook_size = 1)
@@ -2753,58 +2690,47 @@ def generator_from_release(config, params):
     def interleaved(t, heads):
         return rearrange(t, '(h two d) ... -> (h d two) ...', h = heads, two = 2)
 
-    # what is missing is found when the weights are loaded
-    nothing = torch.empty(0, arguments['dim'])
-    num_styles = sum(name.startswith('style.') for name in state)
-    styles = [state.pop(f'style.{i}.weight', nothing) for i in range(num_styles)]
-    state['style_embed.weight'] = cat((nothing, *styles))
+    num_styles = sum(name.startswith('noise_embeds_') for name in state)
+    styles = [state.pop(f'noise_embeds_{i}.weight') for i in range(num_styles)]
+    state['style_embed.weight'] = cat((torch.empty(0, arguments['dim']), *styles))
     for name in list(state):
         if name in ('pos_embed', 'register_embed'):
             state[name] = state[name].squeeze(0)
         elif name.endswith('_rmsnorm.weight'):
             state[name] = interleaved(state[name], 1)
         elif '.proj.' in name:
-            up = state[name]
-            state[name] = cat((up, state.pop(name.replace('proj', 'gate'), up[:0])))
+            state[name] = cat((state[name], state.pop(name.replace('proj', 'gate'))))
         elif 'qkv' in name:
             q, k, v = state.pop(name).tensor_split(3)
             q, k = (interleaved(t, arguments['heads']) for t in (q, k))
-            state |= {name.replace('qkv', letter): t for letter, t in dict(q = q, k = k, v = v.clone()).items()}
+            for letter, t in dict(q = q, k = k, v = v.clone()).items():
+                state[name.replace('qkv', letter)] = t
     return arguments, state
 
 # of each model: its kind and names in the authors' repository, and its translation
 PUBLISHED = {
     DriftingGenerator: (
-        'gen',
-        ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'),
+        'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation'),
         generator_from_release
     ),
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'), mae_from_release)
 }
 
-def first_line(error):
-    return f'{error}\n'.splitlines()[0]
-
 def check_sizes(arguments, state):
-    """Of what takes time or memory even without its weights, before it is made: blocks and positions."""
-    blocks = {found[0] for name in state if (found := re.match(r'blocks\.\d+|stages\.\d+\.\d+', name))}
-    num = sum(arguments.get('layers', [arguments.get('depth', len(blocks))]))
-    check(num == len(blocks), f'its config has {num} blocks, its weights have {len(blocks)}')
-    pos_embed, register_embed = (state.get(name, torch.empty(0)) for name in ('pos_embed', 'register_embed'))
-    if {'image_size', 'patch_size', 'dim'} <= arguments.keys():
-        num_patches = (arguments['image_size'] // arguments['patch_size']) ** 2
-        check_shape('pos_embed', pos_embed, (num_patches, arguments['dim']))
-    if 'num_register_tokens' in arguments:
-        check_shape('register_embed', register_embed, (arguments['num_register_tokens'], 'dim'))
+    """Blocks and tokens cost time and memory even without their weights."""
+    blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
+    tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', 1)) ** 2
+    tokens += arguments.get('num_register_tokens', 0)
+    numbers = sum(t.numel() for t in state.values())
+    fits = blocks <= len(state) and tokens <= numbers // arguments.get('dim', 1)
+    check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
 
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
-    name: of a published model; or of a repository on the hub ('user/name', downloaded once; revision: a commit, tag or
-        branch); or a local folder, of save_pretrained or of a published model (metadata.json and ema_params.msgpack,
-        which need the extra [pretrained]).
-    Raises ValueError for unknown names, damaged files, and weights that do not fit: missing, unknown, other shapes,
-        not finite; OSError for what is neither a folder nor found on the hub.
+    name: of a published model (needs the extra [pretrained]), or of a repository on the hub ('user/name'), of which
+        revision is a commit, tag or branch; or a folder: of save_pretrained, or of a published model.
+    Raises ValueError for unknown names, damaged files, and unfit or non-finite weights; OSError for what is not found.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
@@ -2813,10 +2739,8 @@ def from_pretrained(cls, name, *, revision = None):
 
     if folder.is_dir():
         config, weights = (folder / file for file in files)
-        wanted = 'expected a folder of save_pretrained or a published model'
-        check(config.is_file(), f'{folder} has neither config.json nor metadata.json: {wanted}')
-        origin = 'an artifact of the release' if is_release else 'a folder of save_pretrained'
-        check(weights.is_file(), f'{folder} is not {origin}: it has no {weights.name}')
+        missing = ' and no '.join(path.name for path in (config, weights) if not path.is_file())
+        check(not missing, f'{folder} has no {missing}: expected a folder of save_pretrained or a published model')
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
@@ -2824,22 +2748,22 @@ def from_pretrained(cls, name, *, revision = None):
         try:
             config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
         except OSError as error:
-            found = f'{name} is no folder, and not found as {repository} on the hub'
-            raise OSError(f'{found}: {first_line(error)}') from error
+            reason, *_ = f'{error}\n'.splitlines()
+            raise OSError(f'{name} is no folder, and not found as {repository} on the hub: {reason}') from error
 
     state_dict = read_msgpack(weights) if is_release else read_tensors(weights)
     try:
         arguments = json.loads(config.read_text())
+        arguments = arguments['model_config'] if is_release else arguments
         check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
-            arguments = arguments.get('model_config')
-            check(isinstance(arguments, dict), f'{config} has no model_config: it is not of a published model')
             arguments, state_dict = translate(arguments, state_dict)
         check_sizes(arguments, state_dict)
-        with torch.device('meta'):  # the weights are taken as they are read, never two copies of them
+        with torch.device('meta'):  # the weights are taken as they are read, not copied
             model = cls(**arguments)
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f'{name} is not a {cls.__name__}: {first_line(error)}') from error
+    except Exception as error:  # whatever a config may hold
+        reason, *_ = f'{error}\n'.splitlines()
+        raise ValueError(f'{name} is not a {cls.__name__}: {reason}') from error
 
     for key, t in state_dict.items():
         check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')
@@ -2849,5 +2773,5 @@ def from_pretrained(cls, name, *, revision = None):
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:  # the readers are explained last, so that the models could come first
+for model_class in PUBLISHED:  # last, so that the models could come first
     model_class.from_pretrained = classmethod(from_pretrained)

@@ -189,7 +189,7 @@ def test_damaged_checkpoints_do_not_count(tmp_path):
 
 def test_refused_settings_remove_nothing(tmp_path):
     trainer(tmp_path, num_train_steps = 2, save_every = 2).train()
-    with pytest.raises(ValueError, match = 'does not fit into uncond_queue_size'):
+    with pytest.raises(ValueError, match = 'guidance needs 1 to 40 unconditional samples'):
         trainer(tmp_path, overwrite = True, num_uncond = 100)
     assert checkpoint_names(tmp_path) == ['step-00000002']
 

@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from drifting_pytorch import LatentMAE, MAETrainer
 from drifting_pytorch.drifting import MAESettings
-from helpers import rows, weights
+from helpers import raises_one_line, rows, weights
 
 # stripes
 
@@ -78,3 +78,12 @@ def test_fine_tuning_needs_a_classifier(tmp_path):
     settings = dict(batch_size = 16, finetune_steps = 2, results_folder = tmp_path, cpu = True)
     with pytest.raises(ValueError, match = 'finetune_steps needs a model with a classifier'):
         MAETrainer(small_mae(num_classes = None), pictures(), **settings)
+
+def test_a_sample_that_does_not_open_is_named_before_the_first_step(tmp_path):
+    """The pictures take it first, without the loader."""
+    data = [*pictures()]
+    data[3] = data[3][0], 'horizontal'
+    settings = dict(batch_size = 16, results_folder = tmp_path, cpu = True, progress_bar = False)
+    t = MAETrainer(small_mae(num_classes = 2), data, **settings)
+    with raises_one_line("sample 3 of the dataset has the label 'horizontal', expected an integer"):
+        t.train()

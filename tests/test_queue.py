@@ -70,7 +70,7 @@ def test_queue_draws_without_replacement_and_uniformly(rng):
     ),
     (lambda q: q.push(*labelled([2])), 'labels must be finite and in 0 .. 1'),
     (lambda q: q.push(torch.zeros(1, 1)), 'a queue of 2 classes needs labels'),
-    (lambda q: q.push(torch.zeros(1, 2), torch.tensor([0])), 'samples of shape (2,)'),
+    (lambda q: q.push(torch.zeros(1, 2), torch.tensor([0])), 'real samples has shape (1, 2), expected (1, 1)'),
     (lambda q: q.push(torch.full((1, 1), float('nan')), torch.tensor([0])), 'real samples must be finite'),
     (lambda q: q.draw(torch.tensor([4]), 1), 'labels must be finite and in 0 .. 1'),
     (lambda q: SampleQueue(2, size = 5).load_state_dict(q.state_dict()), 'the saved queue'),

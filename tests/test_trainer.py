@@ -175,7 +175,7 @@ def test_gradient_accumulation_averages_the_micro_steps(tmp_path):
 
     for micro_step in range(2):
         labels, alpha, pos, uncond = t.draw(t.push(batches), micro_step)
-        gen = t.generate(t.model, *t.inputs(labels, alpha, micro_step))
+        gen = t.generate(*t.inputs(labels, alpha, micro_step))
         loss, _ = t.loss_fn(gen, pos, uncond, alpha)
         t.unwrapped.zero_grad()
         loss.backward()
@@ -401,28 +401,28 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
-        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): 2: 0.'
+        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
     ),
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
-    (dict(num_uncond = 50), 'does not fit into uncond_queue_size = 40'),
+    (dict(num_uncond = 50), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
     (
         dict(data = TensorDataset(X)),
         'the dataset must yield (floating point tensor, label), its sample 0 is tuple'
     ),
-    (dict(num_uncond = 0), 'guidance needs 1 to 240 (the dataset) unconditional samples, got num_uncond = 0'),
+    (dict(num_uncond = 0), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
     (dict(num_gen = 1), 'num_gen must be above 1'),
     (dict(data = iter([])), 'the dataset must be map-style, with a length, got list_iterator'),
     (
         dict(data = ONE_LONGER, model = Net(num_classes = None)),
-        'sample 7 of the dataset has shape (3,), the first one has (2,)'
+        'sample 7 of the dataset has shape (3,), expected (2,) like the first one'
     ),
     (dict(loss_fn = lambda gen, *_: gen.mean()), 'loss_fn must return (loss, Breakdown), it returns Tensor'),
     (dict(alpha_range = (0.5, 2.)), 'alpha_range must be'),
-    (dict(model = Wrong()), 'the generator returns samples of shape (1,), those of the dataset have (2,)'),
-    (dict(model = Returning(lambda x: (x, x))), 'the generator must return a tensor, it returns tuple'),
+    (dict(model = Wrong()), 'what the generator returns has shape (48, 1), expected (48, 2) like the dataset'),
+    (dict(model = Returning(lambda x: (x, x))), 'what the generator returns must be a tensor, got tuple'),
     (dict(model = Returning(torch.detach)), 'the generator returns samples without a gradient'),
     (dict(model = Returning(torch.detach), group_chunk_size = 2), 'the generator returns samples without a gradient'),
     (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length, got DataLoader'),

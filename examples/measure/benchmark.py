@@ -466,8 +466,7 @@ def parts_of_step(trainer, batches, args):
     watch.mark('real samples')
 
     with accelerator.autocast():
-        (part,) = trainer.chunks(inputs)
-        gen = trainer.generate(trainer.model, *part)
+        gen = trainer.generate(*inputs)
         watch.mark('generator')
 
         u = uncond.shape[1]
