@@ -53,7 +53,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, cat, nn, stack
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
@@ -89,7 +88,6 @@ def check(condition, message):
         raise ValueError(message)
 
 def check_whole(low, **values):
-    """None, where it is a default, passes too."""
     for name, value in values.items():
         is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         fits = not exists(value) or is_whole and value >= low
@@ -147,12 +145,11 @@ def check_samples(axis, **sets):
     (first, reference), *_ = sets.items()
     for name, t in sets.items():
         check_floating(name, t)
-        given, fits = f'{name} has shape {tuple(t.shape)}', t.ndim > 1 + max(axis, 0) and t.numel() > 0
-        check(fits, f'{given}, expected [groups, samples, ...] and no empty set')
-        sizes, wanted = list(t.shape), list(reference.shape)
-        sizes[axis] = wanted[axis] = 'any'
-        found = f'{given} but {first} has shape {tuple(reference.shape)}'
-        check(sizes == wanted, f'{found}: only the number of samples may differ, nothing is broadcast')
+        fits = t.ndim > 1 + max(axis, 0) and t.numel() > 0
+        check(fits, f'{name} has shape {tuple(t.shape)}, expected [groups, samples, ...] and no empty set')
+        expected = list(reference.shape)
+        expected[axis] = 'samples'
+        check_shape(name, t, expected, f' like {first}: nothing is broadcast')
 
 def check_values(result, **points):
     """Where a result is not finite: why."""
@@ -176,7 +173,6 @@ def geometric_mean_of_softmaxes(logits):
     if can_read(logits):
         row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
         top = row.amax(dim = -2, keepdim = True)
-
         # both softmaxes from one exponential, 2 to 4 times faster, unless a whole row or column would vanish
         if (row - top).min() > -50 and (column - top).min() > -50:
             kernel = logits.sub_(top).exp_()
@@ -196,7 +192,6 @@ class DriftField(Module):
         which underflows where distances far exceed the temperature.
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
     """
-
     # what the loss has to know of a field; those of later work (section 6) differ in it
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
@@ -230,21 +225,12 @@ class DriftField(Module):
         num_neg: int,
         temperature: float | Tensor,  # a tensor is broadcast against dist
         weight: Float[Tensor, '... y'] | None = None,  # of each y, the guidance (A.7)
-        affinity_floor: float = 0.,  # of softmax * softmax (release)
-        weight_in_softmax: bool = False  # the weight belongs to the kernel, not to the affinity
+        affinity_floor: float = 0.  # of softmax * softmax (release)
     ) -> Float[Tensor, '... n y']:
-        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others.
-        The coefficients of every x sum to zero if attraction = repulsion.
-        """
-        logits = self.logits(dist, temperature)
-        weight = rearrange(weight, '... y -> ... 1 y') if exists(weight) else None
-        if weight_in_softmax and exists(weight):
-            logits = logits + weight.log().clamp(min = -1e6)
-            weight = (weight > 0).to(weight)
-
-        A = self.affinity(logits).clamp_(min = affinity_floor ** 0.5)
+        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others."""
+        A = self.affinity(self.logits(dist, temperature)).clamp_(min = affinity_floor ** 0.5)
         if exists(weight):
-            A *= weight  # release: behind the softmax
+            A *= rearrange(weight, '... y -> ... 1 y')  # release: behind the softmax
         A_pos, A_neg = A.tensor_split((num_pos,), dim = -1)
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
@@ -273,8 +259,7 @@ class DriftField(Module):
 
         y_neg None: the negatives are x itself, with self pairs masked.
         Returns V, without a gradient: train on mse(x, (x + V).detach()) (Eq. 6).
-        Raises ValueError for unequal leading or feature dimensions, empty sets, non-finite values, and temperatures
-        that are not above 0.
+        Raises ValueError for empty sets, shapes that do not fit, non-finite values, temperatures not above 0.
         """
         negatives = default(y_neg, x)
         check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
@@ -309,7 +294,7 @@ def plain_drift_loss(
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read, and to test against; its input is not checked. `drift_loss` (section 5) is fast.
+    Returns the loss [b]. To be read and to test against, without checks. `drift_loss` (section 5) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -419,10 +404,10 @@ def sincos_2d(size, dim):
 
 @torch.no_grad()
 def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha = 1., seed = None, batch_size = None):
-    """Samples of any generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
+    """Samples of a generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
 
-    labels [b], or num_samples for an unconditional generator; alpha: a number >= 1 or [b]. batch_size bounds the
-    memory. Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
+    labels [b], or num_samples where there are none; alpha: a number >= 1 or [b]. batch_size bounds the memory.
+    Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
     """
     num_classes = getattr(model, 'num_classes', None)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
@@ -483,8 +468,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         check_whole(1, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
-        is_whole = image_size % patch_size == 0
-        check(is_whole, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
+        check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         fits = dim % (2 * heads) == 0 and dim % 4 == 0
         check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
 
@@ -628,7 +612,7 @@ def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '..
 
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product, which loses the digits of a common offset: centre the points."""
+    """|x|^2 + |y|^2 - 2 x.y, one matrix product: centre the points, or it loses the digits of an offset."""
     x_sq, y_sq = (torch.linalg.vector_norm(t, dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
@@ -662,8 +646,8 @@ PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's
 class DriftProblems:
     """b independent drifting problems of one feature (class group x location), in parts that fit a cache.
 
-    S and lambda are means over all problems of a step, so there are three rounds: sum_distances, sum_drift, loss.
-    Between them the caller adds what else belongs to the step: other processes, other chunks of the batch.
+    S and lambda are means over all problems of a step: hence three rounds, sum_distances, sum_drift and loss.
+    Between them the caller adds the sums of other processes and other chunks of the batch.
     """
     def __init__(
         self,
@@ -675,7 +659,6 @@ class DriftProblems:
         neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, instead of gen
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
         field = DRIFT_FIELD,  # Algorithm 2
-        weight_in_softmax = False,  # guidance weights the affinity (release), or the kernel
         affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
         self_distance = 100.,  # release, of a sample to itself, in units of S
         min_scale = 1e-3,  # release, of S and of S / sqrt(d)
@@ -694,7 +677,7 @@ class DriftProblems:
         check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
 
         self.temperatures = checked_temperatures(temperatures)
-        self.field, self.weight_options = field, (affinity_floor, weight_in_softmax)
+        self.field, self.affinity_floor = field, affinity_floor
         self.self_distance, self.diagnostics = self_distance, diagnostics
         self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
 
@@ -706,11 +689,11 @@ class DriftProblems:
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
         self.is_guided = exists(uncond_weight)
-        self.weight = self.weights_of(uncond, uncond_weight)  # b 1 y
+        self.weight = self.weights_of(uncond_weight)  # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| is had without V = W y in less memory and about the same time, see squared_lengths
+        # in many dimensions |V| takes less memory and no more time without V = W y, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
@@ -723,11 +706,11 @@ class DriftProblems:
         self.placed = None, None, None  # the part in the buffer, its x, its y
         self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
 
-    def weights_of(self, uncond, uncond_weight):
+    def weights_of(self, uncond_weight):
         weight = self.gen.new_ones(self.b, 1, self.y)
         if self.is_guided:
-            check(exists(uncond), 'uncond_weight was given without uncond: pass the samples that it weights')
-            check_shape('uncond_weight', uncond_weight, uncond.shape[:2])
+            num_uncond = self.y - self.p - self.m
+            check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
             check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
             weight[:, 0, self.p:-self.m] = uncond_weight
         return weight
@@ -738,7 +721,7 @@ class DriftProblems:
     # what is computed of one part
     def points(self, part):
         """x [b g d] and y [b y d], in a buffer that is the next part's too.
-        Centred on the generated samples, whose distances then keep their digits also where they nearly coincide.
+        Centred on the generated samples, or distances lose digits where these nearly coincide.
         """
         if self.placed[0] == part:
             return self.placed[1:]
@@ -751,7 +734,7 @@ class DriftProblems:
         return x, y
 
     def squares(self, part):
-        """Squared distances [b g y], and where |V| comes from them those among positives and unconditional [b o o]."""
+        """Squared distances [b g y], and where |V| needs them those among the others [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
             others = y[:, :-self.m]
@@ -770,12 +753,10 @@ class DriftProblems:
         return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
-        """W [b t g y] of every temperature, V = W (y - x).
-        The newest part's stay: two rounds meet there, and a small loss has one part alone.
-        """
+        """W [b t g y], V = W (y - x). The newest part's stay: a small loss has one part alone."""
         if self.newest[0] != part:
-            options = self.temperature, self.weight[part] if self.is_guided else None, *self.weight_options
-            W = self.field.coefficients(self.masked_distances(part, scale), self.p, self.m, *options)
+            dist, weight = self.masked_distances(part, scale), self.weight[part] if self.is_guided else None
+            W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
             self.newest = part, W
         return self.newest[1]
 
@@ -802,9 +783,8 @@ class DriftProblems:
         return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
 
     def sum_distances_of(self, part):
-        dist = self.distances(part)
-        dist = dist if self.field.scale_power == 1 else dist ** self.field.scale_power
-        return (dist.sum(dim = 1, keepdim = True) * self.weight[part]).sum()
+        total = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
+        return (total * self.weight[part]).sum()
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -885,8 +865,7 @@ def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Flo
     Returns the loss of each problem [b] and DriftStats. The loss is V^2; its gradient by gen, in those units, is
     -2 V / n and has no derivative. As each temperature's field is divided by its own root mean square, the loss stays
     near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
-    Raises ValueError for wrong ranks, unequal groups or dimensions, empty sets, non-finite values, negative weights
-    and temperatures that are not above 0.
+    Raises ValueError for empty sets, shapes that do not fit, non-finite values, negative weights.
     """
     return DriftProblems(gen, pos, uncond, **options).solve(stats)
 
@@ -981,8 +960,7 @@ class FeatureDriftLoss(Module):
     ) -> tuple[Float[Tensor, ''], Breakdown]:
         """The loss of a step, and its Breakdown per feature. Gradients flow to gen, through the encoder.
 
-        Raises ValueError for mismatched groups or sample shapes, alpha below 1, guidance without unconditional
-        samples, and all that drift_loss refuses.
+        Raises ValueError for samples that do not fit, alpha below 1, and all that drift_loss refuses.
         """
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, **samples)
@@ -1007,7 +985,7 @@ class FeatureDriftLoss(Module):
         return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 
     def loss_of(self, samples, options, stats = None):
-        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of other chunks too."""
+        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of all chunks."""
         losses, found, stats = {}, {}, default(stats, {})
         for name, problems in self.problems(options, **samples):
             loss, found[name] = problems.solve(stats.get(name))
@@ -1062,7 +1040,6 @@ class GradientField(DriftField):
     """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
     V = sum_y k (y - x) / (r t) / sum_y k over positives, minus that over negatives; r = |x - y|, or t if Gaussian.
     """
-
     def __init__(self, *, kernel = 'laplace', attraction = 1., repulsion = 1.):
         super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
         self.zero_sum = False
@@ -1089,7 +1066,6 @@ class SharpField(GradientField):
     """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
     With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
-
     def __init__(self, *, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
 
@@ -1111,7 +1087,6 @@ class SinkhornField(DriftField):
     T(x) is the barycenter of the plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
     regularisation; the negatives are a second, independent batch of generated samples.
     """
-
     scale_power = 2
     needs_neg = True
 
@@ -1220,8 +1195,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     feature_sets: of `.features`, see map_features, and 'norm_x', the norms of the folded input's channels.
     checkpointing: compute each residual block again in the backward pass instead of keeping what is inside.
 
-    Samples of any floating dtype are cast to that of the weights.
-    save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
+    Samples of any floating dtype are cast to that of the weights. Written and read as DriftingGenerator is.
     """
     def __init__(
         self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
@@ -1359,9 +1333,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's.
-    Any floating dtype is cast to that of the mean, float32 unless the module was converted.
-    """
+    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's, in float32."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1993,7 +1965,7 @@ class BaseTrainer:
         check(fits, f'with several processes {unused} need a gradient and have none: freeze them')
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
         self.optimizer.step()
         average = self.ema.ema_model
         for part in average.modules():

@@ -204,7 +204,7 @@ TARGETS = {
     ),
     'drift_loss': (
         5, with_gradient(drift_loss),
-        dict(FEATURES, **CLAMPS, field = DriftField(), weight_in_softmax = False, diagnostics = True)
+        dict(FEATURES, **CLAMPS, field = DriftField(), diagnostics = True)
     ),
     'drift_loss, own negatives': (
         5, with_gradient(drift_loss), dict(FEATURES, field = SinkhornField(), neg = floats(2, 3, 4) + 2)
