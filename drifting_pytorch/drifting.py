@@ -78,7 +78,7 @@ def default(val, d):
     return val if exists(val) else d
 
 def typecheck(fn):
-    """Checks the shapes in fn's signature, where DRIFTING_TYPECHECK=1 is set before the import (not to compile)."""
+    """Checks the shapes in fn's signature if DRIFTING_TYPECHECK=1 at the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
     return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
@@ -107,7 +107,7 @@ def check_shape(name, t, expected, hint = ''):
     check(same, f'{name} has shape {tuple(t.shape)}, expected {wanted}{hint}')
 
 def can_read(t):
-    """Whether looking at values is free: it would stall an accelerator, and break a compiled graph."""
+    """Whether values may be looked at: that stalls an accelerator, and breaks a compiled graph."""
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
@@ -141,7 +141,7 @@ def check_floating(name, t, hint = 'convert it with .float()'):
     check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: {hint}')
 
 def check_samples(axis, **sets):
-    """Sets of samples by name: floating point, not empty, of one shape but for the number of samples along axis."""
+    """Sets by name: floating point, not empty, of one shape but for the number of samples along axis."""
     (first, reference), *_ = sets.items()
     for name, t in sets.items():
         check_floating(name, t)
@@ -158,7 +158,7 @@ def check_values(result, **points):
             largest = t.abs().max()
             check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
             check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
-        raise ValueError('the field is not finite: its temperatures, weights or factors are too small or too large')
+        raise ValueError('the field is not finite: extreme temperatures, weights or factors')
 
 def chunked(tensors, size = None):
     """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
@@ -173,7 +173,7 @@ def geometric_mean_of_softmaxes(logits):
     if can_read(logits):
         row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
         top = row.amax(dim = -2, keepdim = True)
-        # both softmaxes from one exponential, 2 to 4 times faster, unless a whole row or column would vanish
+        # both softmaxes from one exponential, 2 to 4 times faster, unless a row or column would vanish
         if (row - top).min() > -50 and (column - top).min() > -50:
             kernel = logits.sub_(top).exp_()
             over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
@@ -188,8 +188,8 @@ class DriftField(Module):
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
     normalize: from kernel to affinity (Table 11). 'both', the geometric mean of softmaxes over y and over x (paper);
-        'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what takes their place),
-        which underflows where distances far exceed the temperature.
+        'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what it is),
+        which underflows at distances far above the temperature.
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
     """
     # what the loss has to know of a field; those of later work (section 6) differ in it
@@ -234,7 +234,7 @@ class DriftField(Module):
         A_pos, A_neg = A.tensor_split((num_pos,), dim = -1)
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
-        # cross weights: every positive acts together with every negative, which is the anti-symmetry
+        # cross weights: positives act together with negatives, which is the anti-symmetry
         A_pos *= self.attraction * sum_neg
         A_neg *= -self.repulsion * sum_pos
         return A
@@ -329,7 +329,7 @@ PRESETS = {
 }
 
 def run_block(block, *args, checkpointing):
-    """With checkpointing what is inside is computed again in the backward pass, not kept."""
+    """With checkpointing what is inside is computed again in the backward pass."""
     recompute = checkpointing and torch.is_grad_enabled()
     return checkpoint(block, *args, use_reentrant = False) if recompute else block(*args)
 
@@ -342,7 +342,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(full_precision(x))
 
 class Modulation(Module):
-    """adaLN-zero: shifts, scales and gates from the condition, 0 at initialisation, never in half precision."""
+    """adaLN-zero: shifts, scales and gates from the condition, 0 at first, never in half precision."""
     def __init__(self, dim, num):
         super().__init__()
         self.num = num
@@ -451,10 +451,10 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     image_size, channels, patch_size: samples [b channels image_size image_size] are cut into square patches.
     num_classes: None for an unconditional generator.
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
-    num_style_tokens, style_codebook_size: random style embeddings, the sum of one entry of each table (0: none).
+    num_style_tokens, style_codebook_size: random style embeddings, the sum of one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    bf16_rotary: rotary positions rounded to bfloat16, for published weights that were trained so.
-    checkpointing: compute each block again in the backward pass instead of keeping what is inside.
+    bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
+    checkpointing: compute blocks again in the backward pass instead of keeping what is inside.
 
     save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
     """
@@ -567,7 +567,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """Noise to samples, one network evaluation.
 
         labels: None where num_classes is. alpha: the guidance scale, >= 1. styles: drawn if None.
-        Raises ValueError for wrong shapes, labels or styles out of range, alpha below 1, and non-finite values.
+        Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
         noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
         cond = self.condition(labels, alpha, styles)  # b d
@@ -606,7 +606,7 @@ class Breakdown(NamedTuple):
 
 @typecheck
 def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
-    """To how many of m samples each of n points listens: exp of the entropy of its affinities, 1 .. m."""
+    """To how many of m samples a point listens: exp of the entropy of its affinities, 1 .. m."""
     prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
@@ -621,7 +621,7 @@ def sum_over_processes(t):
     return accelerate_reduce(t, 'sum') if is_distributed else t
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, that is not differentiated: grad is the gradient of its mean by x."""
+    """A loss, () or one per row of x, that is not differentiated: grad is that of its mean by x."""
     @staticmethod
     def forward(ctx, x, loss, grad):
         ctx.save_for_backward(grad)
@@ -644,7 +644,7 @@ def checked_temperatures(temperatures):
 PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
-    """b independent drifting problems of one feature (class group x location), in parts that fit a cache.
+    """b independent problems of one feature (class group x location), in parts that fit a cache.
 
     S and lambda are means over all problems of a step: hence three rounds, sum_distances, sum_drift and loss.
     Between them the caller adds the sums of other processes and other chunks of the batch.
@@ -810,7 +810,6 @@ class DriftProblems:
             pull, push = W[..., :self.p], W[..., self.p:]
             uncond_share = push[..., :-self.m].sum(dim = -1) / push.sum(dim = -1).clamp(max = -1e-30)
             sums += [effective_neighbors(pull).sum(dim = (0, 2)), uncond_share.sum(dim = (0, 2))]
-
         if self.diagnostics and hasattr(self.field, 'potential'):
             dist = self.masked_distances(part, scale)
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
@@ -825,7 +824,7 @@ class DriftProblems:
 
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, stats):
-        """The loss of each problem [b], and the gradient of its mean with respect to gen [b g d]."""
+        """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
         same = tuple(stats.drift_rms) == self.temperatures
         check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
@@ -875,7 +874,7 @@ class FeatureDriftLoss(Module):
     encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
     decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass through.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
-    group_chunk_size: class groups at a time: the same result, the memory of one chunk, three encoder passes.
+    group_chunk_size: class groups at a time: the same result in less memory, by three encoder passes.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
     """
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
@@ -958,7 +957,7 @@ class FeatureDriftLoss(Module):
         neg: Float[Tensor, 'c m ...'] | None = None,  # other generated samples as negatives
         diagnostics = True  # see DriftProblems
     ) -> tuple[Float[Tensor, ''], Breakdown]:
-        """The loss of a step, and its Breakdown per feature. Gradients flow to gen, through the encoder.
+        """The loss of a step, and its Breakdown. Gradients flow to gen, through the encoder.
 
         Raises ValueError for samples that do not fit, alpha below 1, and all that drift_loss refuses.
         """
@@ -995,7 +994,7 @@ class FeatureDriftLoss(Module):
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
     def totals(self, chunks, options, sums_of):
-        """Of every feature its name, its problems in the last chunk, and sums over chunks and processes."""
+        """Of every feature name, problems of the last chunk, and sums over chunks and processes."""
         totals = {}
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
@@ -1096,7 +1095,7 @@ class SinkhornField(DriftField):
         self.iters = iters
 
     def barycenter(self, dist, temperature):
-        """The plan's rows [... n m], each summing to one, so that T(x) = sum_y of them times y."""
+        """The plan's rows [... n m], each of sum 1, so that T(x) is their product with y."""
         log_kernel = -0.5 * dist ** 2 / temperature
         n, m = log_kernel.shape[-2:]
         v = 0.
@@ -1122,7 +1121,7 @@ class SinkhornField(DriftField):
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def floating(x, like):
-    """Images or latents in the dtype of a parameter. Of integers nobody knows in what range they are."""
+    """Images or latents in a parameter's dtype. Of integers nobody knows the range."""
     check_floating('x', x, 'convert it to float in [-1, 1]')
     check_range('x', x, -10 ** 6, 10 ** 6)
     return x.to(like.dtype)
@@ -1139,7 +1138,7 @@ def map_features(name, x, sets = FEATURE_SETS):
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
     for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
         if feature_set in sets and h % p1 == 0 and w % p2 == 0:
-            # pixels of a patch in front: on a cpu 2 to 3 times faster than var_mean over the last dimension
+            # pixels of a patch in front: on a cpu 2 to 3 times faster than at the end
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> (p1 p2) b (h w) d', p1 = p1, p2 = p2)
             mean = features[f'{name}_mean{suffix}'] = patches.mean(dim = 0)
             features[f'{name}_std{suffix}'] = ((patches - mean).square().mean(dim = 0) + 1e-6).sqrt()
@@ -1191,9 +1190,9 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         input must be divisible by 8.
     layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the last one's map.
     num_classes: of the linear head on the pooled last map, None for no head.
-    mask_patch_size, mask_ratio: patches of the folded input, each dropped (set to 0) with this probability.
-    feature_sets: of `.features`, see map_features, and 'norm_x', the norms of the folded input's channels.
-    checkpointing: compute each residual block again in the backward pass instead of keeping what is inside.
+    mask_patch_size, mask_ratio: patches of the folded input, each dropped (0) with this probability.
+    feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
+    checkpointing: see DriftingGenerator.
 
     Samples of any floating dtype are cast to that of the weights. Written and read as DriftingGenerator is.
     """
@@ -1289,7 +1288,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
     def reconstruct(self, x, mask):
-        """Samples [b ch h w] from what a mask [b h w] leaves of them, and the encoder's last map."""
+        """Samples [b ch h w] from what a mask [b h w] leaves, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
         fits = not can_read(mask) or ((mask == 0) | (mask == 1)).all()
         check(fits, 'mask must be 1 where a patch is dropped, and 0 elsewhere')
@@ -1354,11 +1353,11 @@ class PixelInput(Module):
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
-    """Drifting features of any vision backbone, as one of timm with the weights of SimCLR, MoCo or DINO.
+    """Drifting features of any vision backbone, as one of timm with weights of SimCLR or DINO.
 
     backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict of them.
-    num_prefix_tokens: class and register tokens in front of the others, left out. feature_sets: see map_features.
-    pixel_input_kwargs: image_size, mean and std that the backbone was trained with, see PixelInput.
+    num_prefix_tokens: class and register tokens, in front, left out. feature_sets: see map_features.
+    pixel_input_kwargs: image_size, mean and std of its training, see PixelInput.
     """
     def __init__(self, backbone, *, num_prefix_tokens = 0, feature_sets = FEATURE_SETS, **pixel_input_kwargs):
         super().__init__()
@@ -1389,7 +1388,7 @@ class BackboneFeatures(Module):
 class ConvNeXtFeatures(Module):
     """ConvNeXt-V2, the second encoder of the pixel models, with features under the release's names (A.4).
 
-    model: a ConvNextV2Model of transformers, always run in float32. Everything else goes to PixelInput.
+    model: a ConvNextV2Model of transformers, always in float32. The rest goes to PixelInput.
     """
     def __init__(self, model, **pixel_input_kwargs):
         super().__init__()
@@ -1448,13 +1447,14 @@ def center_crop(picture, size):
 class ImageFolder(Dataset):
     """Images [ch size size] in [-1, 1] of a folder, and their labels.
 
-    A label is the place of the image's class folder, or 0 where there are none (num_classes None).
+    A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
+        check_whole(1, image_size = image_size)
         self.root, self.image_size = Path(root), image_size
         self.channels, self.flip = channels, flip
         folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -1522,15 +1522,15 @@ class SampleQueue:
         """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
         num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
-        labels = torch.as_tensor(default(labels, torch.zeros(num, dtype = torch.long)))
-        labels = checked_labels(labels.cpu(), self.num_classes, num)
+        labels = default(labels, torch.zeros(num, dtype = torch.long))
+        labels = checked_labels(labels, self.num_classes, num).cpu()
         check_range('real samples', samples, -math.inf)
         if not exists(self.samples):
             shape = self.num_classes, self.size, *samples.shape[1:]
             self.samples = samples.new_zeros(shape, device = self.device, dtype = self.dtype)
         check_shape('real samples', samples, (num, *self.samples.shape[2:]))
 
-        # each class numbers its samples, and is a ring: of more than fit only the newest stay
+        # each class numbers its samples, and is a ring: the newest stay
         counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
         labels, pushed = labels[order], self.pushed + counts
         number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]
@@ -1542,7 +1542,8 @@ class SampleQueue:
 
     def draw(self, labels, num, generator = None):
         """Samples [c num ...] of the classes labels [c], without replacement within a row."""
-        labels = checked_labels(labels.cpu(), self.num_classes, len(labels))
+        check_whole(1, num = num)
+        labels = checked_labels(labels, self.num_classes, 'batch').cpu()
         filled = self.filled[labels]
         short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
         check(not short, f'{num} samples were asked for, but these classes hold fewer (class: samples): {short}')
@@ -1660,7 +1661,7 @@ OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its own queue, the first at the rest too."""
+    """What is wrong with a checkpoint, or None. A process looks at its queue, the first at all else too."""
     try:
         path = folder / 'manifest.json'
         fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe would be read for ever
@@ -1700,7 +1701,7 @@ def nested(tensors):
         states.setdefault(name, {})[key] = t
     return states
 
-# states of the whole model, even if sharded; an optimizer has none of parameters without gradients
+# of the whole model, even if sharded; the optimizer has no states without gradients
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
@@ -1821,7 +1822,7 @@ class BaseTrainer:
     A subclass has backward(batches, micro_step, sync), which adds the gradient of a micro step, averaged over
     processes if sync, and returns the loss () and details; metrics(details), what to log of them {name: number}
     and the names on the progress bar; pictures(), samples [b ch h w] and the rows of their grid.
-    A process reads samples_per_process real samples in a micro step. less_memory: settings to lower.
+    A process reads samples_per_process samples in a micro step. less_memory: settings to lower.
 
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
     that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
@@ -1917,7 +1918,7 @@ class BaseTrainer:
 
     # a step
     def batches(self):
-        """Real batches (samples, labels) of this process, endlessly, from where the run stands."""
+        """Endless batches (samples, labels) of this process, from where the run stands."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
         yield from DataLoader(
@@ -2279,7 +2280,7 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups; each takes labels and real samples from a queue of what it reads.
+    Several processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
@@ -2407,7 +2408,7 @@ class Trainer(BaseTrainer):
 
     def backward(self, batches, micro_step, sync):
         """The gradient of one micro step.
-        In chunks: samples without a graph, the loss's gradient on them, then chunk by chunk to the weights.
+        In chunks: samples without a graph, the gradient on them, then chunk by chunk to the weights.
         """
         settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
@@ -2506,7 +2507,7 @@ class MAESettings(LoopSettings):
             self.finetune_start = self.num_train_steps - self.finetune_steps
 
 class MAETrainer(BaseTrainer):
-    """Pretrains a LatentMAE on a map-style dataset of (sample, label) (A.3). The encoder is trainer.ema.ema_model.
+    """Pretrains a LatentMAE on a dataset of (sample, label) (A.3). The encoder is ema.ema_model.
 
     settings: see MAESettings and LoopSettings. to_image: see Trainer.
     """
@@ -2702,7 +2703,7 @@ def from_pretrained(cls, name, *, revision = None):
 
     name: of a published model (needs the extra [pretrained]), or of a repository on the hub ('user/name'), of which
         revision is a commit, tag or branch; or a folder: of save_pretrained, or of a published model.
-    Raises ValueError for unknown names, damaged files, and unfit or non-finite weights; OSError for what is not found.
+    Raises ValueError for unknown names, damaged files and unfit weights; OSError for what is not found.
     """
     kind, published, translate = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
