@@ -1577,9 +1577,8 @@ class SeededDataset(Dataset):
     """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
-        fits = fits and not isinstance(dataset, IterableDataset)
-        check(fits, f'the dataset must be map-style, with a length, got {type(dataset).__name__}')
-        check(len(dataset) > 0, 'the dataset is empty')
+        fits = fits and not isinstance(dataset, IterableDataset) and len(dataset) > 0
+        check(fits, f'the dataset must be map-style, with a length above 0, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape = None
         self.sample_shape = tuple(self.sample(0)[0].shape)
@@ -1597,9 +1596,11 @@ class SeededDataset(Dataset):
         is_pair = isinstance(item, (tuple, list)) and len(item) == 2
         sample, label = item if is_pair else (item, None)
         fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
-        given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
-        check(fits, f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
+        if not fits:
+            given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
+            raise ValueError(f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
+        if self.sample_shape not in (None, sample.shape):
+            check_shape(name, sample, self.sample_shape, ' like the first one')
         try:
             return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
@@ -1967,7 +1968,7 @@ class BaseTrainer:
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
-        self.optimizer.step()
+        self.optimizer.optimizer.step()  # accelerate's looks for a package at every step, for half a millisecond
         average = self.ema.ema_model
         for part in average.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
@@ -2175,7 +2176,6 @@ class BaseTrainer:
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
-
         path, stays = self.results_folder / 'metrics.jsonl', []
         if not path.is_file():
             return

@@ -414,7 +414,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be between 0 and 1'),
     (dict(num_groups = 0), 'num_groups must be above 0'),
     (dict(num_gen = 1), 'num_gen must be above 1'),
-    (dict(data = iter([])), 'the dataset must be map-style, with a length, got list_iterator'),
+    (dict(data = iter([])), 'the dataset must be map-style, with a length above 0, got list_iterator'),
     (
         dict(data = ONE_LONGER, model = Net(num_classes = None)),
         'sample 7 of the dataset has shape (3,), expected (2,) like the first one'
@@ -425,8 +425,8 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(model = Returning(lambda x: (x, x))), 'what the generator returns must be a tensor, got tuple'),
     (dict(model = Returning(torch.detach)), 'the generator returns samples without a gradient'),
     (dict(model = Returning(torch.detach), group_chunk_size = 2), 'the generator returns samples without a gradient'),
-    (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length, got DataLoader'),
-    (dict(data = Endless()), 'the dataset must be map-style, with a length, got Endless'),
+    (dict(data = DataLoader(DATA)), 'the dataset must be map-style, with a length above 0, got DataLoader'),
+    (dict(data = Endless()), 'the dataset must be map-style, with a length above 0, got Endless'),
     (dict(data = [(x, 'a cat') for x in X]), "sample 0 of the dataset has the label 'a cat', expected an integer"),
     (dict(data = [(x, None) for x in X]), 'sample 0 of the dataset has the label None, expected an integer'),
     (dict(data = TensorDataset(X, Y + 0.5)), 'has the label tensor(0.5000), expected an integer'),
