@@ -422,7 +422,7 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
     generator = torch.Generator()
     generator.manual_seed(int(default(seed, generator.seed())))
-    seeds = torch.randint(2 ** 63 - 1, (num,), generator = generator)
+    seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(num)
     device, samples = next(model.parameters()).device, []
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -558,7 +558,7 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
         styles = styles if exists(styles) else self.draw_styles(b)
         styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
-        return noise.to(self.pos_embed.dtype), labels, alpha, styles
+        return noise.to(self.pos_embed.dtype), labels, alpha, styles.to(noise.device)
 
     def forward(
         self, noise: Float[Tensor, 'b ch h w'], labels: Int[Tensor, 'b'] | None = None,
@@ -635,8 +635,8 @@ class KnownGradient(torch.autograd.Function):
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
 def checked_temperatures(temperatures):
-    values = temperatures if isinstance(temperatures, (tuple, list)) else [temperatures]
-    fits = all(isinstance(value, (int, float)) and 0 < value < math.inf for value in values)
+    values = temperatures if isinstance(temperatures, (tuple, list, np.ndarray)) else [temperatures]
+    fits = all(isinstance(value, (int, float, np.floating)) and 0 < value < math.inf for value in values)
     fits = fits and 0 < len(values) == len(set(values))
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
@@ -803,7 +803,7 @@ class DriftProblems:
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
         else:
-            V_sq = torch.linalg.vector_norm(self.vectors(part, scale), dim = (0, 2, 3)).square()
+            V_sq = torch.linalg.vector_norm(self.vectors(part, scale), dim = -1).square().sum(dim = (0, 2))
 
         sums = [V_sq]
         if self.diagnostics:
@@ -842,7 +842,7 @@ class DriftProblems:
         if self.in_coefficients:
             V = self.field.apply_coefficients(V, *self.points(part))
         grad.copy_(V[:, 0])
-        return torch.linalg.vector_norm(V, dim = (1, 2, 3)).square_() / (self.g * self.d)
+        return V.square_().mean(dim = (1, 2, 3))
 
     def solve(self, stats = None):
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
@@ -1051,7 +1051,7 @@ class GradientField(DriftField):
 
     def slope(self, dist, temperature):
         """Length of the kernel's gradient, per |y - x| and per k."""
-        r = dist.clamp(min = 1e-12) if self.kernel == 'laplace' else temperature
+        r = dist.clamp(min = 1e-4 * temperature) if self.kernel == 'laplace' else temperature
         return 1 / (r * temperature)
 
     def coefficients(self, dist, num_pos, num_neg, temperature, weight = None, *_):
@@ -1127,7 +1127,7 @@ def floating(x, like):
     return x.to(like.dtype)
 
 def check_sets(sets, known = FEATURE_SETS):
-    is_known = isinstance(sets, (list, tuple, set)) and all(name in known for name in sets)
+    is_known = isinstance(sets, (list, tuple)) and all(name in known for name in sets)
     check(is_known, f'feature_sets must be among {known}, got {sets!r}')
 
 def map_features(name, x, sets = FEATURE_SETS):
@@ -1203,10 +1203,10 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         super().__init__()
         check_whole(1, dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
         check_whole(1, mask_patch_size = mask_patch_size)
-        is_four = isinstance(layers, (list, tuple)) and len(layers) == 4
+        is_four = isinstance(layers, (list, tuple)) and [type(num) for num in layers] == [int] * 4
         check(is_four, f'layers must be the number of blocks of four stages, got {layers!r}')
         check_whole(1, **{f'layers[{i}]': num for i, num in enumerate(layers)})
-        check(0 < mask_ratio < 1, f'mask_ratio must be between 0 and 1, got {mask_ratio}')
+        check_number(1e-6, 1 - 1e-6, mask_ratio = mask_ratio)
         check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
 
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
@@ -1680,10 +1680,10 @@ def damage(folder, rank = 0):
         return f'it is damaged ({type(error).__name__}: {error})'
 
 def together(work, here = True):
-    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
+    """Results of work() in every process, or in those `here`; an error of one is raised in all, or they would wait."""
     try:
         result = work() if here else None
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:
         result = error
 
     results = gather_object([result])
@@ -1811,7 +1811,7 @@ class LoopSettings:
             kind = kind | int if isinstance(0., kind) else kind
             check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
             if isinstance(value, (int, float)):
-                fits = math.isfinite(value) and (value >= 0 or name in ('seed', 'alpha_power'))
+                fits = math.isfinite(value) and (value >= 0 or name == 'alpha_power')
                 check(fits, f'{name} must be finite and not negative, got {value}')
                 check(value > 0 or name not in POSITIVE, f'{name} must be above 0, got {value}')
                 fits = value <= 1 or name not in ('ema_decay', 'no_cfg_frac')
@@ -1864,7 +1864,7 @@ class BaseTrainer:
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
         saved = model.state_dict()
         kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
-        wanted = 'use one process, or persistent = False for constants'
+        wanted = 'use one process, or persistent = False for computed constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
@@ -1888,15 +1888,13 @@ class BaseTrainer:
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
         except OSError as error:
-            found = 'is in use by another run, or cannot be written to'
-            raise OSError(f'{self.results_folder} {found}: {error}') from error
+            raise OSError(f'{self.results_folder} is in use by another run, or not writable: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
         folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
         self.hold_folder()
         self.lock.release()  # until it trains
-
         names = ['checkpoints/unfinished-*'] if resumes else OURS
         earlier = [path for name in names for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
@@ -1909,7 +1907,7 @@ class BaseTrainer:
         """The settings, and what else a run depends on."""
         frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
         record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
-        return json.loads(json.dumps(dataclasses.asdict(self.settings) | record, default = str))
+        return json.loads(json.dumps(vars(self.settings) | record, default = str))
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
@@ -2040,7 +2038,7 @@ class BaseTrainer:
                 result = self.train_step(batches)
                 bar.update()
                 if self.step % ask_every == 0:
-                    signals = gather_object(received)
+                    signals = gather_object([*received])
                 saves = signals or self.is_due(settings.save_every, self.step)
                 if self.logs_this_step or saves or self.step % 10 == 0 or self.step == num_steps:
                     self.check_finite(*result)
@@ -2211,12 +2209,14 @@ class BaseTrainer:
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
+        together(lambda: self.load_queues(folder))
+        self.step, self.samples_read = manifest['step'], manifest['samples_read']
+
+    def load_queues(self, folder):
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
             check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
-
-        self.step, self.samples_read = manifest['step'], manifest['samples_read']
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
@@ -2328,7 +2328,7 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most once through the data."""
+        """Read until every class has enough positives in every process, at most so many as the data has."""
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():

@@ -425,8 +425,10 @@ def with_backbone(**kwargs):
     (lambda: tiny(layers = (1, 1)), 'layers must be'),
     (lambda: tiny(layers = 4), 'layers must be the number of blocks of four stages, got 4'),
     (lambda: tiny(layers = (1, 1, 0, 1)), 'layers[2] must be a whole number from 1 on, got 0'),
-    (lambda: tiny(layers = (1, 1.5, 1, 1)), 'layers[1] must be a whole number from 1 on, got 1.5'),
+    (lambda: tiny(layers = (1, 1.5, 1, 1)), 'layers must be the number of blocks of four stages'),
     (lambda: tiny(mask_ratio = 1.5), 'mask_ratio must be'),
+    (lambda: tiny(feature_sets = {'locations'}), 'feature_sets must be among'),     # json keeps no sets
+    (lambda: tiny(layers = (np.int64(1), 1, 1, 1)), 'layers must be the number of blocks'),
     (lambda: tiny(feature_sets = ('8x8',)), 'feature_sets must be among'),
     (lambda: with_backbone(feature_sets = ('8x8',)), "must be among ('locations', 'mean_std', '2x2', '4x4'), got"),
     (lambda: with_backbone(feature_sets = ('norm_x',)), 'feature_sets must be among'),

@@ -260,7 +260,7 @@ def test_full_disk(tmp_path, straight):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match = 'run is in use by another run, or cannot be written to: '):
+    with pytest.raises(OSError, match = 'run is in use by another run, or not writable: '):
         short(tmp_path / 'file' / 'run')
 
     if os.geteuid() != 0:       # root may write everywhere
@@ -341,6 +341,20 @@ def test_broken_steps_are_found_without_waiting(tmp_path, save_every, found_at, 
     """Nothing is read in the step, but before the next checkpoint or the end. Nothing broken is saved."""
     with pytest.raises(FloatingPointError, match = f'step {found_at}: .*the last checkpoint is {good}'):
         broken(tmp_path, num_train_steps = 8, save_every = save_every, log_every = 0)
+
+def test_a_signal_late_in_a_step_saves_too(tmp_path):
+    t = short(tmp_path, num_train_steps = 20, save_every = 0, log_every = 1)
+    log = t.log
+
+    def log_and_interrupt(*args):
+        log(*args)
+        if t.step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    t.log = log_and_interrupt
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    assert checkpoint_names(tmp_path) == ['step-00000008']
 
 # data
 

@@ -245,6 +245,15 @@ def test_bad_input_is_one_clear_line(rng, call, says):
     with raises_one_line(says):
         call(points(rng, 5, 3), points(rng, 4, 3))
 
+def test_gradient_field_where_points_coincide():
+    """The kernel's slope is infinite there: it may not meet the rounding of float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator = generator)
+    y = torch.cat((x, torch.randn(5, 3, generator = generator)))
+    v = GradientField()(x, y, temperature = 0.5)
+    exact = GradientField()(x.double(), y.double(), temperature = 0.5)
+    assert relative(v, exact) < 1e-2
+
 # shapes in signatures
 
 def test_shapes_are_checked_when_switched_on(rng):

@@ -604,6 +604,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, temperatures = (0.1, -1.)), 'temperatures'),
     (lambda: drift_loss(X, X, temperatures = (0.1, float('nan'))), 'temperatures'),
     (lambda: drift_loss(X, X, temperatures = (0.1, 0.1)), 'temperatures must be different'),
+    (lambda: drift_loss(X, X, temperatures = np.array([0.1, -1.])), 'temperatures must be'),
     (lambda: drift_loss(X, X, temperatures = 'warm'), "finite numbers above 0, got 'warm'"),
     (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, as DriftField(), got 'laplace'"),
     (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a number in 0 .. 1, got nan'),
@@ -667,3 +668,17 @@ def test_one_temperature_may_be_a_number():
     loss, stats = drift_loss(X, X + 1, temperatures = 0.1)
     assert torch.equal(loss, drift_loss(X, X + 1, temperatures = (0.1,))[0])
     assert list(stats.drift_rms) == [0.1]
+
+@pytest.mark.parametrize('b, g, p, d, field', [
+    (256, 64, 64, 64, DriftField()),
+    (64, 64, 64, 640, GradientField()),
+    (1, 16, 16, 196_608, DriftField()),
+])
+def test_many_numbers_are_added_without_losing_digits(b, g, p, d, field):
+    """lambda is a mean over all problems, and the loss over all dimensions of a sample."""
+    generator = torch.Generator().manual_seed(0)
+    gen, pos = (torch.randn(b, num, d, generator = generator) for num in (g, p))
+    loss, stats = drift_loss(gen, pos + 0.5, field = field, diagnostics = False)
+    exact, exact_stats = drift_loss(gen.double(), pos.double() + 0.5, field = field, diagnostics = False)
+    assert relative(loss, exact) < 1e-5
+    assert relative(stats.drift_rms[0.2], exact_stats.drift_rms[0.2]) < 1e-5
