@@ -369,3 +369,15 @@ if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])
     result = train_and_resume(place / 'run')
     (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))
+
+def no_picture(samples):
+    raise RuntimeError('there is no picture')
+
+def train_without_pictures(folder):
+    with pytest.raises(RuntimeError) as error:
+        trainer(folder, to_image = no_picture, sample_every = 1).train()
+    return str(error.value)
+
+def test_an_error_of_one_process_is_told_in_all(tmp_path):
+    """The first one draws, the other would wait for it."""
+    assert launch(train_without_pictures, 2, tmp_path, timeout = 60) == ['there is no picture'] * 2
