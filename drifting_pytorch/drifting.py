@@ -363,7 +363,6 @@ class Block(Module):
         super().__init__()
         dim_head = dim // heads
         self.modulation = Modulation(dim, 6)
-
         self.attn_norm = RMSNorm(dim)
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
@@ -426,7 +425,6 @@ def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha 
     device, samples = next(model.parameters()).device, []
     modes = {module: module.training for module in model.modules()}
     model.eval()
-
     try:
         for batch, *inputs in chunked((seeds, labels, alpha.expand(num)), batch_size):
             noise, styles = [], []
@@ -675,7 +673,6 @@ class DriftProblems:
         check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
         has_neg = exists(neg) or not field.needs_neg
         check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
-
         self.temperatures = checked_temperatures(temperatures)
         self.field, self.affinity_floor = field, affinity_floor
         self.self_distance, self.diagnostics = self_distance, diagnostics
@@ -887,16 +884,20 @@ class FeatureDriftLoss(Module):
         if isinstance(encoder, (list, tuple)):
             self.encoders = list(encoder)
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
-        for part in self.encoders:
+        held = []
+        for part in (*self.encoders, *existing(decoder = decoder).values()):
             fits = callable(part) or hasattr(part, 'features')
-            check(fits, f'encoder must be callable, have .features(x), or be a list, got {type(part).__name__}')
+            check(fits, f'encoder and decoder must be callable, have .features(x), or be a list, got {part!r}')
+            function = getattr(part, 'func', part)
+            held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # of a method, of a partial
+            if inspect.isfunction(function):
+                found = inspect.getclosurevars(function)
+                held += [*found.nonlocals.values(), *found.globals.values()]
 
-        check(decoder is None or callable(decoder), f'decoder must be callable, got {type(decoder).__name__}')
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'needs_neg', False)
-        owners = [getattr(part, '__self__', part) for part in (*self.encoders, decoder)]  # of methods
-        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
+        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in held if isinstance(m, Module)])
 
     def with_options(self, *, group_chunk_size = None, compile = False):
         """A copy with the same encoders, in chunks or compiled. On a cpu the field is faster uncompiled."""
@@ -1462,7 +1463,6 @@ class ImageFolder(Dataset):
         self.num_classes = len(self.classes) or None
         mixed = self.classes and images_in(root)
         check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
-
         self.files = []
         for label, name in enumerate(self.classes or ['']):
             found = images_in(self.root / name)

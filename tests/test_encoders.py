@@ -476,7 +476,7 @@ def with_backbone(**kwargs):
     (lambda: tiny().reconstruct(X, [[1]]), 'mask must be a tensor, got list'),
     (lambda: FeatureDriftLoss([unchanged, unchanged])(X[None], X[None]), "features of the same name: ['a']"),
     (lambda: FeatureDriftLoss(lambda x: x)(X[None], X[None]), 'an encoder must return a dict'),
-    (lambda: FeatureDriftLoss([None]), 'encoder must be'),
+    (lambda: FeatureDriftLoss([None]), 'encoder and decoder must be callable'),
 ])
 def test_bad_input_is_one_clear_line(call, says):
     with raises_one_line(says):

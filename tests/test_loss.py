@@ -1,5 +1,6 @@
 """The loss of a step: the release's numbers, the formulas, gradients, guidance, invariances."""
 
+import functools
 import math
 
 import numpy as np
@@ -586,6 +587,14 @@ def test_diagnostics(step):
     affinity = torch.tensor([[1., 1., 1., 1.], [5., 0., 0., 0.], [2., 2., 0., 0.]])
     assert relative(effective_neighbors(affinity), [4., 1., 2.]) < 1e-6
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return dict(a = self.net(x)[:, None])
+
 X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize('call, says', [
@@ -631,7 +640,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
-    (lambda: FeatureDriftLoss('resnet'), 'encoder must be'),
+    (lambda: FeatureDriftLoss('resnet'), "have .features(x), or be a list, got 'resnet'"),
     (lambda: FeatureDriftLoss()(X, X[:1]), '(1, 3, 4), expected (2, samples, 4) like gen: nothing is broadcast'),
     (lambda: FeatureDriftLoss()(X, X[..., :2]), 'expected (2, samples, 4) like gen'),
     (lambda: FeatureDriftLoss()(X[0], X), 'gen has shape (3, 4)'),
@@ -682,3 +691,23 @@ def test_many_numbers_are_added_without_losing_digits(b, g, p, d, field):
     exact, exact_stats = drift_loss(gen.double(), pos.double() + 0.5, field = field, diagnostics = False)
     assert relative(loss, exact) < 1e-5
     assert relative(stats.drift_rms[0.2], exact_stats.drift_rms[0.2]) < 1e-5
+
+GLOBAL = torch.nn.Linear(4, 5)
+
+@pytest.mark.parametrize('around', [
+    lambda module: lambda x: dict(a = module(x)[:, None]),
+    lambda module: functools.partial(lambda net, x: dict(a = net(x)[:, None]), module),
+    lambda module: functools.partial(Wrapper(module).forward),
+    lambda module: Wrapper(module).forward,
+])
+def test_modules_inside_of_functions_are_frozen(around):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
+    encoder = around(module)
+    loss, _ = FeatureDriftLoss(encoder)(X.clone().requires_grad_(), X + 1)
+    loss.backward()
+    assert not module.training
+    assert all(not p.requires_grad and p.grad is None for p in module.parameters())
+
+def test_global_modules_inside_of_functions_are_frozen():
+    FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
+    assert not GLOBAL.training and not GLOBAL.weight.requires_grad
