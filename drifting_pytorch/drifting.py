@@ -1959,10 +1959,10 @@ class BaseTrainer:
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
-        parameters = self.unwrapped.named_parameters()
-        unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
-        fits = self.world == 1 or self.accelerator.is_fsdp2 or not unused
-        check(fits, f'with several processes {unused} need a gradient and have none: freeze them')
+        if self.world > 1 and not self.accelerator.is_fsdp2:
+            parameters = self.unwrapped.named_parameters()
+            unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
+            check(not unused, f'with several processes {unused} need a gradient and have none: freeze them')
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
