@@ -23,6 +23,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -76,6 +77,9 @@ def exists(val):
 
 def default(val, d):
     return val if exists(val) else d
+
+def existing(**values):
+    return {name: value for name, value in values.items() if exists(value)}
 
 def typecheck(fn):
     """Checks the shapes in fn's signature if DRIFTING_TYPECHECK=1 at the import (not to compile)."""
@@ -160,11 +164,17 @@ def check_values(result, **points):
             check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
         raise ValueError('the field is not finite: extreme temperatures, weights or factors')
 
-def chunked(tensors, size = None):
-    """Tensors of equal length, or None, in chunks [tensor, ...] of so many rows, or in one."""
-    num = len(tensors[0])
+def each(fn, value):
+    """fn of a tensor, or of every tensor of a dict. None stays None."""
+    if isinstance(value, dict):
+        return {name: fn(t) for name, t in value.items()}
+    return fn(value) if exists(value) else None
+
+def chunked(values, size = None):
+    """Tensors of equal length, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
+    num = len(values[0])
     size = default(size, num)
-    return [[t[i:i + size] if exists(t) else None for t in tensors] for i in range(0, num, size)]
+    return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
 
 # ── 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1 ───
 
@@ -192,7 +202,7 @@ class DriftField(Module):
         which underflows at distances far above the temperature.
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
     """
-    # what the loss has to know of a field; those of later work (section 6) differ in it
+    # what the loss has to know of a field; those of later work (section 7) differ in it
     scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
 
@@ -294,7 +304,7 @@ def plain_drift_loss(
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read and to test against, without checks. `drift_loss` (section 5) is fast.
+    Returns the loss [b]. To be read and to test against, without checks. `drift_loss` (section 6) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -401,68 +411,31 @@ def sincos_2d(size, dim):
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
-@torch.no_grad()
-def sample_from(model, noise_shape, labels = None, *, num_samples = None, alpha = 1., seed = None, batch_size = None):
-    """Samples of a generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
-
-    labels [b], or num_samples where there are none; alpha: a number >= 1 or [b]. batch_size bounds the memory.
-    Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
-    """
-    num_classes = getattr(model, 'num_classes', None)
-    wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
-    fits = exists(labels) == exists(num_classes) != exists(num_samples)
-    check(fits, f'num_classes is {num_classes}, so pass {wanted}')
-
-    num = as_tensor('labels', labels).numel() if exists(labels) else num_samples
-    check_whole(1, num_samples = num, batch_size = batch_size)
-    check_whole(0, seed = seed)
-    labels = checked_labels(labels, num_classes, num) if exists(labels) else None
-    alpha = as_tensor('alpha', alpha).float()
-    check(alpha.shape in ((), (num,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({num},)')
-    generator = torch.Generator()
-    generator.manual_seed(int(default(seed, generator.seed())))
-    seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(num)
-    device, samples = next(model.parameters()).device, []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for batch, *inputs in chunked((seeds, labels, alpha.expand(num)), batch_size):
-            noise, styles = [], []
-            for seed in batch.tolist():
-                generator.manual_seed(seed)
-                noise.append(torch.randn(noise_shape, generator = generator, dtype = torch.float32))
-                if hasattr(model, 'draw_styles'):
-                    styles.append(model.draw_styles(1, generator))
-
-            inputs = stack(noise), *inputs, cat(styles) if styles else None
-            samples.append(model(*(t.to(device) if exists(t) else None for t in inputs)))
-        return cat(samples)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
 
     image_size, channels, patch_size: samples [b channels image_size image_size] are cut into square patches.
-    num_classes: None for an unconditional generator.
+    num_classes: None for no classes.
+    dim_condition, condition_channels: of a vector, and of a picture, which it is conditioned on too, or instead.
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, the sum of one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass instead of keeping what is inside.
 
-    save_pretrained and push_to_hub write it, from_pretrained (section 10) reads it.
+    save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
     """
     def __init__(
         self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
+        dim_condition = None, condition_channels = None,
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
         bf16_rotary = False, checkpointing = False
     ):
         super().__init__()
         check_whole(1, image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
+        check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
         check_whole(1, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
@@ -479,7 +452,15 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
+        self.condition_shapes = existing(
+            labels = () if exists(num_classes) else None,
+            vector = (dim_condition,) if exists(dim_condition) else None,
+            image = (condition_channels, 'height', 'width') if exists(condition_channels) else None
+        )
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
+        self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
+        num_inputs = default(condition_channels, 0) * patch_size ** 2
+        self.condition_embed = nn.Linear(num_inputs, dim) if exists(condition_channels) else None
         self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
@@ -532,46 +513,76 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         shape = (num, self.num_style_tokens)
         return torch.randint(self.style_codebook_size, shape, generator = generator, device = device)
 
-    def condition(self, labels, alpha, styles):
-        """The condition vector [b d]: class + styles + guidance scale."""
-        tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
-        cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
-        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
-        return cond + self.class_embed(labels) if exists(labels) else cond
+    def checked_condition(self, labels, b):
+        """{'labels': [b], 'vector': [b k], 'image': [b ch h w]}, those that this generator has."""
+        names, size = list(self.condition_shapes), self.noise_shape[1:]
+        name = names[0] if len(names) == 1 else 'labels'
+        given = dict(labels) if isinstance(labels, dict) else existing(**{name: labels})
+        wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
+        found = f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}'
+        check(given.keys() == set(names), found)
+        for name, t in given.items():
+            if name == 'labels':
+                given[name] = checked_labels(t, self.num_classes, b)
+                continue
+            check_floating(name, t)
+            check_shape(name, t, (b, *self.condition_shapes[name]))
+            check_range(name, t, -math.inf)
+            t = t.to(self.pos_embed.dtype)
+            if name == 'image' and t.shape[2:] != size:
+                fits = all(max(pair) % min(pair) == 0 for pair in zip(t.shape[2:], size, strict = True))
+                check(fits, f'image has shape {tuple(t.shape)}, expected a multiple or a divisor of {size}')
+                t = F.interpolate(t, size = size, mode = 'bilinear', antialias = True)
+            given[name] = t
+        return given
 
     def checked_inputs(self, noise, labels, alpha, styles):
-        dtype, has_labels = self.rotary.dtype, exists(labels)
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
+        dtype, b = self.rotary.dtype, noise.shape[0]
         check(dtype.itemsize >= 4, f'the model is {dtype}: keep it in float32, under torch.autocast')
 
-        b, wanted = noise.shape[0], 'must be None' if has_labels else 'are needed'
-        check(has_labels == exists(self.num_classes), f'num_classes is {self.num_classes}, so labels {wanted}')
-        labels = checked_labels(labels, self.num_classes, b).to(noise.device) if has_labels else None
         alpha = as_tensor('alpha', alpha).to(noise.device)
         alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
+        given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
 
         styles = styles if exists(styles) else self.draw_styles(b)
         styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
-        return noise.to(self.pos_embed.dtype), labels, alpha, styles.to(noise.device)
+        return noise.to(self.pos_embed.dtype), given, alpha, styles.to(noise.device)
+
+    def condition(self, labels, alpha, styles, vector = None):
+        """The condition vector [b d]: styles + guidance scale + class + vector."""
+        tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
+        cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
+        cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
+        for embed, value in (self.class_embed, labels), (self.vector_embed, vector):
+            cond = cond + embed(value) if exists(value) else cond
+        return cond
+
+    def cut(self, x):
+        p = self.patch_size
+        return rearrange(x, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
 
     def forward(
-        self, noise: Float[Tensor, 'b ch h w'], labels: Int[Tensor, 'b'] | None = None,
+        self, noise: Float[Tensor, 'b ch h w'], labels: Tensor | dict | None = None,
         alpha: Float[Tensor, 'b'] | float = 1., styles: Int[Tensor, 'b s'] | None = None
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: None where num_classes is. alpha: the guidance scale, >= 1. styles: drawn if None.
+        labels [b], a vector [b dim_condition] or an image [b condition_channels h w], of a multiple or a divisor of the
+            own size; a dict {labels, vector, image} of several; or None. It is what the generator was made for.
+        alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
-        noise, labels, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
-        cond = self.condition(labels, alpha, styles)  # b d
+        noise, given, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
+        cond = self.condition(given.get('labels'), alpha, styles, given.get('vector'))  # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
-        patches = rearrange(noise, 'b ch (h p1) (w p2) -> b (h w) (p1 p2 ch)', p1 = p, p2 = p)
-        x = self.patch_embed(patches) + self.pos_embed  # b n d
+        x = self.patch_embed(self.cut(noise)) + self.pos_embed  # b n d
+        if 'image' in given:
+            x = x + self.condition_embed(self.cut(given['image']))
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
         x = cat((registers, x), dim = 1)  # b (r n) d
 
@@ -582,14 +593,76 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)  # b n (p1 p2 ch)
         return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
 
-    def sample(self, labels = None, **kwargs):
-        """Samples [b ch h w] for labels [b], see sample_from."""
-        return sample_from(self, self.noise_shape, labels, **kwargs)
+# ── 5. samples ────────────────────────────────────────────
 
-# ── 5. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
+def is_condition(labels, num_batch_dims = 1):
+    """Whether they are more than class labels: a dict, not integers, or several numbers per row."""
+    if torch.is_tensor(labels):
+        return labels.ndim > num_batch_dims or labels.ndim == num_batch_dims and labels.is_floating_point()
+    return isinstance(labels, dict)
 
-def existing(**values):
-    return {name: value for name, value in values.items() if exists(value)}
+def num_rows(condition):
+    sizes = each(lambda t: t.shape[:1], condition)
+    sizes = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
+    check(len(sizes) == 1 and sizes != {()}, f'a condition must be tensors [rows, ...] of equal length, got {sizes}')
+    return sizes.pop()[0]
+
+@torch.no_grad()
+def sample_from(
+    model, noise_shape, labels = None, *,
+    num_samples = None, num_samples_each = None, alpha = 1., seed = None, batch_size = None
+):
+    """Samples of a generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
+
+    labels [b], or a condition, [b ...] or a dict of such tensors; where there is none, num_samples.
+    num_samples_each: so many for each of these rows, [b num_samples_each ...].
+    alpha: a number >= 1 or [b]. batch_size bounds the memory.
+    Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
+    """
+    num_classes, labels = getattr(model, 'num_classes', None), each(partial(as_tensor, 'labels'), labels)
+    wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
+    fits = exists(labels) == (exists(num_classes) or is_condition(labels)) != exists(num_samples)
+    check(fits, f'num_classes is {num_classes}, so pass {wanted}')
+    if exists(labels) and not is_condition(labels):
+        labels = checked_labels(labels, num_classes, 'batch')
+
+    rows, k = num_rows(labels) if exists(labels) else num_samples, default(num_samples_each, 1)
+    check_whole(1, num_samples = rows, num_samples_each = k, batch_size = batch_size)
+    check_whole(0, seed = seed)
+    alpha = as_tensor('alpha', alpha).float()
+    check(alpha.shape in ((), (rows,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({rows},)')
+    generator = torch.Generator()
+    generator.manual_seed(int(default(seed, generator.seed())))
+    seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(rows * k)
+    inputs = [each(lambda t: t.repeat_interleave(k, dim = 0), t) for t in (labels, alpha.expand(rows))]
+
+    device, samples = next(model.parameters()).device, []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch, *inputs_of_batch in chunked((seeds, *inputs), batch_size):
+            noise, styles = [], []
+            for seed in batch.tolist():
+                generator.manual_seed(seed)
+                noise.append(torch.randn(noise_shape, generator = generator, dtype = torch.float32))
+                if hasattr(model, 'draw_styles'):
+                    styles.append(model.draw_styles(1, generator))
+
+            inputs_of_batch = stack(noise), *inputs_of_batch, cat(styles) if styles else None
+            samples.append(model(*(each(lambda t: t.to(device), t) for t in inputs_of_batch)))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    samples = cat(samples)
+    return rearrange(samples, '(b k) ... -> b k ...', k = k) if exists(num_samples_each) else samples
+
+def sample(self, labels = None, **kwargs):
+    """Samples [b ch h w] for labels [b], see sample_from."""
+    return sample_from(self, self.noise_shape, labels, **kwargs)
+
+DriftingGenerator.sample = sample
+
+# ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -1034,7 +1107,7 @@ class FeatureDriftLoss(Module):
                 losses[name] = losses.get(name, 0) + t.detach() * share
         return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
 
-# ── 6. fields of later work ───────────────────────────────
+# ── 7. fields of later work ───────────────────────────────
 
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
@@ -1117,7 +1190,7 @@ class SinkhornField(DriftField):
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
 
-# ── 7. feature encoders - A.3-A.5 ─────────────────────────
+# ── 8. feature encoders - A.3-A.5 ─────────────────────────
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
@@ -1420,7 +1493,7 @@ class ConvNeXtFeatures(Module):
             features['global_std'] = features['convenxt_stage_3_std']
             return features
 
-# ── 8. data - A.7, A.8 ────────────────────────────────────
+# ── 9. data - A.7, A.8 ────────────────────────────────────
 
 # every random number of a run comes from a seed made of its place there: it can be repeated
 def seed_for(*key):
@@ -1575,23 +1648,29 @@ def endless_shuffle(length, *, seed, start = 0):
 
 class SeededDataset(Dataset):
     """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
-    def __init__(self, dataset, seed, with_labels):
+    def __init__(self, dataset, seed, with_labels, takes_conditions):
         fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
         fits = fits and not isinstance(dataset, IterableDataset) and len(dataset) > 0
         check(fits, f'the dataset must be map-style, with a length above 0, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
-        self.sample_shape = None
-        self.sample_shape = tuple(self.sample(0)[0].shape)
+        self.sample_shape, self.condition_shape = None, None
+        sample, label = self.item(0)
+        self.sample_shape = tuple(sample.shape)
+        is_label = with_labels and torch.is_tensor(label)
+        self.has_conditions = takes_conditions and is_condition(label, 0) and not is_label
+        _, condition = self.sample(0)
+        if self.has_conditions:
+            self.condition_shape = each(torch.Tensor.size, condition)
 
     def __len__(self):
         return len(self.dataset)
 
-    def sample(self, index):
-        name = f'sample {index} of the dataset'
+    def item(self, index):
         try:
             item = self.dataset[index]
         except Exception as error:
-            raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
+            problem = f'sample {index} of the dataset cannot be read'
+            raise RuntimeError(f'{problem}: {" ".join(str(error).split())}') from error
 
         is_pair = isinstance(item, (tuple, list)) and len(item) == 2
         sample, label = item if is_pair else (item, None)
@@ -1600,14 +1679,24 @@ class SeededDataset(Dataset):
             given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
             raise ValueError(f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
         if self.sample_shape not in (None, sample.shape):
-            check_shape(name, sample, self.sample_shape, ' like the first one')
+            check_shape(f'sample {index} of the dataset', sample, self.sample_shape, ' like the first one')
+        return sample.float(), label
+
+    def sample(self, index):
+        (sample, label), name = self.item(index), f'sample {index} of the dataset'
+        if self.has_conditions:
+            condition = each(partial(as_tensor, f'the condition of {name}'), label)
+            shape = each(torch.Tensor.size, condition)
+            fits = self.condition_shape in (None, shape)
+            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape} like the first one')
+            return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
-            return sample.float(), operator.index(label) if self.with_labels else 0
+            return sample, operator.index(label) if self.with_labels else 0
         except TypeError as error:
             raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
     def batch(self, places):
-        """float32 samples [b ...] and labels [b], or zeros."""
+        """float32 samples [b ...] and labels [b], zeros, or conditions [b ...]."""
         seed = seed_for(self.seed, 'sample', places[0][0])
         torch.default_generator.manual_seed(seed)  # of the cpu alone: all take long
         random.seed(seed)
@@ -1620,7 +1709,7 @@ class SeededDataset(Dataset):
         except (RuntimeError, ValueError) as error:  # a worker would raise it with all that led to it
             return error
 
-# ── 9. trainers - A.3, A.8, A.9 ───────────────────────────
+# ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
 
 # checkpoints: files, nothing of training
 def read_tensors(path):
@@ -1828,6 +1917,8 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
     that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
     """
+    takes_conditions = False
+
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
@@ -1855,7 +1946,7 @@ class BaseTrainer:
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)
-        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
+        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes), self.takes_conditions)
         self.sample_shape = self.dataset.sample_shape
         self.prepare(model)
 
@@ -2232,9 +2323,9 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64  # class groups per step, of all processes together
+    num_groups: int = 64  # class groups, or rows with a condition, per step, of all processes together
     num_gen: int = 64  # generated samples per group
-    num_pos: int = 64  # real samples per group
+    num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
     group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
 
@@ -2242,7 +2333,7 @@ class GeneratorSettings(LoopSettings):
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64  # real samples a process reads per step (release)
+    push_size: int = 64  # real samples a process reads per step (release), with conditions its rows instead
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2272,10 +2363,12 @@ TRAINER_PRESETS = {
 }
 
 class Trainer(BaseTrainer):
-    """Trains a generator on a map-style dataset of (sample, label) (A.8).
+    """Trains a generator on a map-style dataset of (sample, label) (A.8), or of (sample, condition).
 
     model: any module with the call model(noise, labels, alpha, styles) and the attributes num_classes (None:
-        unconditional, labels are ignored) and, if it is not that of a sample, noise_shape.
+        no classes, integer labels are ignored) and, if it is not that of a sample, noise_shape.
+    condition: a floating-point tensor, or a dict of tensors. Each row that is read is a group of its own, its sample
+        the positive (or its [num_pos ...] samples), the real samples of all rows are the unconditional ones.
     loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
@@ -2283,28 +2376,36 @@ class Trainer(BaseTrainer):
     Several processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
+    takes_conditions = True
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
         settings, num, chunk = self.settings, self.settings.num_groups, self.settings.group_chunk_size
-        self.samples_per_process = settings.push_size
+        self.has_conditions, shape = self.dataset.has_conditions, self.sample_shape
+        self.samples_per_process = num // self.world if self.has_conditions else settings.push_size
+        if self.has_conditions and settings.num_pos > 1:
+            fits = len(shape) > 1 and shape[0] == settings.num_pos
+            wanted = f'expected (num_pos = {settings.num_pos}, ...), set num_pos = 1 where a row has one sample'
+            check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
+            self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
-        if exists(chunk):
-            fits = num % self.world == 0 or not self.accelerator.is_fsdp2
-            check(fits, f'a sharded model in chunks needs num_groups that processes share evenly, got {num}')
+        if self.has_conditions or exists(chunk) and self.accelerator.is_fsdp2:
+            wanted = f'a condition per group, and a sharded model in chunks, need a multiple of {self.world} processes'
+            check(num % self.world == 0, f'num_groups is {num}: {wanted}')
 
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         num_classes, size = default(self.num_classes, 1), settings.class_queue_size
-        self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
+        if not self.has_conditions:
+            self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
 
-        # without classes, or at alpha = 1 throughout, there is nothing to guide away from
+        # without a condition, or at alpha = 1 throughout, there is nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
-        if exists(self.num_classes) and settings.alpha_range[1] > 1:
+        if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
             num, most = settings.num_uncond, min(len(dataset), settings.uncond_queue_size)
             wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size)'
@@ -2329,11 +2430,14 @@ class Trainer(BaseTrainer):
 
     def before_training(self, batches):
         """Read until every class has enough positives in every process, at most so many as the data has."""
+        if not self.queues:
+            return
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
             queue.pushed.zero_()
-        num_pos, num_classes = self.settings.num_pos, self.queues['positives'].num_classes
+        num_pos = self.settings.num_pos
+        num_classes = 0 if self.has_conditions else self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
@@ -2349,14 +2453,25 @@ class Trainer(BaseTrainer):
 
     # what goes into a step
     def push(self, batches):
-        """The next real samples of this process go into its queues. Returns their labels [n]."""
+        """The next real samples of this process go into its queues.
+        Returns their labels [n], or their conditions and positives [n p ...].
+        """
         samples, labels = self.read(batches)
+        if self.has_conditions:
+            positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
+            check_range('real samples', samples, -math.inf)
+            each(lambda t: check_range('the condition', t, -math.inf), labels)
+            if hasattr(self.unwrapped, 'checked_condition'):  # once more on a cpu, which sees the numbers
+                self.unwrapped.checked_condition(labels, len(samples))
+            if self.num_uncond > 0:
+                self.queues['unconditional'].push(rearrange(positives, 'n p ... -> (n p) ...'))
+            return labels, positives
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
         return labels.long()
 
-    def draw(self, newest_labels, micro_step):
-        """labels [c], alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
+    def draw(self, newest, micro_step):
+        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         alpha = sample_alpha(
@@ -2364,16 +2479,19 @@ class Trainer(BaseTrainer):
             no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
         ).tensor_split(self.world)[self.rank]
 
-        # release: labels of the newest real samples, without replacement, or in turns
-        c, num = len(alpha), len(newest_labels)
-        turns = [torch.randperm(num, generator = generator) for _ in range(math.ceil(c / num))]
-        labels = newest_labels[cat(turns)[:c]]
-
-        drawn = [labels, alpha, self.queues['positives'].draw(labels, settings.num_pos, generator)]
+        c = len(alpha)
+        if self.has_conditions:
+            labels, pos = newest
+        else:  # release: labels of the newest real samples, without replacement, or in turns
+            turns = [torch.randperm(len(newest), generator = generator) for _ in range(math.ceil(c / len(newest)))]
+            labels = newest[cat(turns)[:c]]
+            pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
+        drawn = [labels, alpha, pos, None]
         if self.num_uncond > 0:
-            drawn.append(self.queues['unconditional'].draw(0 * labels, self.num_uncond, generator))
-        labels, alpha, pos, *uncond = (t.to(self.device, non_blocking = True) for t in drawn)
-        return labels, alpha, pos.float(), uncond[0].float() if uncond else None
+            all_of_one = torch.zeros(c, dtype = torch.long)
+            drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
+        labels, alpha, *sets = (each(lambda t: t.to(self.device, non_blocking = True), value) for value in drawn)
+        return labels, alpha, *(each(torch.Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
@@ -2386,14 +2504,14 @@ class Trainer(BaseTrainer):
             if hasattr(self.unwrapped, 'draw_styles'):
                 styles.append(self.unwrapped.draw_styles(g, generator))
 
-        labels = labels if exists(self.num_classes) else None
+        labels = labels if exists(self.num_classes) or self.has_conditions else None
         return stack(noise), labels, alpha, stack(styles) if styles else None
 
     def generate(self, noise, labels, alpha, styles, number = 0):
         """Generated samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
         self.seed_model(number)
         c, g = noise.shape[:2]
-        labels = repeat(labels, 'c -> (c g)', g = g) if exists(labels) else None
+        labels = each(lambda t: repeat(t, 'c ... -> (c g) ...', g = g), labels)
         styles = rearrange(styles, 'c g s -> (c g) s') if exists(styles) else None
         alpha = repeat(alpha, 'c -> (c g)', g = g)
         gen = self.model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
@@ -2418,7 +2536,7 @@ class Trainer(BaseTrainer):
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
-        share = len(labels) * self.world / settings.num_groups  # processes may have unequal numbers of groups
+        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers of groups
         share = share / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
@@ -2478,15 +2596,18 @@ class Trainer(BaseTrainer):
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
-        """Samples of the averaged model, see sample_from."""
+        """Samples of the averaged model for labels or a condition, see sample_from."""
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
-        """Ten samples each of the first ten classes, always from the same noise."""
-        rows = min(10, default(self.num_classes, 10))
-        labels = repeat(torch.arange(rows), 'rows -> (rows 10)')
-        asked = dict(labels = labels) if exists(self.num_classes) else dict(num_samples = len(labels))
-        return self.sample(**asked, seed = self.settings.seed), rows
+        """Ten samples each of the first ten classes or conditions, always from the same noise."""
+        rows = min(10, len(self.dataset) if self.has_conditions else default(self.num_classes, 10))
+        asked = dict(labels = torch.arange(rows), num_samples_each = 10)
+        if self.has_conditions:
+            _, asked['labels'] = self.dataset.batch([(i, i) for i in range(rows)])
+        elif not exists(self.num_classes):
+            asked = dict(num_samples = rows, num_samples_each = 10)
+        return rearrange(self.sample(**asked, seed = self.settings.seed), 'rows ten ... -> (rows ten) ...'), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
@@ -2559,7 +2680,7 @@ class MAETrainer(BaseTrainer):
         restored = left + model.reconstruct(samples, mask)[0] * dropped
         return cat((samples, left, restored)), 3
 
-# ── 10. weights - our own, and those that the authors published ───
+# ── 11. weights - our own, and those that the authors published ───
 
 # the release's options by our names: its name, and what its reader takes where a config says nothing
 MAE_OPTIONS = dict(
