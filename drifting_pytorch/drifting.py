@@ -2008,11 +2008,12 @@ class BaseTrainer:
 
     # a step
     def batches(self):
-        """Endless batches (samples, labels) of this process, from where the run stands."""
+        """Endless batches (samples, labels), from where the run stands; processes take turns."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
-        places = islice(enumerate(indices, self.samples_read), self.rank, None, self.world)
+        places = enumerate(indices, self.samples_read)
+        batches = BatchSampler(places, self.samples_per_process, drop_last = False)
         yield from DataLoader(
-            self.dataset, None, sampler = BatchSampler(places, self.samples_per_process, drop_last = False),
+            self.dataset, None, sampler = islice(batches, self.rank, None, self.world),
             num_workers = self.settings.num_workers, pin_memory = self.device.type == 'cuda',
             worker_init_fn = ignore_signals
         )
@@ -2688,15 +2689,6 @@ PUBLISHED = {
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'))
 }
 
-def check_sizes(arguments, state):
-    """Blocks and tokens cost time and memory even without their weights."""
-    blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
-    tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', 1)) ** 2
-    tokens += arguments.get('num_register_tokens', 0)
-    numbers = sum(t.numel() for t in state.values())
-    fits = blocks <= len(state) and tokens <= numbers // arguments.get('dim', 1)
-    check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
-
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
@@ -2732,7 +2724,6 @@ def from_pretrained(cls, name, *, revision = None):
         check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
             arguments, state_dict = release.TRANSLATIONS[kind](arguments, state_dict)
-        check_sizes(arguments, state_dict)
         with torch.device('meta'):  # the weights are taken as they are read, not copied
             model = cls(**arguments)
     except Exception as error:  # whatever a config may hold
