@@ -2,6 +2,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from drifting_pytorch.drifting import (
     BackboneFeatures,
+    ConvGenerator,
     ConvNeXtFeatures,
     DriftField,
     DriftingGenerator,
@@ -25,6 +26,7 @@ except PackageNotFoundError:        # the folder alone, copied
 
 __all__ = [
     'BackboneFeatures',
+    'ConvGenerator',
     'ConvNeXtFeatures',
     'DriftField',
     'DriftingGenerator',

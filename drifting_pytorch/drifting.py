@@ -413,15 +413,70 @@ def sincos_2d(size, dim):
 
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
-class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
+class Generator(Module, PyTorchModelHubMixin):
+    """What generators of images share: they are called model(noise, labels, alpha, styles), and check what they get."""
+
+    def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
+        super().__init__()
+        check_whole(1, image_size = image_size, channels = channels, num_classes = num_classes)
+        check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
+        self.image_size, self.noise_shape, self.num_classes = image_size, noise_shape, num_classes
+        self.condition_shapes = existing(
+            labels = () if exists(num_classes) else None,
+            vector = (dim_condition,) if exists(dim_condition) else None,
+            image = (condition_channels, 'height', 'width') if exists(condition_channels) else None
+        )
+
+    def checked_condition(self, labels, b):
+        """{'labels': [b], 'vector': [b k], 'image': [b ch h w]}, those that this generator has."""
+        names = list(self.condition_shapes)
+        given = dict(labels) if isinstance(labels, dict) else existing(**dict.fromkeys(names[:1] or ['labels'], labels))
+        wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
+        found = f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}'
+        check(given.keys() == set(names), found)
+
+        for name in given.keys() - {'labels'}:
+            check_shape(name, given[name], (b, *self.condition_shapes[name]))
+            check_floating(name, given[name])
+            check_range(name, given[name], -math.inf)
+        if 'labels' in given:
+            given['labels'] = checked_labels(given['labels'], self.num_classes, b)
+        if 'image' in given:
+            size = given['image'].shape[2:]
+            fits = all(max(side, self.image_size) % min(side, self.image_size) == 0 for side in size)
+            check(fits, f'image is {tuple(size)}, expected sides that are multiples or divisors of {self.image_size}')
+        return given
+
+    def checked_inputs(self, noise, labels, alpha):
+        """noise, {name: condition}, alpha [b]"""
+        check_shape('noise', noise, ('batch', *self.noise_shape))
+        check_floating('noise', noise)
+        check_range('noise', noise, -math.inf)
+        b, like = len(noise), next(self.parameters())
+        check(like.dtype.itemsize >= 4, f'the model is {like.dtype}: keep it in float32, under torch.autocast')
+        alpha = as_tensor('alpha', alpha).to(noise.device)
+        alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
+        check_shape('alpha', alpha, (b,), ', or a number')
+        check_range('alpha', alpha, 1)
+
+        given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
+        for name in given.keys() - {'labels'}:
+            given[name] = given[name].to(like.dtype)
+        if 'image' in given and given['image'].shape[2:] != (self.image_size, self.image_size):
+            size = self.image_size, self.image_size
+            given['image'] = F.interpolate(given['image'], size = size, mode = 'bilinear', antialias = True)
+        return noise.to(like.dtype), given, alpha
+
+class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
 
     image_size, channels, patch_size: samples [b channels image_size image_size] are cut into square patches.
-    num_classes: None for no classes.
-    dim_condition, condition_channels: of a vector, and of a picture, which it is conditioned on too, or instead.
+    num_classes, dim_condition, condition_channels: what it is conditioned on, class labels, vectors of so many
+        numbers, pictures of so many channels; None: not on these.
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, the sum of one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
+    output_conv_dim: width of two convolutions behind the patches, against seams between them. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass instead of keeping what is inside.
 
@@ -431,19 +486,18 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
         dim_condition = None, condition_channels = None,
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
-        bf16_rotary = False, checkpointing = False
+        output_conv_dim = 0, bf16_rotary = False, checkpointing = False
     ):
-        super().__init__()
-        check_whole(1, image_size = image_size, channels = channels, patch_size = patch_size, num_classes = num_classes)
-        check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
-        check_whole(1, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
+        noise_shape = channels, image_size, image_size
+        super().__init__(image_size, channels, noise_shape, num_classes, dim_condition, condition_channels)
+        check_whole(1, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
+        check_whole(0, output_conv_dim = output_conv_dim)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         fits = dim % (2 * heads) == 0 and dim % 4 == 0
         check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
 
-        self.noise_shape, self.num_classes = (channels, image_size, image_size), num_classes
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
@@ -452,20 +506,15 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
-        self.condition_shapes = existing(
-            labels = () if exists(num_classes) else None,
-            vector = (dim_condition,) if exists(dim_condition) else None,
-            image = (condition_channels, 'height', 'width') if exists(condition_channels) else None
-        )
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
         self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
-        num_inputs = default(condition_channels, 0) * patch_size ** 2
-        self.condition_embed = nn.Linear(num_inputs, dim) if exists(condition_channels) else None
         self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
         # tokens [registers | patches]
         self.patch_embed = nn.Linear(dim_patch, dim)
+        dim_image = default(condition_channels, 0) * patch_size ** 2
+        self.image_embed = nn.Linear(dim_image, dim) if exists(condition_channels) else None
         self.pos_embed = Parameter(sincos_2d(size, dim))
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
@@ -483,6 +532,11 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.final_norm = RMSNorm(dim)
         self.final_modulation = Modulation(dim, 2)
         self.to_patch = nn.Linear(dim, dim_patch)
+        self.output_convs = None
+        if output_conv_dim > 0:
+            last = nn.Conv2d(output_conv_dim, channels, 3, padding = 1, bias = False)
+            nn.init.zeros_(last.weight)  # the identity at first
+            self.output_convs = nn.Sequential(nn.Conv2d(channels, output_conv_dim, 3, padding = 1), nn.SiLU(), last)
         self.init_weights()
 
     @classmethod
@@ -513,46 +567,6 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         shape = (num, self.num_style_tokens)
         return torch.randint(self.style_codebook_size, shape, generator = generator, device = device)
 
-    def checked_condition(self, labels, b):
-        """{'labels': [b], 'vector': [b k], 'image': [b ch h w]}, those that this generator has."""
-        names, size = list(self.condition_shapes), self.noise_shape[1:]
-        name = names[0] if len(names) == 1 else 'labels'
-        given = dict(labels) if isinstance(labels, dict) else existing(**{name: labels})
-        wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
-        found = f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}'
-        check(given.keys() == set(names), found)
-        for name, t in given.items():
-            if name == 'labels':
-                given[name] = checked_labels(t, self.num_classes, b)
-                continue
-            check_floating(name, t)
-            check_shape(name, t, (b, *self.condition_shapes[name]))
-            check_range(name, t, -math.inf)
-            t = t.to(self.pos_embed.dtype)
-            if name == 'image' and t.shape[2:] != size:
-                fits = all(max(pair) % min(pair) == 0 for pair in zip(t.shape[2:], size, strict = True))
-                check(fits, f'image has shape {tuple(t.shape)}, expected a multiple or a divisor of {size}')
-                t = F.interpolate(t, size = size, mode = 'bilinear', antialias = True)
-            given[name] = t
-        return given
-
-    def checked_inputs(self, noise, labels, alpha, styles):
-        check_shape('noise', noise, ('batch', *self.noise_shape))
-        check_floating('noise', noise)
-        check_range('noise', noise, -math.inf)
-        dtype, b = self.rotary.dtype, noise.shape[0]
-        check(dtype.itemsize >= 4, f'the model is {dtype}: keep it in float32, under torch.autocast')
-
-        alpha = as_tensor('alpha', alpha).to(noise.device)
-        alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
-        check_shape('alpha', alpha, (b,), ', or a number')
-        check_range('alpha', alpha, 1)
-        given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
-
-        styles = styles if exists(styles) else self.draw_styles(b)
-        styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
-        return noise.to(self.pos_embed.dtype), given, alpha, styles.to(noise.device)
-
     def condition(self, labels, alpha, styles, vector = None):
         """The condition vector [b d]: styles + guidance scale + class + vector."""
         tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
@@ -572,17 +586,20 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels [b], a vector [b dim_condition] or an image [b condition_channels h w], of a multiple or a divisor of the
-            own size; a dict {labels, vector, image} of several; or None. It is what the generator was made for.
+        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w], of the image_size,
+            a multiple or a divisor of it; a dict {labels, vector, image} of several; None where it has none of them.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
-        noise, given, alpha, styles = self.checked_inputs(noise, labels, alpha, styles)
+        noise, given, alpha = self.checked_inputs(noise, labels, alpha)
+        styles = styles if exists(styles) else self.draw_styles(len(noise))
+        style_shape = len(noise), self.num_style_tokens
+        styles = checked_labels(styles, self.style_codebook_size, *style_shape, name = 'styles').to(noise.device)
         cond = self.condition(given.get('labels'), alpha, styles, given.get('vector'))  # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
         x = self.patch_embed(self.cut(noise)) + self.pos_embed  # b n d
         if 'image' in given:
-            x = x + self.condition_embed(self.cut(given['image']))
+            x = x + self.image_embed(self.cut(given['image']))
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
         x = cat((registers, x), dim = 1)  # b (r n) d
 
@@ -591,9 +608,10 @@ class DriftingGenerator(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         x = x[:, registers.shape[1]:]  # b n d
         shift, scale = self.final_modulation(cond)  # b 1 d
         patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)  # b n (p1 p2 ch)
-        return rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
+        x = rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
+        return x + self.output_convs(x) if exists(self.output_convs) else x
 
-# ── 5. samples ────────────────────────────────────────────
+# ── 5. samples, and a generator for small pictures ────────
 
 def is_condition(labels, num_batch_dims = 1):
     """Whether they are more than class labels: a dict, not integers, or several numbers per row."""
@@ -660,7 +678,78 @@ def sample(self, labels = None, **kwargs):
     """Samples [b ch h w] for labels [b], see sample_from."""
     return sample_from(self, self.noise_shape, labels, **kwargs)
 
-DriftingGenerator.sample = sample
+Generator.sample = sample
+
+class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
+    """A one-step generator of convolutions, for small pictures: smaller than DriftingGenerator, and quicker.
+
+    image_size: a multiple of 4 up to 32, or of 8 up to 64; samples [b channels image_size image_size] in [-1, 1].
+    num_classes, dim_condition, condition_channels: see DriftingGenerator.
+    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise].
+    The condition acts on every layer: where it only joins the noise, the samples of a class are more alike.
+    """
+    def __init__(
+        self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
+        dim = 64, dim_noise = 64
+    ):
+        super().__init__(image_size, channels, (dim_noise,), num_classes, dim_condition, condition_channels)
+        check_whole(1, dim = dim, dim_noise = dim_noise)
+        check(dim % 16 == 0, f'dim must be a multiple of 16, got {dim}')
+        num_ups = 2 if image_size <= 32 else 3
+        fits = image_size % 2 ** num_ups == 0 and 8 <= image_size <= 64
+        check(fits, f'image_size must be a multiple of 4 from 8 to 32, or of 8 up to 64, got {image_size}')
+
+        # layers: from noise to a vector, to a map, and to maps of twice the side
+        size, widths = image_size // 2 ** num_ups, [dim] * (num_ups - 1) + [dim // 2]
+        first_map = nn.Linear(4 * dim, dim // 4 * size ** 2), nn.Unflatten(1, (dim // 4, size, size))
+        conv = nn.Conv2d(dim // 4, dim, 3, padding = 1)
+        self.layers = ModuleList([nn.Linear(dim_noise, 4 * dim)])
+        self.layers.append(nn.Sequential(*first_map, conv, nn.GroupNorm(8, dim)))
+        for dim_in, dim_out in zip(widths, widths[1:], strict = False):
+            conv = nn.Conv2d(dim_in, dim_out, 3, padding = 1)
+            up = nn.Upsample(scale_factor = 2, mode = 'bilinear')  # no checkerboard
+            self.layers.append(nn.Sequential(conv, up, nn.GroupNorm(8, dim_out)))
+        to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1)
+        self.to_image = nn.Sequential(to_pixels, nn.PixelShuffle(2), nn.Tanh())
+
+        # the condition, and from it what every layer is scaled and shifted by
+        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
+        self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
+        self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.sizes = [2 * width for width in (4 * dim, *widths)]
+        self.to_scale_shift = nn.Linear(dim, sum(self.sizes))
+        nn.init.normal_(self.to_scale_shift.weight, std = 0.3 / dim ** 0.5)
+        nn.init.zeros_(self.to_scale_shift.bias)
+
+        # a picture joins every map, its patches as channels
+        self.image_embeds = ModuleList()
+        for i, width in enumerate(widths if exists(condition_channels) else ()):
+            dim_patch = condition_channels * (image_size // size // 2 ** i) ** 2
+            self.image_embeds.append(nn.Conv2d(dim_patch, width, 1))
+
+    def forward(
+        self,
+        noise: Float[Tensor, 'b d'],
+        labels: Tensor | dict | None = None,
+        alpha: Float[Tensor, 'b'] | float = 1.,
+        styles = None  # it has none
+    ) -> Float[Tensor, 'b ch h w']:
+        """Noise to samples. labels, alpha, errors: see DriftingGenerator."""
+        x, given, alpha = self.checked_inputs(noise, labels, alpha)
+        cond = self.alpha_embed(sinusoidal(alpha, 256).to(x.dtype))  # b d
+        for name, embed in dict(labels = self.class_embed, vector = self.vector_embed).items():
+            if name in given:
+                cond = cond + embed(given[name])
+        scales_shifts = self.to_scale_shift(cond).split(self.sizes, dim = -1)
+
+        for i, (layer, scale_shift) in enumerate(zip(self.layers, scales_shifts, strict = True)):
+            x = layer(x)  # b d, or b d h w
+            if i > 0 and 'image' in given:
+                patches = F.pixel_unshuffle(given['image'], self.image_size // x.shape[-1])
+                x = x + self.image_embeds[i - 1](patches)
+            scale, shift = scale_shift.view(len(x), 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
+            x = F.silu(x * (1 + scale) + shift)
+        return self.to_image(x)
 
 # ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
 
@@ -2686,7 +2775,8 @@ class MAETrainer(BaseTrainer):
 # of each model: its kind and names in the authors' repository, which release.py reads
 PUBLISHED = {
     DriftingGenerator: ('gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation')),
-    LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640'))
+    LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640')),
+    ConvGenerator: ('', ())
 }
 
 def from_pretrained(cls, name, *, revision = None):
@@ -2698,7 +2788,7 @@ def from_pretrained(cls, name, *, revision = None):
     """
     kind, published = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
-    is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
+    is_release = bool(published) and (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
 
     if folder.is_dir():
@@ -2707,7 +2797,7 @@ def from_pretrained(cls, name, *, revision = None):
         check(not missing, f'{folder} has no {missing}: expected a folder of save_pretrained or a published model')
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
-        check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published)}')
+        check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
         try:
             config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)

@@ -289,6 +289,33 @@ def test_output_is_zero_at_initialisation_and_every_parameter_learns():
         assert p.grad.isfinite().all(), name
         assert p.grad.abs().sum() > 0, name
 
+def test_output_convolutions_start_as_the_identity():
+    noise, labels, styles = torch.randn(2, 2, 8, 8), torch.tensor([1, 3]), torch.zeros(2, 4, dtype = torch.long)
+    plain, smooth = tiny(), tiny(output_conv_dim = 6)
+    assert plain.state_dict().keys() == smooth.state_dict().keys() - {
+        'output_convs.0.weight', 'output_convs.0.bias', 'output_convs.2.weight'
+    }
+
+    smooth.load_state_dict(awake(plain).state_dict(), strict = False)
+    samples = plain(noise, labels, styles = styles)
+    assert torch.equal(smooth(noise, labels, styles = styles), samples)
+
+    # afterwards they reach over the seams
+
+    smooth = awake(smooth)
+    noise.requires_grad_()
+    smooth(noise, labels, styles = styles).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in smooth.parameters())
+
+    picture = torch.zeros(1, 2, 8, 8, requires_grad = True)
+    smooth.output_convs(picture)[..., 4, 4].sum().backward()
+    assert (picture.grad[0, 0] != 0).nonzero().aminmax(dim = 0).min.tolist() == [2, 2]
+
+@pytest.mark.parametrize('given', [-1, 1.5])
+def test_widths_of_output_convolutions_that_cannot_be_are_refused(given):
+    with raises_one_line('output_conv_dim must be a whole number from 0 on'):
+        tiny(output_conv_dim = given)
+
 def test_initialisation():
     model = tiny(dim = 128, num_classes = 100, style_codebook_size = 64)
     for weight in (model.class_embed.weight, model.style_embed.weight, model.register_embed):

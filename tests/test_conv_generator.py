@@ -1,0 +1,109 @@
+"""The generator of convolutions: shapes, what its condition reaches, sampling, files, refusals, a training."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from drifting_pytorch import ConvGenerator, DriftingGenerator
+from helpers import raises_one_line, relative, tiny_generator, trainer
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return ConvGenerator(**{**dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 8), **kwargs})
+
+@pytest.mark.parametrize('image_size', [8, 12, 28, 32, 40, 64])
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('num_classes', [None, 3])
+def test_shapes_and_gradients(image_size, channels, num_classes):
+    model = small(image_size = image_size, channels = channels, num_classes = num_classes)
+    labels = None if num_classes is None else torch.tensor([0, 2, 1])
+    samples = model(torch.randn(3, 8), labels, 1.5)
+    assert samples.shape == (3, channels, image_size, image_size)
+    assert samples.abs().max() < 1
+
+    samples.square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.abs().sum() > 0, name
+
+def test_every_condition_and_all_noise_act():
+    model = small()
+    noise, labels, alpha = torch.randn(2, 8), torch.tensor([0, 1]), torch.tensor([1., 2.])
+    samples = model(noise, labels, alpha)
+    others = (noise + torch.eye(8)[0], labels, alpha), (noise, labels + 1, alpha), (noise, labels, alpha + 1)
+    for other in others:
+        assert (model(*other) != samples).any(dim = 1).all()
+
+    assert torch.equal(model(noise, [0, 1], [1., 2.]), samples)
+    assert torch.equal(model(noise, labels), model(noise, labels, torch.ones(2)))
+    assert relative(model.double()(noise, labels, alpha), samples) < 1e-5
+
+def test_the_same_seed_gives_the_same_samples():
+    model = small()
+    samples = model.sample([0, 1, 2], seed = 0)
+    assert torch.equal(model.sample([0, 1, 2], seed = 0), samples)
+    assert relative(model.sample([0, 1, 2], seed = 0, batch_size = 2), samples) < 1e-5
+    assert not torch.equal(model.sample([0, 1, 2], seed = 1), samples)
+    assert small(num_classes = None).sample(num_samples = 2).shape == (2, 1, 8, 8)
+
+def test_saved_models_are_read_back(tmp_path):
+    for image_size in (8, 64):
+        folder = tmp_path / str(image_size)
+        model = small(image_size = image_size).eval()
+        model.save_pretrained(folder)
+        again = ConvGenerator.from_pretrained(folder)
+        assert not again.training
+        assert torch.equal(again.sample([0, 1], seed = 0), model.sample([0, 1], seed = 0))
+
+    tiny_generator().save_pretrained(tmp_path / 'other')
+    with raises_one_line('is not a ConvGenerator'):
+        ConvGenerator.from_pretrained(tmp_path / 'other')
+    with raises_one_line('is not a DriftingGenerator'):
+        DriftingGenerator.from_pretrained(tmp_path / '8')
+
+def test_nothing_is_published(tmp_path):
+    with raises_one_line("'pixel_B_sota' is neither a folder nor a published model, which are none"):
+        ConvGenerator.from_pretrained('pixel_B_sota')
+    (tmp_path / 'metadata.json').write_text('{}')
+    with raises_one_line('has no config.json and no model.safetensors'):
+        ConvGenerator.from_pretrained(tmp_path)
+
+@pytest.mark.parametrize('call, says', [
+    (lambda m, x, y: small(image_size = 30), 'a multiple of 4 from 8 to 32, or of 8 up to 64, got 30'),
+    (lambda m, x, y: small(image_size = 36), 'a multiple of 4 from 8 to 32, or of 8 up to 64, got 36'),
+    (lambda m, x, y: small(image_size = 72), 'got 72'),
+    (lambda m, x, y: small(image_size = 4), 'image_size must be a multiple of 4 from 8 to 32'),
+    (lambda m, x, y: small(channels = 0), 'channels must be a whole number from 1 on, got 0'),
+    (lambda m, x, y: small(num_classes = 2.), 'num_classes must be a whole number from 1 on, got 2.0'),
+    (lambda m, x, y: small(dim = 24), 'dim must be a multiple of 16, got 24'),
+    (lambda m, x, y: small(dim_noise = 0), 'dim_noise must be a whole number from 1 on'),
+    (lambda m, x, y: m(x[:, 1:], y), 'noise has shape (2, 7), expected (batch, 8)'),
+    (lambda m, x, y: m(x.long(), y), 'noise must be floating point'),
+    (lambda m, x, y: m(x / 0, y), 'noise must be finite'),
+    (lambda m, x, y: m(x), 'num_classes is 3, so labels are needed'),
+    (lambda m, x, y: small(num_classes = None)(x, y), 'num_classes is None, so labels must be None'),
+    (lambda m, x, y: m(x, y + 2), 'labels must be finite and in 0 .. 2'),
+    (lambda m, x, y: m(x, y[:1]), 'labels has shape (1,), expected (2,)'),
+    (lambda m, x, y: m(x, y, 0.5), 'alpha must be finite and in 1 .. inf'),
+    (lambda m, x, y: m(x, y, torch.ones(3)), 'alpha has shape (3,), expected (2,), or a number'),
+    (lambda m, x, y: m.sample(), 'pass labels'),
+])
+def test_bad_input_is_one_clear_line(call, says):
+    with raises_one_line(says):
+        call(small(), torch.ones(2, 8), torch.tensor([0, 1]))
+
+def test_it_is_trained(tmp_path):
+    """Grey squares, darker or lighter by their class."""
+    labels = torch.arange(60) % 3
+    brightness = labels / 2 - 0.5 + 0.1 * torch.randn(60)
+    images = brightness.reshape(60, 1, 1, 1).expand(60, 1, 8, 8).contiguous()
+    settings = dict(num_train_steps = 60, ema_decay = 0.9, log_every = 0)
+    t = trainer(tmp_path, small(), TensorDataset(images, labels), **settings)
+    t.train()
+    means = t.sample([0, 1, 2], seed = 0).mean(dim = (1, 2, 3))
+    assert (means.diff() > 0.2).all()
+
+    t.save_pretrained(tmp_path / 'saved')
+    saved = ConvGenerator.from_pretrained(tmp_path / 'saved')
+    assert torch.equal(saved.sample([0, 1, 2], seed = 0), t.sample([0, 1, 2], seed = 0))
