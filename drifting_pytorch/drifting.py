@@ -170,12 +170,6 @@ def each(fn, value):
         return {name: fn(t) for name, t in value.items()}
     return fn(value) if exists(value) else None
 
-def chunked(values, size = None):
-    """Tensors of equal length, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
-    num = len(values[0])
-    size = default(size, num)
-    return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
-
 # ── 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1 ───
 
 def geometric_mean_of_softmaxes(logits):
@@ -434,17 +428,11 @@ class Generator(Module, PyTorchModelHubMixin):
         wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
         found = f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}'
         check(given.keys() == set(names), found)
-
         for name in given.keys() - {'labels'}:
             check_shape(name, given[name], (b, *self.condition_shapes[name]))
-            check_floating(name, given[name])
             check_range(name, given[name], -math.inf)
         if 'labels' in given:
             given['labels'] = checked_labels(given['labels'], self.num_classes, b)
-        if 'image' in given:
-            size = given['image'].shape[2:]
-            fits = all(max(side, self.image_size) % min(side, self.image_size) == 0 for side in size)
-            check(fits, f'image is {tuple(size)}, expected sides that are multiples or divisors of {self.image_size}')
         return given
 
     def checked_inputs(self, noise, labels, alpha):
@@ -462,9 +450,8 @@ class Generator(Module, PyTorchModelHubMixin):
         given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
         for name in given.keys() - {'labels'}:
             given[name] = given[name].to(like.dtype)
-        if 'image' in given and given['image'].shape[2:] != (self.image_size, self.image_size):
-            size = self.image_size, self.image_size
-            given['image'] = F.interpolate(given['image'], size = size, mode = 'bilinear', antialias = True)
+        if 'image' in given:
+            given['image'] = F.interpolate(given['image'], self.image_size, mode = 'bilinear', antialias = True)
         return noise.to(like.dtype), given, alpha
 
 class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
@@ -586,8 +573,8 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w], of the image_size,
-            a multiple or a divisor of it; a dict {labels, vector, image} of several; None where it has none of them.
+        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w], which are resized;
+            a dict {labels, vector, image} of several; None where it has none of them.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
@@ -612,6 +599,12 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         return x + self.output_convs(x) if exists(self.output_convs) else x
 
 # ── 5. samples, and a generator for small pictures ────────
+
+def chunked(values, size = None):
+    """Tensors of equal length, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
+    num = len(values[0])
+    size = default(size, num)
+    return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
 
 def is_condition(labels, num_batch_dims = 1):
     """Whether they are more than class labels: a dict, not integers, or several numbers per row."""

@@ -252,8 +252,8 @@ def test_the_output_depends_on_every_kind():
     with torch.no_grad():
         model.vector_embed.weight.zero_()
         model.vector_embed.bias.zero_()
-        model.condition_embed.weight.zero_()
-        model.condition_embed.bias.zero_()
+        model.image_embed.weight.zero_()
+        model.image_embed.bias.zero_()
     classes_alone = awake(tiny_generator(image_size = 8, channels = 1)).eval()
     classes_alone.load_state_dict(model.state_dict(), strict = False)
     expected = classes_alone(noise, given['labels'], 1.5, styles)
@@ -301,8 +301,8 @@ def test_without_conditions_nothing_is_added():
     ({**conditions(), 'text': torch.ones(4)}, "'text'"),
     ({**conditions(), 'vector': torch.ones(4, 2)}, 'vector has shape (4, 2), expected (4, 3)'),
     ({**conditions(), 'vector': torch.ones(3, 3)}, 'vector has shape (3, 3), expected (4, 3)'),
-    ({**conditions(), 'vector': torch.ones(4, 3).long()}, 'vector must be floating point'),
-    ({**conditions(), 'image': torch.ones(4, 1, 12, 12)}, 'expected a multiple or a divisor of (8, 8)'),
+    ({**conditions(), 'vector': [1., 2., 3.]}, 'vector must be a tensor, got list'),
+    ({**conditions(), 'image': torch.ones(4, 1, 12)}, 'image has shape (4, 1, 12), expected (4, 1, height, width)'),
     ({**conditions(), 'image': torch.ones(4, 3, 8, 8)}, 'image has shape (4, 3, 8, 8), expected (4, 1, height, width)'),
     ({**conditions(), 'image': torch.full((4, 1, 8, 8), torch.nan)}, 'image must be finite'),
     ({**conditions(), 'labels': torch.full((4,), 5)}, 'labels must be finite and in 0 .. 4'),
