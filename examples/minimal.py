@@ -3,7 +3,6 @@
 import sys
 
 import torch
-from einops import rearrange
 from sklearn.datasets import load_digits
 
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, Trainer
@@ -31,8 +30,7 @@ trainer = Trainer(
 
 trainer.train()
 
-samples = trainer.sample(torch.arange(10).repeat_interleave(16), seed = 0)          # sixteen of each, in [-1, 1]
-rows = rearrange((samples + 1) / 2, '(c n) ... -> c n ...', c = 10)
+samples = trainer.sample(torch.arange(10), num_samples_each = 16, seed = 0)         # sixteen of each, in [-1, 1]
 
 if trainer.accelerator.is_main_process:
-    image_grid(rows).save('results/minimal/samples.png')
+    image_grid((samples + 1) / 2).save('results/minimal/samples.png')
