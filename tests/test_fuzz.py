@@ -33,6 +33,7 @@ from transformers import ConvNextV2Config, ConvNextV2Model
 
 from drifting_pytorch import (
     BackboneFeatures,
+    ConvGenerator,
     ConvNeXtFeatures,
     DriftField,
     DriftingGenerator,
@@ -71,6 +72,17 @@ class Pairs(list):
 
 def images(num = 12):
     return Pairs(zip(floats(num, 1, 8, 8).tanh(), labels(num).tolist(), strict = True))
+
+KINDS = dict(num_classes = 3, dim_condition = 2, condition_channels = 1)
+
+def conditions(num = 2):
+    return dict(labels = labels(num), vector = floats(num, 2), image = floats(num, 1, 4, 4))
+
+def pictures(num = 12):
+    """Samples with every kind of condition."""
+    given = conditions(num)
+    rows = [{name: t[i] for name, t in given.items()} for i in range(num)]
+    return Pairs(zip(floats(num, 1, 8, 8).tanh(), rows, strict = True))
 
 def encode(x):
     return {'half': x.flatten(1)[:, None, ::2]}
@@ -202,87 +214,104 @@ TARGETS = {
     'DriftingGenerator.sample, no classes': (
         4, generator(num_classes = None).sample, dict(num_samples = 2, alpha = torch.ones(2), seed = 0, batch_size = 1)
     ),
+    'DriftingGenerator.forward, conditions': (
+        4, generator(**KINDS), dict(noise = floats(2, 1, 8, 8), labels = conditions(), alpha = torch.ones(2))
+    ),
+    'DriftingGenerator.sample, conditions': (
+        5, generator(**KINDS).sample, dict(labels = conditions(), alpha = 2., seed = 0, num_samples_each = 2)
+    ),
+    'ConvGenerator(...)': (
+        5, then(ConvGenerator, with_generator),
+        dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 4)
+    ),
+    'ConvGenerator.forward': (
+        5, ConvGenerator(image_size = 8, channels = 1, dim = 16, dim_noise = 4, **KINDS),
+        dict(noise = floats(2, 4), labels = conditions(), alpha = torch.ones(2))
+    ),
     'drift_loss': (
-        5, with_gradient(drift_loss),
+        6, with_gradient(drift_loss),
         dict(FEATURES, **CLAMPS, field = DriftField(), diagnostics = True)
     ),
     'drift_loss, own negatives': (
-        5, with_gradient(drift_loss), dict(FEATURES, field = SinkhornField(), neg = floats(2, 3, 4) + 2)
+        6, with_gradient(drift_loss), dict(FEATURES, field = SinkhornField(), neg = floats(2, 3, 4) + 2)
     ),
     'FeatureDriftLoss(...)': (
-        5, then(FeatureDriftLoss, with_loss),
+        6, then(FeatureDriftLoss, with_loss),
         dict(CLAMPS, encoder = [encode], decoder = torch.tanh, raw = True, group_chunk_size = 2, temperatures = [0.1])
     ),
     'FeatureDriftLoss.forward': (
-        5, with_gradient(FeatureDriftLoss(encode)), dict(GUIDED, neg = floats(2, 3, 1, 8, 8), diagnostics = True)
+        6, with_gradient(FeatureDriftLoss(encode)), dict(GUIDED, neg = floats(2, 3, 1, 8, 8), diagnostics = True)
     ),
-    'FeatureDriftLoss.forward, chunks': (5, with_gradient(FeatureDriftLoss(encoder(), group_chunk_size = 1)), GUIDED),
+    'FeatureDriftLoss.forward, chunks': (6, with_gradient(FeatureDriftLoss(encoder(), group_chunk_size = 1)), GUIDED),
     'GradientField(...)': (
-        6, then(GradientField, with_field), dict(kernel = 'gaussian', attraction = 1., repulsion = 1.)
+        7, then(GradientField, with_field), dict(kernel = 'gaussian', attraction = 1., repulsion = 1.)
     ),
-    'GradientField.forward': (6, GradientField(), POINTS),
-    'SharpField(...)': (6, then(SharpField, with_field), dict(attraction = 1., repulsion = 1.)),
-    'SharpField.forward': (6, SharpField(), POINTS),
-    'SinkhornField(...)': (6, then(SinkhornField, with_field), dict(iters = 3, attraction = 1., repulsion = 1.)),
-    'SinkhornField.forward': (6, SinkhornField(), POINTS),
+    'GradientField.forward': (7, GradientField(), POINTS),
+    'SharpField(...)': (7, then(SharpField, with_field), dict(attraction = 1., repulsion = 1.)),
+    'SharpField.forward': (7, SharpField(), POINTS),
+    'SinkhornField(...)': (7, then(SinkhornField, with_field), dict(iters = 3, attraction = 1., repulsion = 1.)),
+    'SinkhornField.forward': (7, SinkhornField(), POINTS),
     'LatentMAE(...)': (
-        7, then(LatentMAE, with_encoder),
+        8, then(LatentMAE, with_encoder),
         dict(ENCODER, mask_patch_size = 2, mask_ratio = 0.5, feature_sets = ('2x2', 'norm_x'), checkpointing = False)
     ),
-    'LatentMAE.forward': (7, encoder(), dict(MASKED, labels = labels(), cls_weight = 0.1)),
-    'LatentMAE.features': (7, encoder().features, dict(x = floats(2, 1, 16, 16))),
-    'LatentMAE.reconstruct': (7, encoder().reconstruct, MASKED),
-    'LatentMAE.draw_mask': (7, encoder().draw_mask, dict(x = floats(2, 1, 16, 16), generator = torch.Generator())),
+    'LatentMAE.forward': (8, encoder(), dict(MASKED, labels = labels(), cls_weight = 0.1)),
+    'LatentMAE.features': (8, encoder().features, dict(x = floats(2, 1, 16, 16))),
+    'LatentMAE.reconstruct': (8, encoder().reconstruct, MASKED),
+    'LatentMAE.draw_mask': (8, encoder().draw_mask, dict(x = floats(2, 1, 16, 16), generator = torch.Generator())),
     'BackboneFeatures(...)': (
-        7, then(BackboneFeatures, with_features),
+        8, then(BackboneFeatures, with_features),
         dict(PIXELS, backbone = Maps(True), num_prefix_tokens = 1, feature_sets = ('locations', '2x2'), image_size = 16)
     ),
     'BackboneFeatures.features': (
-        7, BackboneFeatures(Maps(), image_size = 16).features, dict(x = floats(2, 3, 16, 16))
+        8, BackboneFeatures(Maps(), image_size = 16).features, dict(x = floats(2, 3, 16, 16))
     ),
     'ConvNeXtFeatures(...)': (
-        7, then(ConvNeXtFeatures, with_features), dict(PIXELS, model = convnext(), image_size = 32)
+        8, then(ConvNeXtFeatures, with_features), dict(PIXELS, model = convnext(), image_size = 32)
     ),
     'ConvNeXtFeatures.features': (
-        7, ConvNeXtFeatures(convnext(), image_size = 32).features, dict(x = floats(2, 3, 16, 16))
+        8, ConvNeXtFeatures(convnext(), image_size = 32).features, dict(x = floats(2, 3, 16, 16))
     ),
     'ImageFolder(...)': (
-        8, then(ImageFolder, list), dict(root = Path('pictures'), image_size = 8, channels = 3, flip = False)
+        9, then(ImageFolder, list), dict(root = Path('pictures'), image_size = 8, channels = 3, flip = False)
     ),
     'SampleQueue(...)': (
-        8, then(SampleQueue, with_queue), dict(num_classes = 3, size = 4, device = 'cpu', dtype = torch.float32)
+        9, then(SampleQueue, with_queue), dict(num_classes = 3, size = 4, device = 'cpu', dtype = torch.float32)
     ),
-    'SampleQueue.push': (8, push, dict(samples = floats(3, 5), labels = labels(3))),
-    'SampleQueue.draw': (8, draw, dict(labels = labels(), num = 2, generator = torch.Generator())),
-    'Trainer(...)': (9, then(trainer, trained), dict(LOOP, **GROUPS)),
+    'SampleQueue.push': (9, push, dict(samples = floats(3, 5), labels = labels(3))),
+    'SampleQueue.draw': (9, draw, dict(labels = labels(), num = 2, generator = torch.Generator())),
+    'Trainer(...)': (10, then(trainer, trained), dict(LOOP, **GROUPS)),
     'Trainer(...), objects': (
-        9, then(trainer, trained),
+        10, then(trainer, trained),
         dict(model = generator(), loss_fn = FeatureDriftLoss(), dataset = images(), to_image = torch.sigmoid)
     ),
-    'Trainer(...), data': (9, then(trainer, trained), dict(dataset = images())),
+    'Trainer(...), data': (10, then(trainer, trained), dict(dataset = images())),
+    'Trainer(...), conditions': (
+        10, then(partial(trainer, model = generator(**KINDS), num_pos = 1), trained), dict(dataset = pictures())
+    ),
     'Trainer(...), resumed': (
-        9, then(trainer, trained), dict(num_train_steps = 3, resume_from_checkpoint = Path('step-00000002'))
+        10, then(trainer, trained), dict(num_train_steps = 3, resume_from_checkpoint = Path('step-00000002'))
     ),
     'Trainer.from_preset': (
-        9, then(Trainer.from_preset, trained),
+        10, then(Trainer.from_preset, trained),
         dict(LOOP, **GROUPS, name = 'L/2', model = generator(), loss_fn = None, dataset = images())
     ),
     'Trainer.sample': (
-        9, lambda **arguments: trainer(num_train_steps = 1).sample(**arguments),
+        10, lambda **arguments: trainer(num_train_steps = 1).sample(**arguments),
         dict(labels = labels(), alpha = 2., seed = 0, batch_size = 1)
     ),
-    'MAETrainer(...)': (9, then(mae_trainer, trained), dict(LOOP, **MAE)),
+    'MAETrainer(...)': (10, then(mae_trainer, trained), dict(LOOP, **MAE)),
     'MAETrainer(...), objects': (
-        9, then(mae_trainer, trained), dict(model = encoder(), dataset = images(), to_image = torch.sigmoid)
+        10, then(mae_trainer, trained), dict(model = encoder(), dataset = images(), to_image = torch.sigmoid)
     ),
-    'MAETrainer(...), data': (9, then(partial(mae_trainer, batch_size = 12), trained), dict(dataset = images())),
+    'MAETrainer(...), data': (10, then(partial(mae_trainer, batch_size = 12), trained), dict(dataset = images())),
     'DriftingGenerator.from_pretrained': (
-        10, then(DriftingGenerator.from_pretrained, with_generator), dict(name = Path('generator'))
+        11, then(DriftingGenerator.from_pretrained, with_generator), dict(name = Path('generator'))
     ),
     'DriftingGenerator.from_pretrained, published': (
-        10, then(DriftingGenerator.from_pretrained, with_generator), dict(name = Path('published'))
+        11, then(DriftingGenerator.from_pretrained, with_generator), dict(name = Path('published'))
     ),
-    'LatentMAE.from_pretrained': (10, then(LatentMAE.from_pretrained, with_encoder), dict(name = Path('encoder'))),
+    'LatentMAE.from_pretrained': (11, then(LatentMAE.from_pretrained, with_encoder), dict(name = Path('encoder'))),
 }
 
 def write_folders(root):
@@ -466,13 +495,13 @@ MUTATIONS = {
         'flat': with_pairs(lambda x, label: (x[0], label)),
         'huge': with_pairs(lambda x, label: (x * 1e30, label)),
         'zeros': with_pairs(lambda x, label: (x * 0, label)),
-        'labels of tensors': with_pairs(lambda x, label: (x, torch.tensor(label))),
-        'float labels': with_pairs(lambda x, label: (x, label + 0.5)),
+        'labels of tensors': with_pairs(lambda x, label: (x, tree_map(torch.as_tensor, label))),
+        'float labels': with_pairs(lambda x, label: (x, tree_map(lambda t: t + 0.5, label))),
         'no labels': with_pairs(lambda x, label: (x, None)),
         'words as labels': with_pairs(lambda x, label: (x, str(label))),
         'lists as labels': with_pairs(lambda x, label: (x, [1])),
         'one class': with_pairs(lambda x, label: (x, 0)),
-        'labels from 1': with_pairs(lambda x, label: (x, label + 1)),
+        'labels from 1': with_pairs(lambda x, label: (x, tree_map(lambda t: t + 1, label))),
         'a nan': with_pair(lambda x, label: (with_one(x, math.nan), label)),
         'an inf': with_pair(lambda x, label: (with_one(x, math.inf), label)),
         'a huge number': with_pair(lambda x, label: (with_one(x, 1e30), label)),
@@ -586,7 +615,7 @@ def is_finite(result):
 def is_clear(error):
     """An error in one or two lines that the library raises itself, or Python for arguments that it does not know."""
     message, frame = str(error), traceback.extract_tb(error.__traceback__)[-1]
-    is_ours = frame.filename == drifting.__file__ and frame.line.startswith('raise ')
+    is_ours = Path(frame.filename).parent == Path(drifting.__file__).parent and frame.line.startswith('raise ')
     unknown = re.match(r'(\w+)[\w.]*\(\) (got an unexpected keyword|missing \d+ required)', message)
     is_ours = is_ours or unknown and getattr(drifting, unknown[1]).__module__ == drifting.__name__
     kinds = ValueError, TypeError, OSError, FloatingPointError      # the last one is what a broken training raises
