@@ -47,7 +47,7 @@ from ema_pytorch import EMA
 from filelock import FileLock
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float, Int, jaxtyped
-from PIL import Image
+from PIL import Image, ImageOps
 from rotary_embedding_torch import RotaryEmbedding
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -1588,8 +1588,10 @@ def seeded(*key, device = 'cpu'):
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
 def images_in(folder):
-    names = (entry.name for entry in os.scandir(folder))
-    return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.'))
+    """Paths of the images in a folder and below it, but hidden ones."""
+    paths = [os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names]
+    visible = (path for path in paths if not path.startswith('.') and f'{os.sep}.' not in path)
+    return sorted(path for path in visible if path.lower().endswith(IMAGE_EXTENSIONS))
 
 def center_crop(picture, size):
     """The centre [size, size] of a picture as ADM and DiT cut it."""
@@ -1605,6 +1607,7 @@ class ImageFolder(Dataset):
 
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
+    They are read as they are seen: upright (Exif), over white where transparent, the first one of an animation.
     Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
@@ -1613,10 +1616,10 @@ class ImageFolder(Dataset):
         check_whole(1, image_size = image_size)
         self.root, self.image_size = Path(root), image_size
         self.channels, self.flip = channels, flip
-        folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
+        _, folders, files = next(os.walk(root))
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
-        mixed = self.classes and images_in(root)
+        mixed = self.classes and any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files)
         check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
@@ -1636,7 +1639,11 @@ class ImageFolder(Dataset):
         try:
             with Image.open(self.root / name) as file:
                 check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
-                picture = file.convert('RGB' if self.channels == 3 else 'L')
+                picture = ImageOps.exif_transpose(file)
+                if picture.has_transparency_data:
+                    picture = picture.convert('RGBA')
+                    picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
+                picture = picture.convert('RGB' if self.channels == 3 else 'L')
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
 

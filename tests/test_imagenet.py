@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -375,3 +376,42 @@ def test_help_explains_every_option(script, capsys):
 
     options = re.split(r'\n  (?=-)', capsys.readouterr().out.split('options:')[1])[1:]
     assert len(options) > 4 and all(len(option.split()) > 3 for option in options)
+
+def test_pictures_are_read_as_they_are_seen(tmp_path):
+    """Of a phone on its side, transparent, of four inks, animated, below the class folder, large."""
+    (tmp_path / 'deeper' / '.hidden').mkdir(parents = True)
+    left_dark = np.full((40, 60, 3), 255, np.uint8)
+    left_dark[:, :30] = 0
+    upright = Image.fromarray(left_dark)
+    side, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6                                                        # turn it by 90 degrees to the right
+    side.save(tmp_path / 'a.jpg', exif = exif, quality = 100)
+
+    alpha = Image.fromarray(255 - left_dark[..., 0])                        # dark and opaque, clear and black
+    black = Image.new('RGB', (60, 40))
+    black.putalpha(alpha)
+    black.save(tmp_path / 'b.png')
+    upright.convert('P').save(tmp_path / 'c.png', transparency = 0)         # of a palette, the first of which is clear
+    upright.convert('CMYK').save(tmp_path / 'd.jpg', quality = 100)
+    white = Image.new('RGB', (60, 40), 'white')
+    upright.save(tmp_path / 'e.webp', save_all = True, append_images = [white], lossless = True)
+    upright.resize((6_000, 4_000), Image.Resampling.NEAREST).save(tmp_path / 'deeper' / 'f.png')
+    for path in (tmp_path / 'deeper' / '.hidden' / 'g.png', tmp_path / 'deeper' / '._f.png'):
+        path.write_text('not an image')
+
+    # all are of one class: the folder above has it as its class folder
+
+    target = tmp_path.parent / f'{tmp_path.name}-classes'
+    target.mkdir()
+    tmp_path.rename(target / 'one')
+    dataset = ImageFolder(target, 8)
+    names = [Path(name).name for name, _ in dataset.files]
+    assert sorted(names) == ['a.jpg', 'b.png', 'c.png', 'd.jpg', 'e.webp', 'f.png']
+
+    for name, (image, label) in zip(names, dataset, strict = True):
+        assert label == 0
+        dark, bright = image[:, :, :3].mean(), image[:, :, -3:].mean()
+        if name != 'c.png':
+            assert dark < -0.9 and bright > 0.9, name
+        else:
+            assert dark > 0.9 or bright > 0.9, name
