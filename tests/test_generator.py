@@ -214,16 +214,12 @@ def saved(folder, config = None, **weights):
 
 @pytest.mark.parametrize('config, weights, says', [
     ([1, 2], {}, 'config.json must be a mapping, got list'),
-    (dict(dim = -8), {}, 'more than its weights'),
+    (dict(dim = -8), {}, 'dim must be a whole number from 1 on, got -8'),
     (dict(heads = 0), {}, 'heads must be a whole number from 1 on, got 0'),
     (dict(heads = '4'), {}, "heads must be a whole number from 1 on, got '4'"),
-    (dict(patch_size = 0), {}, 'division'),
+    (dict(patch_size = 0), {}, 'patch_size must be a whole number from 1 on, got 0'),
     (dict(image_size = '8'), {}, 'is not a DriftingGenerator'),
-    (dict(image_size = 2 * 10 ** 7), {}, '2 blocks and 100000000000003 tokens, more than its weights'),
-    (dict(num_register_tokens = 10 ** 14), {}, '2 blocks and 100000000000016 tokens, more than its weights'),
-    (dict(dim = 2 ** 60), {}, 'more than its weights'),
     (dict(dim = '32', image_size = 10 ** 9), {}, 'is not a DriftingGenerator'),
-    (dict(depth = 10 ** 9), {}, 'its config has 1000000000 blocks and 19 tokens, more than its weights'),
     (dict(ff_mult = float('nan')), {}, 'is not a DriftingGenerator'),
     (dict(ff_mult = 1e300), {}, 'is not a DriftingGenerator'),
     (dict(num_classes = 2 ** 62), {}, 'is not a DriftingGenerator'),
@@ -236,7 +232,7 @@ def test_configs_and_weights_that_cannot_be_are_refused(tmp_path, config, weight
     with raises_one_line(says):
         DriftingGenerator.from_pretrained(saved(tmp_path, config, **weights))
 
-@pytest.mark.parametrize('layers', [(10 ** 9, 1, 1, 1), (1, 1), 4, ('1', 1, 1, 1)])
+@pytest.mark.parametrize('layers', [(1, 1), 4, ('1', 1, 1, 1)])
 def test_encoders_whose_layers_cannot_be_are_refused(tmp_path, layers):
     tiny_mae().save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
