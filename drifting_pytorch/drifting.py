@@ -1808,18 +1808,8 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
-    """copy: where tensors may share memory. Returns what the manifest says of the file."""
+    """copy: where tensors may share memory."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
-    return dict(bytes = path.stat().st_size, sha256 = sha256(path))
-
-def flush(path):
-    """Wait until a file, or where that can be done a folder, is on the disk."""
-    with suppress(OSError) if path.is_dir() or os.name == 'nt' else nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 def discard(folder):
     """Remove a folder so that it is never seen half removed."""
@@ -1832,21 +1822,12 @@ OURS = ['metrics.jsonl', 'starts.jsonl', f'samples/{STEP}.png', 'checkpoints/unf
 OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
-def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its queue, the first at all else too."""
+def damage(folder, rank = 0, world = 1):
+    """What is wrong with a checkpoint, or None. Processes share the files."""
     try:
-        path = folder / 'manifest.json'
-        fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe would be read for ever
-        check(fits, 'it has no manifest')
-        manifest = json.loads(path.read_text())
-        for name, kind in dict(step = int, samples_read = int, num_processes = int, config = dict).items():
-            check(type(manifest[name]) is kind, f'{name} is {manifest[name]!r} in its manifest')
-
-        queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
-        for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
-            path, expected = folder / name, manifest['files'][name]
-            fits = path.is_file() and path.stat().st_size == expected['bytes']
-            check(fits and sha256(path) == expected['sha256'], f'{name} is not what its manifest says')
+        hashes = json.loads((folder / 'manifest.json').read_text())['sha256']
+        for name, expected in islice(hashes.items(), rank, None, world):
+            check(sha256(folder / name) == expected, f'{name} is not what its manifest says')
     except Exception as error:  # whatever a file may hold
         return f'it is damaged ({type(error).__name__}: {error})'
 
@@ -2295,10 +2276,9 @@ class BaseTrainer:
             states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
-        written = {}
         for name, state in states.items():
-            written[name] = save_tensors(state, folder / name, copy = name in SHARED_FILES)
-        return written
+            save_tensors(state, folder / name, copy = name in SHARED_FILES)
+        return {name: sha256(folder / name) for name in states}
 
     def complete(self, unfinished, written):
         """The manifest, and when all files are on the disk its name. The oldest ones go."""
@@ -2306,16 +2286,16 @@ class BaseTrainer:
         manifest = dict(
             step = self.step, samples_read = self.samples_read,
             num_processes = self.world, config = self.record(),
-            files = {name: entry for files in written for name, entry in files.items()}
+            sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (unfinished / 'config.json').write_text(config)
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
+        for path in unfinished.iterdir():
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
         discard(folder)
         unfinished.rename(folder)
-        flush(self.checkpoints)
         for old in sorted(self.checkpoints.glob(STEP))[:-self.settings.keep_checkpoints]:
             discard(old)
 
@@ -2329,7 +2309,8 @@ class BaseTrainer:
             return
         newest_first = reversed(sorted(self.checkpoints.glob(STEP)))
         for folder in newest_first if given == 'latest' else [Path(given)]:
-            problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
+            problems = gather_object([damage(folder, self.rank, self.world)])
+            problem = next(filter(exists, problems), None)
             if not exists(problem):
                 self.load(folder)
                 break
@@ -2348,16 +2329,12 @@ class BaseTrainer:
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
-        path, stays = self.results_folder / 'metrics.jsonl', []
-        if not path.is_file():
-            return
-        for line in path.read_bytes().splitlines(keepends = True):
-            with suppress(ValueError, TypeError, KeyError):  # cut short by a crash
-                if line.endswith(b'\n') and json.loads(line)['step'] <= self.step:
-                    stays.append(line)
-        trimmed = path.with_suffix('.trimmed')
-        trimmed.write_bytes(b''.join(stays))
-        trimmed.replace(path)
+        path = self.results_folder / 'metrics.jsonl'
+        if path.is_file():
+            rows = re.finditer(r'\{"step": (\d+), .*\}\n', path.read_text())  # the last may be cut short
+            trimmed = path.with_suffix('.trimmed')
+            trimmed.write_text(''.join(row[0] for row in rows if int(row[1]) <= self.step))
+            trimmed.replace(path)
 
     def load(self, folder):
         manifest = json.loads((folder / 'manifest.json').read_text())
@@ -2374,23 +2351,19 @@ class BaseTrainer:
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
-        # parameters that are frozen now, or never had a gradient, have none
+        # parameters that are frozen now have no states, those that never had a gradient none yet
         optimizer = self.optimizer.optimizer
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
-        had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
-        own = {name: state for name, state in state_dict['state'].items() if name not in had_none}
+        own = {name: state for name, state in state_dict['state'].items() if name in moments}
         check_fits(flat(own), flat(moments), 'states of the optimizer do')
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
-        together(lambda: self.load_queues(folder))
-        self.step, self.samples_read = manifest['step'], manifest['samples_read']
-
-    def load_queues(self, folder):
         states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
             check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
+        self.step, self.samples_read = manifest['step'], manifest['samples_read']
 
     def save_pretrained(self, folder):
         """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""

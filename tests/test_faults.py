@@ -42,7 +42,7 @@ def short(folder, model = None, **kwargs):
     return trainer(folder, model, **{**settings, **kwargs})
 
 OPERATIONS = [
-    (drifting, 'save_file'), (drifting, 'flush'), (drifting, 'sha256'),
+    (drifting, 'save_file'), (drifting, 'sha256'), (os, 'fsync'),
     (Path, 'write_text'), (Path, 'rename'), (Path, 'mkdir'), (shutil, 'rmtree')
 ]
 
@@ -119,7 +119,7 @@ def replace_by_pickle(path):
 def vouch_for(path):
     """As if the file had been written so."""
     manifest = json.loads((path.parent / 'manifest.json').read_text())
-    manifest['files'][path.name] = dict(bytes = path.stat().st_size, sha256 = drifting.sha256(path))
+    manifest['sha256'][path.name] = drifting.sha256(path)
     (path.parent / 'manifest.json').write_text(json.dumps(manifest))
 
 def forge(folder):
@@ -127,37 +127,16 @@ def forge(folder):
     replace_by_pickle(folder / 'model.safetensors')
     vouch_for(folder / 'model.safetensors')
 
-def edit_manifest(folder, **entries):
-    path = folder / 'manifest.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-
-def point_to_a_pipe(folder):
-    """Of no size, as the manifest says: whoever opens it waits for ever."""
-    files = json.loads((folder / 'manifest.json').read_text())['files']
-    edit_manifest(folder, files = {**files, 'model.safetensors': dict(bytes = 0, sha256 = '')})
-    (folder / 'model.safetensors').unlink()
-    os.mkfifo(folder / 'model.safetensors')
-
-def manifest_is_a_pipe(folder):
-    (folder / 'manifest.json').unlink()
-    os.mkfifo(folder / 'manifest.json')
-
 @pytest.mark.parametrize('harm, says', [
     (lambda f: os.truncate(f / 'model.safetensors', 100), 'model.safetensors is not what its manifest says'),
     (lambda f: flip(f / 'optimizer.safetensors'), 'optimizer.safetensors is not what its manifest says'),
     (lambda f: replace_by_pickle(f / 'model.safetensors'), 'model.safetensors is not what its manifest says'),
-    (lambda f: (f / 'queue-0.safetensors').unlink(), 'queue-0.safetensors is not what its manifest says'),
-    (lambda f: (f / 'manifest.json').unlink(), 'it has no manifest'),
-    (lambda f: (f / 'manifest.json').write_text('{"files": '), 'it is damaged (JSONDecodeError'),
-    (lambda f: (f / 'manifest.json').write_text('{"files": {}}'), "it is damaged (KeyError: 'step'"),
-    (lambda f: edit_manifest(f, files = {}), "it is damaged (KeyError: 'ema.safetensors'"),
+    (lambda f: os.truncate(f / 'ema.safetensors', 0), 'it is damaged (ValueError: cannot mmap an empty file'),
+    (lambda f: (f / 'queue-0.safetensors').unlink(), 'it is damaged (FileNotFoundError'),
+    (lambda f: (f / 'manifest.json').unlink(), 'it is damaged (FileNotFoundError'),
+    (lambda f: (f / 'manifest.json').write_text('{"sha256": '), 'it is damaged (JSONDecodeError'),
+    (lambda f: (f / 'manifest.json').write_text('{}'), "it is damaged (KeyError: 'sha256'"),
     (lambda f: (f / 'manifest.json').write_text('[' * 10 ** 6), 'it is damaged (RecursionError'),
-    (lambda f: edit_manifest(f, step = '4'), "step is '4' in its manifest"),
-    (lambda f: os.truncate(f / 'manifest.json', 2 ** 40), 'it has no manifest'),
-    (lambda f: edit_manifest(f, config = None), 'config is None in its manifest'),
-    (lambda f: edit_manifest(f, samples_read = None), 'samples_read is None in its manifest'),
-    (point_to_a_pipe, 'model.safetensors is not what its manifest says'),
-    (manifest_is_a_pipe, 'it has no manifest'),
 ])
 def test_damaged_checkpoints(tmp_path, straight, harm, says):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
@@ -187,10 +166,6 @@ def add_one(states):
 @pytest.mark.parametrize('harm, found', [
     (shorten, 'wrong shape [\'net.0.weight.exp_avg (1, 19) instead of (32, 19)\']'),
     (lambda states: states.pop('net.0.bias.step'), "missing ['net.0.bias.step']"),
-    (
-        lambda states: [states.pop(f'net.3.bias.{kind}') for kind in ('step', 'exp_avg', 'exp_avg_sq')],
-        "missing ['net.3.bias.exp_avg', 'net.3.bias.exp_avg_sq', 'net.3.bias.step']"
-    ),
     (add_one, "unknown ['other.weight.step']"),
 ])
 def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
@@ -205,11 +180,10 @@ def test_states_of_the_optimizer_that_do_not_fit(tmp_path, harm, found):
     with raises_one_line(found):
         short(tmp_path, resume_from_checkpoint = 'latest')
 
-@pytest.mark.parametrize('rest', [b'{"step": 5, "lo', b'{"step": 1, "\xff": 0}\n'])
-def test_metrics_cut_short_by_a_crash(tmp_path, straight, rest):
+def test_metrics_cut_short_by_a_crash(tmp_path, straight):
     short(tmp_path, num_train_steps = 4, save_every = 2).train()
-    with open(tmp_path / 'metrics.jsonl', 'ab') as file:
-        file.write(rest)
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('{"step": 5, "lo')
     resumed(tmp_path)
     assert rows(tmp_path) == straight[1]
 
