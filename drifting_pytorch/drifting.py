@@ -855,8 +855,7 @@ class DriftProblems:
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None  # the newest part, its W
-        self.placed = None, None, None  # the part in the buffer, its x, its y
-        self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
+        self.placed = None, None, None  # the newest part, its x, its y
 
     def weights_of(self, uncond_weight):
         weight = self.gen.new_ones(self.b, 1, self.y)
@@ -872,18 +871,13 @@ class DriftProblems:
 
     # what is computed of one part
     def points(self, part):
-        """x [b g d] and y [b y d], in a buffer that is the next part's too.
-        Centred on the generated samples, or distances lose digits where these nearly coincide.
-        """
-        if self.placed[0] == part:
-            return self.placed[1:]
-        center = self.gen[part].mean(dim = 1, keepdim = True)
-        y = self.buffer[:len(center)]
-        for t, out in zip(self.sets.values(), y.split(self.sizes, dim = 1), strict = True):
-            torch.sub(t[part], center, out = out)
-        x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
-        self.placed = part, x, y
-        return x, y
+        """x [b g d], y [b y d], centred on x, or distances lose digits where samples nearly coincide."""
+        if self.placed[0] != part:
+            center = self.gen[part].mean(dim = 1, keepdim = True)
+            y = cat([t[part] for t in self.sets.values()], dim = 1).sub_(center)
+            x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
+            self.placed = part, x, y
+        return self.placed[1:]
 
     def squares(self, part):
         """Squared distances [b g y], and where |V| needs them those among the others [b o o]."""
@@ -932,11 +926,11 @@ class DriftProblems:
     # round 1: S
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
-        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
-
-    def sum_distances_of(self, part):
-        total = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
-        return (total * self.weight[part]).sum()
+        total = 0.
+        for part in self.parts:
+            sums = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
+            total = total + (sums * self.weight[part]).sum()
+        return stack((total, self.weight.sum() * self.g))
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -981,20 +975,17 @@ class DriftProblems:
         check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
-        grad = torch.empty_like(self.gen)
-        losses = [self.loss_of(part, stats.scale, factors, grad[part]) for part in self.parts]
+        losses, grad = [], torch.empty_like(self.gen)
+        fields_of = self.coefficients if self.in_coefficients else self.vectors
+        for part in self.parts:
+            fields = rearrange(fields_of(part, stats.scale), 'b t g n -> b t (g n)')  # n: coefficients or dimensions
+            V = factors.expand(len(fields), 1, -1) @ fields
+            V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
+            if self.in_coefficients:
+                V = self.field.apply_coefficients(V, *self.points(part))
+            grad[part] = V[:, 0]
+            losses.append(V.square_().mean(dim = (1, 2, 3)))
         return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
-
-    def loss_of(self, part, scale, factors, grad):
-        """The loss of a part [b]; its gradient goes into grad [b g d]."""
-        fields = self.coefficients(part, scale) if self.in_coefficients else self.vectors(part, scale)
-        fields = rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
-        V = factors.expand(len(fields), 1, -1) @ fields
-        V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
-        if self.in_coefficients:
-            V = self.field.apply_coefficients(V, *self.points(part))
-        grad.copy_(V[:, 0])
-        return V.square_().mean(dim = (1, 2, 3))
 
     def solve(self, stats = None):
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
@@ -1024,7 +1015,8 @@ class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
 
     encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
-    decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass through.
+    decoder: a callable in front of them, from latents to pixels. Modules, also those whose methods these are, are
+        frozen, gradients pass through; those that a function uses are left as they are.
     raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
     group_chunk_size: class groups at a time: the same result in less memory, by three encoder passes.
     Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
@@ -1039,20 +1031,16 @@ class FeatureDriftLoss(Module):
         if isinstance(encoder, (list, tuple)):
             self.encoders = list(encoder)
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
-        held = []
-        for part in (*self.encoders, *existing(decoder = decoder).values()):
+        parts = [*self.encoders, *existing(decoder = decoder).values()]
+        for part in parts:
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable, have .features(x), or be a list, got {part!r}')
-            function = getattr(part, 'func', part)
-            held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # of a method, of a partial
-            if inspect.isfunction(function):
-                found = inspect.getclosurevars(function)
-                held += [*found.nonlocals.values(), *found.globals.values()]
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'needs_neg', False)
-        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in held if isinstance(m, Module)])
+        owners = [getattr(part, '__self__', part) for part in parts]  # the module of a method
+        self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     def with_options(self, *, group_chunk_size = None, compile = False):
         """A copy with the same encoders, in chunks or compiled. On a cpu the field is faster uncompiled."""
@@ -1134,8 +1122,6 @@ class FeatureDriftLoss(Module):
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
-        is_possible = not torch.is_inference_mode_enabled()
-        check(is_possible, 'group_chunk_size takes gradients: use torch.no_grad() instead of torch.inference_mode()')
         chunks = chunked(list(samples.values()), self.group_chunk_size)
         return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 

@@ -1,6 +1,5 @@
 """The loss of a step: the release's numbers, the formulas, gradients, guidance, invariances."""
 
-import functools
 import math
 
 import numpy as np
@@ -666,9 +665,6 @@ def test_without_a_gradient():
     loss_fn = FeatureDriftLoss()
     with torch.inference_mode():
         loss, _ = loss_fn(X, X + 1)
-        with raises_one_line('use torch.no_grad() instead of torch.inference_mode()'):
-            FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)
-
     assert torch.equal(loss, loss_fn(X, X + 1)[0])
     with torch.no_grad():
         assert relative(FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)[0], loss) < 1e-6
@@ -692,22 +688,10 @@ def test_many_numbers_are_added_without_losing_digits(b, g, p, d, field):
     assert relative(loss, exact) < 1e-5
     assert relative(stats.drift_rms[0.2], exact_stats.drift_rms[0.2]) < 1e-5
 
-GLOBAL = torch.nn.Linear(4, 5)
-
-@pytest.mark.parametrize('around', [
-    lambda module: lambda x: dict(a = module(x)[:, None]),
-    lambda module: functools.partial(lambda net, x: dict(a = net(x)[:, None]), module),
-    lambda module: functools.partial(Wrapper(module).forward),
-    lambda module: Wrapper(module).forward,
-])
-def test_modules_inside_of_functions_are_frozen(around):
+@pytest.mark.parametrize('around', [Wrapper, lambda module: Wrapper(module).forward])
+def test_modules_are_frozen(around):
     module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
-    encoder = around(module)
-    loss, _ = FeatureDriftLoss(encoder)(X.clone().requires_grad_(), X + 1)
+    loss, _ = FeatureDriftLoss(around(module))(X.clone().requires_grad_(), X + 1)
     loss.backward()
     assert not module.training
     assert all(not p.requires_grad and p.grad is None for p in module.parameters())
-
-def test_global_modules_inside_of_functions_are_frozen():
-    FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
-    assert not GLOBAL.training and not GLOBAL.weight.requires_grad
