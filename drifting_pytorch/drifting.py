@@ -1381,10 +1381,9 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def checked_samples(self, x, multiple = 8):
         x = floating(x, self.to_pixels.weight)
         multiple *= self.patch_size
-        fits = x.ndim == 4 and x.shape[1] == self.channels and x.numel() > 0
-        fits = fits and x.shape[2] % multiple == x.shape[3] % multiple == 0
-        wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
-        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
+        check_shape('x', x, ('batch', self.channels, 'height', 'width'))
+        fits = x.numel() > 0 and x.shape[2] % multiple == x.shape[3] % multiple == 0
+        check(fits, f'x has shape {tuple(x.shape)}, expected sides that are multiples of {multiple}')
         return x
 
     def mask_shape(self, x):
@@ -1432,8 +1431,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def reconstruct(self, x, mask):
         """Samples [b ch h w] from what a mask [b h w] leaves, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
-        fits = not can_read(mask) or ((mask == 0) | (mask == 1)).all()
-        check(fits, 'mask must be 1 where a patch is dropped, and 0 elsewhere')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask.to(x)))))
         y = F.relu(self.bridge(maps['layer4']))
         for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1'), strict = True):
@@ -1488,9 +1485,7 @@ class PixelInput(Module):
 
     def forward(self, x):
         x = floating(x, self.mean)
-        wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
-        fits = x.ndim == 4 and x.shape[1] == len(self.mean) and x.numel() > 0
-        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
+        check_shape('x', x, ('batch', len(self.mean), 'height', 'width'), ', images in [-1, 1]')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 
@@ -1865,10 +1860,8 @@ def interruptions():
         signal.signal(number, handlers[number])
 
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
-            handlers[number] = handler
-            signal.signal(number, remember)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored in the background of a script
+            handlers[number] = signal.signal(number, remember)
     try:
         yield received
     finally:
@@ -1906,8 +1899,11 @@ def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
 
-POSITIVE = {'num_train_steps', 'lr_decay_start', 'max_grad_norm', 'gradient_accumulation_steps'}
-POSITIVE |= {'keep_checkpoints', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
+AT_LEAST_1 = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
+AT_LEAST_1 += 'num_groups', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'
+BOUNDS = dict.fromkeys(AT_LEAST_1, (1, 1e20))  # of the others: (0, 1e20)
+BOUNDS |= dict(num_gen = (2, 1e20), max_grad_norm = (1e-20, 1e20), alpha_power = (-1e20, 1e20))
+BOUNDS |= dict(ema_decay = (0, 1), no_cfg_frac = (0, 1))
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1949,11 +1945,7 @@ class LoopSettings:
             kind = kind | int if isinstance(0., kind) else kind
             check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
             if isinstance(value, (int, float)):
-                fits = math.isfinite(value) and (value >= 0 or name == 'alpha_power')
-                check(fits, f'{name} must be finite and not negative, got {value}')
-                check(value > 0 or name not in POSITIVE, f'{name} must be above 0, got {value}')
-                fits = value <= 1 or name not in ('ema_decay', 'no_cfg_frac')
-                check(fits, f'{name} must be between 0 and 1, got {value}')
+                check_number(*BOUNDS.get(name, (0, 1e20)), **{name: value})
 
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
@@ -2125,13 +2117,12 @@ class BaseTrainer:
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
-
-        values = {name: float(value) for name, value in self.metrics(details)[0].items()}
-        broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
+        values, _ = self.metrics(details)
+        broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
-        raise FloatingPointError(f'{message}; the last checkpoint is {last}')
+        numbers = f'loss {loss:.4g}, gradient norm {norm:.4g}'
+        raise FloatingPointError(f'step {self.step}: {numbers}; {found}; the last checkpoint is {last}')
 
     # the loop
     def train(self):
@@ -2383,7 +2374,6 @@ class GeneratorSettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
         fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
         check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
@@ -2433,8 +2423,6 @@ class Trainer(BaseTrainer):
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
-        fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
-        check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if self.has_conditions or exists(chunk) and self.accelerator.is_fsdp2:
             wanted = f'a condition per group, and a sharded model in chunks, need a multiple of {self.world} processes'
@@ -2558,8 +2546,6 @@ class Trainer(BaseTrainer):
         alpha = repeat(alpha, 'c -> (c g)', g = g)
         gen = self.model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
         check_shape('what the generator returns', gen, (c * g, *self.sample_shape), ' like the dataset')
-        has_gradient = gen.requires_grad or not torch.is_grad_enabled()
-        check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     @torch.no_grad()
@@ -2598,11 +2584,11 @@ class Trainer(BaseTrainer):
         """The loss, and (Breakdown, alpha, spread of a group's samples relative to real ones or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
-        fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
-        check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
+        is_pair = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
+        check(is_pair, 'loss_fn must return (loss, Breakdown): Breakdown({}, {}) will do')
         loss, breakdown = result
-        fits = torch.is_tensor(loss) and loss.ndim == 0 and loss.requires_grad
-        check(fits, 'the loss that loss_fn returns must be a tensor of shape () with a gradient')
+        check_shape('the loss', loss, ())
+        check(loss.requires_grad, 'the loss has no gradient: are the samples detached, or all weights frozen?')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))

@@ -404,9 +404,9 @@ def with_backbone(**kwargs):
 @pytest.mark.parametrize('call, says', [
     (
         lambda: tiny().features(X[:, :1]),
-        'x has shape (2, 1, 16, 16), expected (batch, 2, height, width), both multiples of 8'
+        'x has shape (2, 1, 16, 16), expected (batch, 2, height, width)'
     ),
-    (lambda: tiny().features(X[..., :12]), 'both multiples of 8'),
+    (lambda: tiny().features(X[..., :12]), 'expected sides that are multiples of 8'),
     (lambda: tiny()(X[0]), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X[0], mask = torch.ones(2, 8, 8)), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X, mask = torch.ones(2, 4, 4)), 'mask has shape (2, 4, 4), expected (2, 8, 8)'),
@@ -444,7 +444,7 @@ def with_backbone(**kwargs):
     (lambda: with_backbone(mean = (0.5, 'a', 0.5)), 'mean must be numbers'),
     (
         lambda: convnext().features(X),
-        'expected images (batch, 3, height, width) in [-1, 1]'
+        'expected (batch, 3, height, width), images in [-1, 1]'
     ),
     (
         lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(RGB),
@@ -470,8 +470,6 @@ def with_backbone(**kwargs):
     (lambda: tiny()(X, torch.ones(2), cls_weight = 0.1), 'labels must be integers, got torch.float32'),
     (lambda: tiny()(X, [1., 0.]), 'labels must be integers, got torch.float32'),
     (lambda: tiny()(X, 1), 'labels has shape (), expected (2,)'),
-    (lambda: tiny()(X, mask = torch.full((2, 8, 8), 0.5)), 'mask must be 1 where a patch is dropped, and 0 elsewhere'),
-    (lambda: tiny()(X, mask = torch.full((2, 8, 8), float('nan'))), 'mask must be 1'),
     (lambda: tiny()(X, mask = np.ones((2, 8, 8))), 'mask must be a tensor, got ndarray'),
     (lambda: tiny().reconstruct(X, [[1]]), 'mask must be a tensor, got list'),
     (lambda: FeatureDriftLoss([unchanged, unchanged])(X[None], X[None]), "features of the same name: ['a']"),
