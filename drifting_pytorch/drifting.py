@@ -24,7 +24,7 @@ import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -971,8 +971,6 @@ class DriftProblems:
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
-        same = tuple(stats.drift_rms) == self.temperatures
-        check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
@@ -1135,33 +1133,26 @@ class FeatureDriftLoss(Module):
         return sum(losses.values()), Breakdown(losses, found)
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
-    def totals(self, chunks, options, sums_of):
-        """Of every feature name, problems of the last chunk, and sums over chunks and processes."""
-        totals = {}
+    @torch.no_grad()
+    def over_chunks(self, chunks, options, sums_of, result_of, *found):
+        """{feature: result_of(problems, what was found of it, sums over chunks and processes)}."""
+        totals, results = {}, {}
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
+                arguments = [values[name] for values in found]
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    sums = sums_of(name, problems)
+                    sums = sums_of(problems, *arguments)
                 problems.check_values(sums)
                 totals[name] = totals.get(name, 0) + sums
                 if i == len(chunks):
-                    yield name, problems, sum_over_processes(totals[name])
+                    results[name] = result_of(problems, *arguments, sum_over_processes(totals[name]))
                 del problems  # or two features are held
-
-    @torch.no_grad()
-    def stats_of(self, chunks, options):
-        """{feature: DriftStats} over all chunks and processes."""
-        scales, stats = {}, {}
-        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_distances()):
-            scales[name] = last.scale(sums)
-            del last
-        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_drift(scales[name])):
-            stats[name] = last.stats(scales[name], sums)
-            del last
-        return stats
+        return results
 
     def loss_of_chunks(self, gen, chunks, options):
-        stats = self.stats_of(chunks, options)
+        P = DriftProblems
+        scales = self.over_chunks(chunks, options, P.sum_distances, P.scale)
+        stats = self.over_chunks(chunks, options, P.sum_drift, P.stats, scales)
         losses, grad, total = {}, torch.empty_like(gen), 0
         for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
             x = chunk['gen'].detach().requires_grad_()
@@ -1535,10 +1526,7 @@ class ConvNeXtFeatures(Module):
     @classmethod
     def from_pretrained(cls, name = 'facebook/convnextv2-base-22k-224', *, revision = None, **pixel_input_kwargs):
         """With weights of the hub, by default those of the release, or of a local folder."""
-        try:
-            from transformers import ConvNextV2Model
-        except ImportError as error:
-            raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
+        from transformers import ConvNextV2Model  # of the extra [convnext]
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
@@ -1840,11 +1828,8 @@ FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
 def check_fits(own, given, what = 'weights do'):
-    own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
-    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shared = sorted(own.keys() & given.keys())
-    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in shared if given[name] != own[name]]
-    found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
+    own, given = ({f'{name} {tuple(t.shape)}' for name, t in state.items()} for state in (own, given))
+    found = f'missing {sorted(own - given)}, unknown {sorted(given - own)}'
     check(own == given, f'the {what} not fit the model: {found}')
 
 # signals
@@ -2186,10 +2171,7 @@ class BaseTrainer:
 
     def record_start(self):
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        versions = {}
-        for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-            with suppress(PackageNotFoundError):  # this file alone, copied
-                versions[name] = version(name)
+        versions = {name: version(name) for name in ('torch', 'accelerate', 'x-transformers')}
         append_json(self.results_folder / 'starts.jsonl', dict(
             step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions, device = device,
             num_processes = self.world, precision = self.accelerator.mixed_precision, config = self.record()
@@ -2737,11 +2719,7 @@ def from_pretrained(cls, name, *, revision = None):
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
-        try:
-            config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
-        except OSError as error:
-            reason, *_ = f'{error}\n'.splitlines()
-            raise OSError(f'{name} is no folder, and not found as {repository} on the hub: {reason}') from error
+        config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
 
     if is_release:
         from drifting_pytorch import release

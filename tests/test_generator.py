@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from drifting_pytorch import DriftingGenerator, LatentMAE, drifting
@@ -80,11 +79,11 @@ def with_tree(tmp_path, change):
 FEWER_CLASSES = packed_array(np.zeros((3, 48), dtype = np.float32))
 
 @pytest.mark.parametrize('change, says', [
-    (lambda tree: tree.pop('Embed_0'), "missing ['class_embed.weight']"),
-    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), "unknown ['Embed_1.weight']"),
+    (lambda tree: tree.pop('Embed_0'), "missing ['class_embed.weight ("),
+    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), "unknown ['Embed_1.weight ("),
     (
         lambda tree: tree['Embed_0'].update(embedding = FEWER_CLASSES),
-        'class_embed.weight (3, 48) instead of (11, 48)'
+        "missing ['class_embed.weight (11, 48)'], unknown ['class_embed.weight (3, 48)']"
     ),
     (lambda tree: tree.update(Embed_0 = 'text'), 'found str at Embed_0'),
     (
@@ -246,16 +245,6 @@ def test_configs_of_the_release_that_cannot_be_are_refused(tmp_path, config):
     (folder / 'metadata.json').write_text(config)
     with raises_one_line('is not a DriftingGenerator'):
         DriftingGenerator.from_pretrained(folder)
-
-@pytest.mark.parametrize('name, repository', [('results/model', 'results/model'), ('pixel_B_sota', 'Goodeat/drifting')])
-def test_a_mistyped_folder_looks_like_a_name_on_the_hub(monkeypatch, name, repository):
-    def hf_hub_download(*args, **kwargs):
-        raise LocalEntryNotFoundError('No connection.\nRequest ID: 1')
-
-    monkeypatch.setattr(drifting, 'hf_hub_download', hf_hub_download)
-    says = f'{name} is no folder, and not found as {repository} on the hub: No connection.'
-    with pytest.raises(OSError, match = f'^{says}$'):
-        DriftingGenerator.from_pretrained(name)
 
 class Squared(DriftingGenerator):
     """With arguments of its own in front of all others."""
