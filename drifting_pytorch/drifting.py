@@ -748,7 +748,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
-    drift_rms: dict     # {temperature: lambda}, the root mean square of V before it is normalised: this falls
+    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised: it falls
     neighbors: dict     # {temperature: to how many positives a generated sample listens}, 1 .. p
     uncond_share: dict  # {temperature: the share of unconditional samples in the push}, 0 .. 1
     potential: dict     # {temperature: what a field with a potential descends}: a loss that falls
@@ -765,7 +765,7 @@ def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '..
 
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product: centre the points, or it loses the digits of an offset."""
+    """|x|^2 + |y|^2 - 2 x.y: centre the points, or it loses the digits of an offset."""
     x_sq, y_sq = (torch.linalg.vector_norm(t, dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
@@ -794,12 +794,12 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's cache, half a GiB of a GPU
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
 
-    S and lambda are means over all problems of a step: hence three rounds, sum_distances, sum_drift and loss.
+    S and lambda are means over all problems: hence three rounds, sum_distances, sum_drift and loss.
     Between them the caller adds the sums of other processes and other chunks of the batch.
     """
     def __init__(
@@ -809,7 +809,7 @@ class DriftProblems:
         uncond: Float[Tensor, 'b u d'] | None = None,
         *,
         uncond_weight: Float[Tensor, 'b u'] | None = None,  # from 0 on. None: ones
-        neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, instead of gen
+        neg: Float[Tensor, 'b m d'] | None = None,  # negatives, instead of gen
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
         field = DRIFT_FIELD,  # Algorithm 2
         affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
@@ -825,9 +825,8 @@ class DriftProblems:
         check_number(0, 1, affinity_floor = affinity_floor)
         check_number(0, 10 ** 6, self_distance = self_distance, min_scale = min_scale)
         check_number(0, 10 ** 6, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
-        check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
-        has_neg = exists(neg) or not field.needs_neg
-        check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
+        check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
+        check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
         self.temperatures = checked_temperatures(temperatures)
         self.field, self.affinity_floor = field, affinity_floor
         self.self_distance, self.diagnostics = self_distance, diagnostics
@@ -845,7 +844,7 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| takes less memory and no more time without V = W y, see squared_lengths
+        # in many dimensions |V| takes less memory without V = W y, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
@@ -871,7 +870,7 @@ class DriftProblems:
 
     # what is computed of one part
     def points(self, part):
-        """x [b g d], y [b y d], centred on x, or distances lose digits where samples nearly coincide."""
+        """x [b g d], y [b y d], centred on x, or distances lose digits."""
         if self.placed[0] != part:
             center = self.gen[part].mean(dim = 1, keepdim = True)
             y = cat([t[part] for t in self.sets.values()], dim = 1).sub_(center)
@@ -914,7 +913,7 @@ class DriftProblems:
         return self.kept[key]
 
     def squared_lengths(self, part, W):
-        """|V|^2 summed over problems and samples [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
+        """Sum of |V|^2 [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
@@ -941,7 +940,7 @@ class DriftProblems:
 
     # round 2: lambda, and where the drift comes from
     def sum_drift(self, scale):
-        """[V^2, ... diagnostics, number] of every temperature [t], summed over problems and samples."""
+        """[V^2, ... diagnostics, number], of each temperature [t], summed."""
         return sum(self.sum_drift_of(part, scale) for part in self.parts)
 
     def sum_drift_of(self, part, scale):
@@ -1032,7 +1031,7 @@ class FeatureDriftLoss(Module):
         parts = [*self.encoders, *existing(decoder = decoder).values()]
         for part in parts:
             fits = callable(part) or hasattr(part, 'features')
-            check(fits, f'encoder and decoder must be callable, have .features(x), or be a list, got {part!r}')
+            check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
@@ -1041,7 +1040,7 @@ class FeatureDriftLoss(Module):
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in owners if isinstance(m, Module)])
 
     def with_options(self, *, group_chunk_size = None, compile = False):
-        """A copy with the same encoders, in chunks or compiled. On a cpu the field is faster uncompiled."""
+        """A copy, in chunks or compiled. On a cpu the field is faster uncompiled."""
         other = copy(self)
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
         if compile:
@@ -1063,7 +1062,7 @@ class FeatureDriftLoss(Module):
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
             fits = isinstance(encoded, dict) and len(encoded) > 0
-            check(fits, f'an encoder must return a dict {{name: [b f d]}}, not empty, got {type(encoded).__name__}')
+            check(fits, f'an encoder must return a dict {{name: [b f d]}}, got {type(encoded).__name__}')
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
@@ -1105,14 +1104,13 @@ class FeatureDriftLoss(Module):
         """
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, **samples)
-        has_alpha = exists(alpha) or not exists(uncond)
-        check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
+        check(exists(alpha) or not exists(uncond), 'uncond needs alpha, guidance scales [groups]')
         if exists(alpha):
             alpha = as_tensor('alpha', alpha).to(gen.device)
             check_shape('alpha', alpha, (len(gen),), ', one guidance scale per group')
             check_range('alpha', alpha, 1, 10 ** 6)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
-            check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
+            check(fits, 'alpha above 1 needs uncond, unconditional samples')
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
             samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
@@ -1124,7 +1122,7 @@ class FeatureDriftLoss(Module):
         return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
 
     def loss_of(self, samples, options, stats = None):
-        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of all chunks."""
+        """The sum over features (Eq. 14), and its Breakdown."""
         losses, found, stats = {}, {}, default(stats, {})
         for name, problems in self.problems(options, **samples):
             loss, found[name] = problems.solve(stats.get(name))
@@ -1135,7 +1133,7 @@ class FeatureDriftLoss(Module):
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
     @torch.no_grad()
     def over_chunks(self, chunks, options, sums_of, result_of, *found):
-        """{feature: result_of(problems, what was found of it, sums over chunks and processes)}."""
+        """{feature: result_of(problems, what was found, sums)}, sums over chunks and processes."""
         totals, results = {}, {}
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
@@ -1150,9 +1148,8 @@ class FeatureDriftLoss(Module):
         return results
 
     def loss_of_chunks(self, gen, chunks, options):
-        P = DriftProblems
-        scales = self.over_chunks(chunks, options, P.sum_distances, P.scale)
-        stats = self.over_chunks(chunks, options, P.sum_drift, P.stats, scales)
+        scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
+        stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
         losses, grad, total = {}, torch.empty_like(gen), 0
         for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
             x = chunk['gen'].detach().requires_grad_()
@@ -1208,7 +1205,7 @@ class SharpField(GradientField):
         return 1 / (temperature * (dist + temperature))
 
     def potential(self, dist, num_pos, temperature, weight):
-        """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
+        """[... n], log of the mean of k c over negatives minus that over positives."""
         _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
         total_pos, total_neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
         return (mass_neg - mass_pos).squeeze(-1) - (total_neg.log() - total_pos.log())
@@ -1387,7 +1384,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
     def maps(self, x):
-        """{name: [b d h w]} of a folded input: stem, every second block of a stage, its normalised output."""
+        """{name: [b d h w]}: stem, every second block of a stage, its normalised output."""
         x = F.relu(self.stem(x))
         maps = {'conv1': x}
         for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
@@ -1439,8 +1436,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
-        fits = exists(self.to_logits) or not exists(labels)
-        check(fits, 'labels were given to a model without a classifier: set num_classes')
+        check(exists(self.to_logits) or not exists(labels), 'labels need a classifier: set num_classes')
         x = self.checked_samples(x)
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
@@ -1472,7 +1468,6 @@ class PixelInput(Module):
             check_shape(name, values, ('channels',))
             check_range(name, values, low)
             self.register_buffer(name, rearrange(values, 'ch -> ch 1 1'), persistent = False)
-        check(len(self.mean) == len(self.std), f'mean has {len(self.mean)} channels, std has {len(self.std)}')
 
     def forward(self, x):
         x = floating(x, self.mean)
@@ -1505,8 +1500,7 @@ class BackboneFeatures(Module):
             if torch.is_tensor(out) and out.ndim == 3:
                 out = out[:, self.num_prefix_tokens:]
                 num, side = out.shape[1], math.isqrt(out.shape[1])
-                found = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
-                check(side ** 2 == num > 0, f'{name} has {found}, expected a square number')
+                check(side ** 2 == num > 0, f'{name} has {num} tokens of patches, expected a square number')
                 out = rearrange(out, 'b (h w) d -> b d h w', h = side)
 
             check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
@@ -1530,7 +1524,7 @@ class ConvNeXtFeatures(Module):
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of images x [b 3 h w]: stages standardised over channels, and the pooled output."""
+        """{name: [b f d]} of x [b 3 h w]: stages standardised over channels, the pooled output."""
         x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(x, output_hidden_states = True)
@@ -1586,11 +1580,11 @@ class ImageFolder(Dataset):
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
         mixed = self.classes and images_in(root)
-        check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
+        check(not mixed, f'{root} has both class folders and images: move these into folders')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
             found = images_in(self.root / name)
-            check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)}): remove it or fill it')
+            check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)})')
             self.files += [(os.path.join(name, file), label) for file in found]
 
     def __len__(self):
@@ -1670,7 +1664,7 @@ class SampleQueue:
         labels = checked_labels(labels, self.num_classes, 'batch').cpu()
         filled = self.filled[labels]
         short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
-        check(not short, f'{num} samples were asked for, but these classes hold fewer (class: samples): {short}')
+        check(not short, f'these classes hold fewer than {num} samples (class: samples): {short}')
 
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
@@ -1698,17 +1692,16 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
-    def __init__(self, dataset, seed, with_labels, takes_conditions):
-        fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
-        fits = fits and not isinstance(dataset, IterableDataset) and len(dataset) > 0
-        check(fits, f'the dataset must be map-style, with a length above 0, got {type(dataset).__name__}')
+    """A dataset in batches of places (position in the run, index), which seed augmentations."""
+    def __init__(self, dataset, seed, with_labels):
+        fits = hasattr(dataset, '__len__') and not isinstance(dataset, IterableDataset) and len(dataset) > 0
+        check(fits, f'the dataset must be map-style and not empty, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape, self.condition_shape = None, None
         sample, label = self.item(0)
         self.sample_shape = tuple(sample.shape)
         is_label = with_labels and torch.is_tensor(label)
-        self.has_conditions = takes_conditions and is_condition(label, 0) and not is_label
+        self.has_conditions = is_condition(label, 0) and not is_label
         _, condition = self.sample(0)
         if self.has_conditions:
             self.condition_shape = each(torch.Tensor.size, condition)
@@ -1723,14 +1716,11 @@ class SeededDataset(Dataset):
             problem = f'sample {index} of the dataset cannot be read'
             raise RuntimeError(f'{problem}: {" ".join(str(error).split())}') from error
 
-        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-        sample, label = item if is_pair else (item, None)
-        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
-        if not fits:
-            given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
-            raise ValueError(f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        if self.sample_shape not in (None, sample.shape):
-            check_shape(f'sample {index} of the dataset', sample, self.sample_shape, ' like the first one')
+        name, is_pair = f'sample {index} of the dataset', isinstance(item, (tuple, list)) and len(item) == 2
+        check(is_pair, f'{name} must be (sample, label), got {type(item).__name__}')
+        sample, label = item
+        check_floating(name, sample)
+        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
         return sample.float(), label
 
     def sample(self, index):
@@ -1739,7 +1729,7 @@ class SeededDataset(Dataset):
             condition = each(partial(as_tensor, f'the condition of {name}'), label)
             shape = each(torch.Tensor.size, condition)
             fits = self.condition_shape in (None, shape)
-            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape} like the first one')
+            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape}')
             return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
             return sample, operator.index(label) if self.with_labels else 0
@@ -1801,7 +1791,7 @@ def damage(folder, rank = 0, world = 1):
         return f'it is damaged ({type(error).__name__}: {error})'
 
 def together(work, here = True):
-    """Results of work() in every process, or in those `here`; an error of one is raised in all, or they would wait."""
+    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
     except Exception as error:
@@ -1845,7 +1835,7 @@ def interruptions():
         signal.signal(number, handlers[number])
 
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored in the background of a script
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # in the background of a script
             handlers[number] = signal.signal(number, remember)
     try:
         yield received
@@ -1943,8 +1933,6 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
     that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
     """
-    takes_conditions = False
-
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
@@ -1972,7 +1960,7 @@ class BaseTrainer:
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)
-        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes), self.takes_conditions)
+        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
         self.prepare(model)
 
@@ -1981,7 +1969,7 @@ class BaseTrainer:
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
         saved = model.state_dict()
         kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
-        wanted = 'use one process, or persistent = False for computed constants'
+        wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
@@ -2005,7 +1993,7 @@ class BaseTrainer:
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
         except OSError as error:
-            raise OSError(f'{self.results_folder} is in use by another run, or not writable: {error}') from error
+            raise OSError(f'{self.results_folder} is in use, or not writable: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
@@ -2068,7 +2056,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of the last micro step, and the gradient's norm."""
+        """One optimiser step. Returns loss, details of the last micro step, and norms."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2077,14 +2065,10 @@ class BaseTrainer:
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
-        if self.world > 1 and not self.accelerator.is_fsdp2:
-            parameters = self.unwrapped.named_parameters()
-            unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
-            check(not unused, f'with several processes {unused} need a gradient and have none: freeze them')
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
-        self.optimizer.optimizer.step()  # accelerate's looks for a package at every step, for half a millisecond
+        self.optimizer.optimizer.step()  # accelerate's is slower
         average = self.ema.ema_model
         for part in average.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
@@ -2116,7 +2100,7 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
         It can be called again after an error, unless that came within a step.
         """
-        check(not self.in_step, f'the step after {self.step} failed halfway: make the trainer again, and resume')
+        check(not self.in_step, f'step {self.step + 1} failed halfway: make the trainer again, and resume')
         together(self.hold_folder, self.is_main)
         batches = self.batches()
         try:
@@ -2223,7 +2207,7 @@ class BaseTrainer:
             together(lambda: self.complete(unfinished, written), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
-            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}') from error
+            raise OSError(f'checkpoint {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
@@ -2290,7 +2274,7 @@ class BaseTrainer:
                 folder.rename(aside)
         path = self.results_folder / 'metrics.jsonl'
         if path.is_file():
-            rows = re.finditer(r'\{"step": (\d+), .*\}\n', path.read_text())  # the last may be cut short
+            rows = re.finditer(r'\{"step": (\d+), .*\}\n', path.read_text())  # or cut short
             trimmed = path.with_suffix('.trimmed')
             trimmed.write_text(''.join(row[0] for row in rows if int(row[1]) <= self.step))
             trimmed.replace(path)
@@ -2298,7 +2282,7 @@ class BaseTrainer:
     def load(self, folder):
         manifest = json.loads((folder / 'manifest.json').read_text())
         before, now, num = manifest['config'], self.record(), manifest['num_processes']
-        check(num == self.world, f'the checkpoint has the queues of {num} processes, these are {self.world}')
+        check(num == self.world, f'the checkpoint is of {num} processes, these are {self.world}')
         may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata]
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
@@ -2325,7 +2309,7 @@ class BaseTrainer:
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
 
     def save_pretrained(self, folder):
-        """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
+        """Write the averaged model, for its from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
         check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
@@ -2342,13 +2326,13 @@ class GeneratorSettings(LoopSettings):
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
-    group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
+    group_chunk_size: int | None = None  # groups at a time: less memory, but slower
 
-    alpha_range: tuple | list = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple | list = (1., 4.)  # of the guidance scale; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64  # real samples a process reads per step (release), with conditions its rows instead
+    push_size: int = 64  # real samples a process reads per step (release); not with conditions
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2390,7 +2374,6 @@ class Trainer(BaseTrainer):
     Several processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
-    takes_conditions = True
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
@@ -2400,14 +2383,14 @@ class Trainer(BaseTrainer):
         self.samples_per_process = num // self.world if self.has_conditions else settings.push_size
         if self.has_conditions and settings.num_pos > 1:
             fits = len(shape) > 1 and shape[0] == settings.num_pos
-            wanted = f'expected (num_pos = {settings.num_pos}, ...), set num_pos = 1 where a row has one sample'
+            wanted = f'expected ({settings.num_pos}, ...): set num_pos = 1 where a row has one sample'
             check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
         self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if self.has_conditions or exists(chunk) and self.accelerator.is_fsdp2:
-            wanted = f'a condition per group, and a sharded model in chunks, need a multiple of {self.world} processes'
+            wanted = f'conditions, and sharded models in chunks, need a multiple of {self.world} processes'
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
 
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
@@ -2441,13 +2424,10 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most so many as the data has."""
+        """Read until every class has enough positives in every process, one epoch at most."""
         if not self.queues:
             return
         # open: nothing is said of steps before the queues are full
-        self.samples_read = 0  # again, if that was interrupted
-        for queue in self.queues.values():
-            queue.pushed.zero_()
         num_pos = self.settings.num_pos
         num_classes = 0 if self.has_conditions else self.queues['positives'].num_classes
         num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
@@ -2483,7 +2463,7 @@ class Trainer(BaseTrainer):
         return labels.long()
 
     def draw(self, newest, micro_step):
-        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
+        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         alpha = sample_alpha(
@@ -2546,7 +2526,7 @@ class Trainer(BaseTrainer):
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
-        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers of groups
+        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers
         share = share / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
@@ -2563,14 +2543,14 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """The loss, and (Breakdown, alpha, spread of a group's samples relative to real ones or None)."""
+        """The loss, and (Breakdown, alpha, spread relative to real samples or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         is_pair = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
         check(is_pair, 'loss_fn must return (loss, Breakdown): Breakdown({}, {}) will do')
         loss, breakdown = result
         check_shape('the loss', loss, ())
-        check(loss.requires_grad, 'the loss has no gradient: are the samples detached, or all weights frozen?')
+        check(loss.requires_grad, 'the loss has no gradient: detached samples, or frozen weights?')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
@@ -2579,7 +2559,7 @@ class Trainer(BaseTrainer):
 
     # what is seen of it
     def metrics(self, details):
-        """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
+        """On the bar goes the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
@@ -2601,7 +2581,7 @@ class Trainer(BaseTrainer):
         *_, spread = details
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
-            found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
+            found = f'samples of a class spread {float(spread):.2g} times as far as real ones'
             hint = 'With few dimensions use affinity_floor = 0., see "Your data" in the README'
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
 
@@ -2630,12 +2610,6 @@ class MAESettings(LoopSettings):
     finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
-    finetune_start: int | None = dataclasses.field(init = False, default = None)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.finetune_steps > 0:
-            self.finetune_start = self.num_train_steps - self.finetune_steps
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a dataset of (sample, label) (A.3). The encoder is ema.ema_model.
@@ -2646,10 +2620,9 @@ class MAETrainer(BaseTrainer):
 
     def __init__(self, model, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, MAESettings(**settings), to_image)
-        fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
-        check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        num = self.settings.batch_size
-        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        num, steps = self.settings.batch_size, self.settings.finetune_steps
+        check(steps == 0 or exists(self.num_classes), 'finetune_steps needs a classifier: set num_classes')
+        check(num % self.world == 0, f'batch_size {num} cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
 
         if self.accelerator.is_fsdp2:
@@ -2658,9 +2631,9 @@ class MAETrainer(BaseTrainer):
 
     def cls_weight_at(self, step):
         """lambda, 0 in the first of the finetune_steps (release)."""
-        settings, start = self.settings, default(self.settings.finetune_start, step)
-        progress = (step - start) / max(1, settings.cls_warmup_steps)
-        return settings.cls_weight * min(1., max(0., progress))
+        settings = self.settings
+        done = step - (settings.num_train_steps - settings.finetune_steps)
+        return settings.cls_weight * min(1., max(0., done / max(1, settings.cls_warmup_steps)))
 
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
@@ -2713,8 +2686,6 @@ def from_pretrained(cls, name, *, revision = None):
 
     if folder.is_dir():
         config, weights = (folder / file for file in files)
-        missing = ' and no '.join(path.name for path in (config, weights) if not path.is_file())
-        check(not missing, f'{folder} has no {missing}: expected a folder of save_pretrained or a published model')
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
@@ -2727,7 +2698,6 @@ def from_pretrained(cls, name, *, revision = None):
     try:
         arguments = json.loads(config.read_text())
         arguments = arguments['model_config'] if is_release else arguments
-        check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
             arguments, state_dict = release.TRANSLATIONS[kind](arguments, state_dict)
         with torch.device('meta'):  # the weights are taken as they are read, not copied
@@ -2737,7 +2707,7 @@ def from_pretrained(cls, name, *, revision = None):
         raise ValueError(f'{name} is not a {cls.__name__}: {reason}') from error
 
     for key, t in state_dict.items():
-        check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')
+        check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating point')
         state_dict[key] = t.float()
         check_range(f'{key} in {weights}', state_dict[key], -math.inf)
     check_fits(model.state_dict(), state_dict)

@@ -298,12 +298,13 @@ class Unused(PlainNet):
 def train_unused(folder):
     try:
         trainer(folder, Unused(), DATA, num_groups = GROUPS, num_pos = 12).train()
-    except ValueError as error:
+    except RuntimeError as error:
         return str(error)
 
-def test_an_unused_parameter_is_named(tmp_path):
-    says = "with several processes ['token'] need a gradient and have none: freeze them"
-    assert launch(train_unused, 2, tmp_path) == [says] * 2
+def test_an_unused_parameter_is_refused(tmp_path):
+    """By torch, at the second step."""
+    says = 'Expected to have finished reduction in the prior iteration'
+    assert all(message.startswith(says) for message in launch(train_unused, 2, tmp_path))
 
 # sharded models
 

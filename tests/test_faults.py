@@ -200,7 +200,7 @@ def try_to_resume(folder):
 def test_another_number_of_processes(tmp_path, before, now):
     """Not as if the checkpoint were damaged, which would start the run again."""
     launch(train_short, before, tmp_path)
-    says = f'the checkpoint has the queues of {before} processes, these are {now}'
+    says = f'the checkpoint is of {before} processes, these are {now}'
     assert launch(try_to_resume, now, tmp_path) == [says] * now
 
 # the disk
@@ -224,7 +224,7 @@ def with_full_disk(folder):
 
 def test_full_disk(tmp_path, straight):
     (message, folders), = launch(with_full_disk, 1, tmp_path)
-    assert 'the checkpoint of step 4 could not be written' in message
+    assert 'checkpoint 4 could not be written' in message
     assert folders == ['step-00000002']
 
     start, final, complaints = resumed(tmp_path)
@@ -234,7 +234,7 @@ def test_full_disk(tmp_path, straight):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(OSError, match = 'run is in use by another run, or not writable: '):
+    with pytest.raises(OSError, match = 'run is in use, or not writable: '):
         short(tmp_path / 'file' / 'run')
 
     if os.geteuid() != 0:       # root may write everywhere
@@ -262,7 +262,7 @@ def test_two_runs_in_one_folder(tmp_path):
     t.save = save_and_start_again
     t.train()
     assert len(told) == 6
-    assert all('is in use by another run' in message for message in told)
+    assert all('is in use, or' in message for message in told)
     assert checkpoint_names(tmp_path)[-1] == 'step-00000006'
     short(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest').train()
 
@@ -477,7 +477,7 @@ def test_collapse_is_told(tmp_path):
         def forward(self, noise, *args, **kwargs):
             return super().forward(noise * 1e-4, *args, **kwargs)
 
-    message = 'step 4: the generated samples of a class spread .* times as far as the real ones, they collapse'
+    message = 'step 4: samples of a class spread .* times as far as real ones, they collapse'
     with pytest.warns(UserWarning, match = message):
         short(tmp_path, Constant()).train()
     with warnings.catch_warnings():

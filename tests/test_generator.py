@@ -138,10 +138,10 @@ def test_missing_folder_is_refused(tmp_path):
     for missing in (tmp_path / 'nothing', 'latent_XL_sota'):
         with pytest.raises(ValueError, match = message):
             DriftingGenerator.from_pretrained(missing)
-    with pytest.raises(ValueError, match = 'has no config.json and no model.safetensors: expected'):
+    with pytest.raises(FileNotFoundError, match = 'model.safetensors'):
         DriftingGenerator.from_pretrained(tmp_path)
     shutil.copy(ARTIFACT / 'metadata.json', tmp_path)
-    with pytest.raises(ValueError, match = 'has no ema_params.msgpack: expected'):
+    with pytest.raises(FileNotFoundError, match = 'ema_params.msgpack'):
         DriftingGenerator.from_pretrained(tmp_path)
 
 def test_bfloat16_arrays_are_read(tmp_path):
@@ -212,7 +212,7 @@ def saved(folder, config = None, **weights):
     return folder
 
 @pytest.mark.parametrize('config, weights, says', [
-    ([1, 2], {}, 'config.json must be a mapping, got list'),
+    ([1, 2], {}, 'must be a mapping, not list'),
     (dict(dim = -8), {}, 'dim must be a whole number from 1 on, got -8'),
     (dict(heads = 0), {}, 'heads must be a whole number from 1 on, got 0'),
     (dict(heads = '4'), {}, "heads must be a whole number from 1 on, got '4'"),
@@ -225,7 +225,7 @@ def saved(folder, config = None, **weights):
     (dict(unknown = 1), {}, "unexpected keyword argument 'unknown'"),
     ({}, {'to_patch.bias': torch.full((8,), math.nan)}, 'model.safetensors must be finite'),
     ({}, {'to_patch.bias': torch.full((8,), -math.inf).bfloat16()}, 'model.safetensors must be finite'),
-    ({}, {'to_patch.bias': torch.zeros(8, dtype = torch.int64)}, 'is torch.int64, expected floating-point numbers'),
+    ({}, {'to_patch.bias': torch.zeros(8, dtype = torch.int64)}, 'is torch.int64, expected floating point'),
 ])
 def test_configs_and_weights_that_cannot_be_are_refused(tmp_path, config, weights, says):
     with raises_one_line(says):

@@ -638,12 +638,12 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
-    (lambda: FeatureDriftLoss('resnet'), "have .features(x), or be a list, got 'resnet'"),
+    (lambda: FeatureDriftLoss('resnet'), "callable or have .features(x), got 'resnet'"),
     (lambda: FeatureDriftLoss()(X, X[:1]), '(1, 3, 4), expected (2, samples, 4) like gen: nothing is broadcast'),
     (lambda: FeatureDriftLoss()(X, X[..., :2]), 'expected (2, samples, 4) like gen'),
     (lambda: FeatureDriftLoss()(X[0], X), 'gen has shape (3, 4)'),
     (lambda: FeatureDriftLoss()(X, X[:, :0]), 'no empty set'),
-    (lambda: FeatureDriftLoss()(X, X, X), 'without alpha'),
+    (lambda: FeatureDriftLoss()(X, X, X), 'uncond needs alpha'),
     (
         lambda: FeatureDriftLoss()(X, X, X, torch.tensor([0.5, 1.])),
         'alpha must be finite and in 1 .. 1000000, got 0.5 .. 1.0'

@@ -58,12 +58,6 @@ def test_defaults_are_the_release_s():
     assert found == (8192, 4e-3, 4_000, (0.9, 0.95), 0.9995)
     assert (settings.weight_decay, settings.cls_weight, settings.cls_warmup_steps) == (0.01, 0.1, 1_000)
 
-def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
-    settings = dict(finetune_steps = 2, save_every = 4)
-    mae_trainer(tmp_path, num_train_steps = 4, **settings).train()
-    with pytest.warns(UserWarning, match = 'other settings than it had: finetune_start 2 -> 6'):
-        mae_trainer(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest', **settings)
-
 def test_pretraining_resumes_exactly(tmp_path):
     straight = mae_trainer(tmp_path / 'a', num_train_steps = 8)
     straight.train()
