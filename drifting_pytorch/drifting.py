@@ -975,7 +975,8 @@ class DriftProblems:
         losses, grad = [], torch.empty_like(self.gen)
         fields_of = self.coefficients if self.in_coefficients else self.vectors
         for part in self.parts:
-            fields = rearrange(fields_of(part, stats.scale), 'b t g n -> b t (g n)')  # n: coefficients or dimensions
+            # n: coefficients or dimensions
+            fields = rearrange(fields_of(part, stats.scale), 'b t g n -> b t (g n)')
             V = factors.expand(len(fields), 1, -1) @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
@@ -1081,7 +1082,8 @@ class FeatureDriftLoss(Module):
 
         for name, t in gen_features.items():
             points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
-            arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
+            arguments = dict(zip(others, points, strict = True))
+            arguments['gen'] = rearrange(t, '(c g) f d -> (c f) g d', c = c)
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
             problems = DriftProblems(**arguments, **options)
@@ -1119,7 +1121,8 @@ class FeatureDriftLoss(Module):
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
         chunks = chunked(list(samples.values()), self.group_chunk_size)
-        return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
+        chunks = [dict(zip(samples, chunk, strict = True)) for chunk in chunks]
+        return self.loss_of_chunks(gen, chunks, options)
 
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown."""
@@ -1207,13 +1210,13 @@ class SharpField(GradientField):
     def potential(self, dist, num_pos, temperature, weight):
         """[... n], log of the mean of k c over negatives minus that over positives."""
         _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
-        total_pos, total_neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
-        return (mass_neg - mass_pos).squeeze(-1) - (total_neg.log() - total_pos.log())
+        totals = [t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1)]
+        return (mass_neg - mass_pos).squeeze(-1) - (totals[1].log() - totals[0].log())
 
 class SinkhornField(DriftField):
     """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).
 
-    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
+    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2, of uniform marginals. The temperature is its
     regularisation; the negatives are a second, independent batch of generated samples.
     """
     scale_power = 2
@@ -1290,7 +1293,9 @@ class ResidualBlock(Module):
         stride = 1 if dim_in == dim_out else 2
         self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        self.shortcut = nn.Identity() if stride == 1 else conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
+        self.shortcut = nn.Identity()
+        if stride > 1:
+            self.shortcut = conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
 
     def forward(self, x):
         h = F.relu(self.conv1(x))
@@ -1458,7 +1463,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's, in float32."""
+    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1552,7 +1557,7 @@ IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
 def images_in(folder):
     names = (entry.name for entry in os.scandir(folder))
-    return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.'))
+    return sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.')
 
 def center_crop(picture, size):
     """The centre [size, size] of a picture as ADM and DiT cut it."""
@@ -1600,7 +1605,7 @@ class ImageFolder(Dataset):
             with Image.open(self.root / name) as file:
                 check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
                 picture = file.convert('RGB' if self.channels == 3 else 'L')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
+        except Exception as error:  # Pillow raises many
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
@@ -2133,7 +2138,8 @@ class BaseTrainer:
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals
         self.clock = time.perf_counter(), self.step
 
-        with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
+        bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
+        with interruptions() as received, bar:
             while self.step < num_steps and not signals:
                 self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
                 result = self.train_step(batches)
@@ -2475,14 +2481,16 @@ class Trainer(BaseTrainer):
         if self.has_conditions:
             labels, pos = newest
         else:  # release: labels of the newest real samples, without replacement, or in turns
-            turns = [torch.randperm(len(newest), generator = generator) for _ in range(math.ceil(c / len(newest)))]
+            num, turns = len(newest), math.ceil(c / len(newest))
+            turns = [torch.randperm(num, generator = generator) for _ in range(turns)]
             labels = newest[cat(turns)[:c]]
             pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
         drawn = [labels, alpha, pos, None]
         if self.num_uncond > 0:
             all_of_one = torch.zeros(c, dtype = torch.long)
             drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
-        labels, alpha, *sets = (each(lambda t: t.to(self.device, non_blocking = True), value) for value in drawn)
+        to_device = partial(Tensor.to, device = self.device, non_blocking = True)
+        labels, alpha, *sets = (each(to_device, value) for value in drawn)
         return labels, alpha, *(each(torch.Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
@@ -2597,7 +2605,8 @@ class Trainer(BaseTrainer):
             _, asked['labels'] = self.dataset.batch([(i, i) for i in range(rows)])
         elif not exists(self.num_classes):
             asked = dict(num_samples = rows, num_samples_each = 10)
-        return rearrange(self.sample(**asked, seed = self.settings.seed), 'rows ten ... -> (rows ten) ...'), rows
+        samples = self.sample(**asked, seed = self.settings.seed)
+        return rearrange(samples, 'rows ten ... -> (rows ten) ...'), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
@@ -2690,7 +2699,8 @@ def from_pretrained(cls, name, *, revision = None):
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
-        config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
+        download = partial(hf_hub_download, repository, revision = revision)
+        config, weights = (Path(download(path + file)) for file in files)
 
     if is_release:
         from drifting_pytorch import release
