@@ -24,7 +24,7 @@ import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -175,12 +175,10 @@ def each(fn, value):
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
     if can_read(logits):
-        row, column = (logits.amax(dim = dim, keepdim = True) for dim in (-1, -2))
-        top = row.amax(dim = -2, keepdim = True)
         # both softmaxes from one exponential, 2 to 4 times faster, unless a row or column would vanish
-        if (row - top).min() > -50 and (column - top).min() > -50:
-            kernel = logits.sub_(top).exp_()
-            over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
+        kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
+        over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
+        if over_y.min() > 1e-21 and over_x.min() > 1e-21:
             return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
 
     log_sums = logits.logsumexp(dim = -1, keepdim = True) + logits.logsumexp(dim = -2, keepdim = True)
@@ -612,12 +610,6 @@ def is_condition(labels, num_batch_dims = 1):
         return labels.ndim > num_batch_dims or labels.ndim == num_batch_dims and labels.is_floating_point()
     return isinstance(labels, dict)
 
-def num_rows(condition):
-    sizes = each(lambda t: t.shape[:1], condition)
-    sizes = set(sizes.values()) if isinstance(sizes, dict) else {sizes}
-    check(len(sizes) == 1 and sizes != {()}, f'a condition must be tensors [rows, ...] of equal length, got {sizes}')
-    return sizes.pop()[0]
-
 @torch.no_grad()
 def sample_from(
     model, noise_shape, labels = None, *,
@@ -637,7 +629,11 @@ def sample_from(
     if exists(labels) and not is_condition(labels):
         labels = checked_labels(labels, num_classes, 'batch')
 
-    rows, k = num_rows(labels) if exists(labels) else num_samples, default(num_samples_each, 1)
+    rows, k = num_samples, default(num_samples_each, 1)
+    if exists(labels):
+        sizes = {t.shape[:1] for t in (labels if isinstance(labels, dict) else {'': labels}).values()}
+        check(len(sizes) == 1 and sizes != {()}, f'labels must be tensors [rows, ...] of equal length, got {sizes}')
+        (rows,), = sizes
     check_whole(1, num_samples = rows, num_samples_each = k, batch_size = batch_size)
     check_whole(0, seed = seed)
     alpha = as_tensor('alpha', alpha).float()
@@ -748,7 +744,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
-    drift_rms: dict     # {temperature: lambda}, the root mean square of V before it is normalised: this falls
+    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised: it falls
     neighbors: dict     # {temperature: to how many positives a generated sample listens}, 1 .. p
     uncond_share: dict  # {temperature: the share of unconditional samples in the push}, 0 .. 1
     potential: dict     # {temperature: what a field with a potential descends}: a loss that falls
@@ -765,7 +761,7 @@ def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '..
 
 @typecheck
 def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> Float[Tensor, 'b n y']:
-    """|x|^2 + |y|^2 - 2 x.y, one matrix product: centre the points, or it loses the digits of an offset."""
+    """|x|^2 + |y|^2 - 2 x.y: centre the points, or it loses the digits of an offset."""
     x_sq, y_sq = (torch.linalg.vector_norm(t, dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
@@ -794,12 +790,12 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # numbers at a time: a cpu's cache, half a GiB of a GPU
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cpu's cache, half a GiB of a GPU
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
 
-    S and lambda are means over all problems of a step: hence three rounds, sum_distances, sum_drift and loss.
+    S and lambda are means over all problems: hence three rounds, sum_distances, sum_drift and loss.
     Between them the caller adds the sums of other processes and other chunks of the batch.
     """
     def __init__(
@@ -809,7 +805,7 @@ class DriftProblems:
         uncond: Float[Tensor, 'b u d'] | None = None,
         *,
         uncond_weight: Float[Tensor, 'b u'] | None = None,  # from 0 on. None: ones
-        neg: Float[Tensor, 'b m d'] | None = None,  # a second generated batch as negatives, instead of gen
+        neg: Float[Tensor, 'b m d'] | None = None,  # negatives, instead of gen
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
         field = DRIFT_FIELD,  # Algorithm 2
         affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
@@ -825,9 +821,8 @@ class DriftProblems:
         check_number(0, 1, affinity_floor = affinity_floor)
         check_number(0, 10 ** 6, self_distance = self_distance, min_scale = min_scale)
         check_number(0, 10 ** 6, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
-        check(isinstance(field, DriftField), f'field must be a DriftField, as DriftField(), got {field!r}')
-        has_neg = exists(neg) or not field.needs_neg
-        check(has_neg, f'{type(field).__name__} needs neg, a second batch of generated samples')
+        check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
+        check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
         self.temperatures = checked_temperatures(temperatures)
         self.field, self.affinity_floor = field, affinity_floor
         self.self_distance, self.diagnostics = self_distance, diagnostics
@@ -845,18 +840,18 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| takes less memory and no more time without V = W y, see squared_lengths
+        # in many dimensions |V| takes less memory without V = W y, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
-        self.in_coefficients = is_cheap and self.field.zero_sum and self.own_negatives
+        is_small = self.b * num_vectors * self.d <= PART_NUMBERS['cpu']
+        self.in_coefficients = is_cheap and not is_small and self.field.zero_sum and self.own_negatives
         largest = self.y * max(self.d, self.g * len(self.temperatures))
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None  # the newest part, its W
-        self.placed = None, None, None  # the part in the buffer, its x, its y
-        self.buffer = self.gen.new_empty(min(self.b, size), self.y, self.d)
+        self.placed = None, None, None  # the newest part, its x, its y
 
     def weights_of(self, uncond_weight):
         weight = self.gen.new_ones(self.b, 1, self.y)
@@ -872,18 +867,13 @@ class DriftProblems:
 
     # what is computed of one part
     def points(self, part):
-        """x [b g d] and y [b y d], in a buffer that is the next part's too.
-        Centred on the generated samples, or distances lose digits where these nearly coincide.
-        """
-        if self.placed[0] == part:
-            return self.placed[1:]
-        center = self.gen[part].mean(dim = 1, keepdim = True)
-        y = self.buffer[:len(center)]
-        for t, out in zip(self.sets.values(), y.split(self.sizes, dim = 1), strict = True):
-            torch.sub(t[part], center, out = out)
-        x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
-        self.placed = part, x, y
-        return x, y
+        """x [b g d], y [b y d], centred on x, or distances lose digits."""
+        if self.placed[0] != part:
+            center = self.gen[part].mean(dim = 1, keepdim = True)
+            y = cat([t[part] for t in self.sets.values()], dim = 1).sub_(center)
+            x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
+            self.placed = part, x, y
+        return self.placed[1:]
 
     def squares(self, part):
         """Squared distances [b g y], and where |V| needs them those among the others [b o o]."""
@@ -920,7 +910,7 @@ class DriftProblems:
         return self.kept[key]
 
     def squared_lengths(self, part, W):
-        """|V|^2 summed over problems and samples [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
+        """Sum of |V|^2 [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
@@ -932,11 +922,11 @@ class DriftProblems:
     # round 1: S
     def sum_distances(self):
         """[distances times weights, weights], both summed."""
-        return stack((sum(map(self.sum_distances_of, self.parts)), self.weight.sum() * self.g))
-
-    def sum_distances_of(self, part):
-        total = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
-        return (total * self.weight[part]).sum()
+        total = 0.
+        for part in self.parts:
+            sums = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
+            total = total + (sums * self.weight[part]).sum()
+        return stack((total, self.weight.sum() * self.g))
 
     def scale(self, sums):
         return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
@@ -947,7 +937,7 @@ class DriftProblems:
 
     # round 2: lambda, and where the drift comes from
     def sum_drift(self, scale):
-        """[V^2, ... diagnostics, number] of every temperature [t], summed over problems and samples."""
+        """[V^2, ... diagnostics, number], of each temperature [t], summed."""
         return sum(self.sum_drift_of(part, scale) for part in self.parts)
 
     def sum_drift_of(self, part, scale):
@@ -981,20 +971,18 @@ class DriftProblems:
         check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
-        grad = torch.empty_like(self.gen)
-        losses = [self.loss_of(part, stats.scale, factors, grad[part]) for part in self.parts]
+        losses, grad = [], torch.empty_like(self.gen)
+        fields_of = self.coefficients if self.in_coefficients else self.vectors
+        for part in self.parts:
+            # n: coefficients or dimensions
+            fields = rearrange(fields_of(part, stats.scale), 'b t g n -> b t (g n)')
+            V = factors.expand(len(fields), 1, -1) @ fields
+            V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
+            if self.in_coefficients:
+                V = self.field.apply_coefficients(V, *self.points(part))
+            grad[part] = V[:, 0]
+            losses.append(V.square_().mean(dim = (1, 2, 3)))
         return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
-
-    def loss_of(self, part, scale, factors, grad):
-        """The loss of a part [b]; its gradient goes into grad [b g d]."""
-        fields = self.coefficients(part, scale) if self.in_coefficients else self.vectors(part, scale)
-        fields = rearrange(fields, 'b t g n -> b t (g n)')  # n: coefficients or dimensions
-        V = factors.expand(len(fields), 1, -1) @ fields
-        V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
-        if self.in_coefficients:
-            V = self.field.apply_coefficients(V, *self.points(part))
-        grad.copy_(V[:, 0])
-        return V.square_().mean(dim = (1, 2, 3))
 
     def solve(self, stats = None):
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
@@ -1042,7 +1030,7 @@ class FeatureDriftLoss(Module):
         held = []
         for part in (*self.encoders, *existing(decoder = decoder).values()):
             fits = callable(part) or hasattr(part, 'features')
-            check(fits, f'encoder and decoder must be callable, have .features(x), or be a list, got {part!r}')
+            check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
             function = getattr(part, 'func', part)
             held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # of a method, of a partial
             if inspect.isfunction(function):
@@ -1055,7 +1043,7 @@ class FeatureDriftLoss(Module):
         self.frozen = ModuleList([m.eval().requires_grad_(False) for m in held if isinstance(m, Module)])
 
     def with_options(self, *, group_chunk_size = None, compile = False):
-        """A copy with the same encoders, in chunks or compiled. On a cpu the field is faster uncompiled."""
+        """A copy, in chunks or compiled. On a cpu the field is faster uncompiled."""
         other = copy(self)
         other.group_chunk_size = default(group_chunk_size, self.group_chunk_size)
         if compile:
@@ -1077,7 +1065,7 @@ class FeatureDriftLoss(Module):
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
             fits = isinstance(encoded, dict) and len(encoded) > 0
-            check(fits, f'an encoder must return a dict {{name: [b f d]}}, not empty, got {type(encoded).__name__}')
+            check(fits, f'an encoder must return a dict {{name: [b f d]}}, got {type(encoded).__name__}')
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
@@ -1096,7 +1084,8 @@ class FeatureDriftLoss(Module):
 
         for name, t in gen_features.items():
             points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
-            arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
+            arguments = dict(zip(others, points, strict = True))
+            arguments['gen'] = rearrange(t, '(c g) f d -> (c f) g d', c = c)
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
             problems = DriftProblems(**arguments, **options)
@@ -1119,14 +1108,13 @@ class FeatureDriftLoss(Module):
         """
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, **samples)
-        has_alpha = exists(alpha) or not exists(uncond)
-        check(has_alpha, 'uncond was given without alpha: pass guidance scales [groups], 1 is no guidance')
+        check(exists(alpha) or not exists(uncond), 'uncond needs alpha, guidance scales [groups]')
         if exists(alpha):
             alpha = as_tensor('alpha', alpha).to(gen.device)
             check_shape('alpha', alpha, (len(gen),), ', one guidance scale per group')
             check_range('alpha', alpha, 1, 10 ** 6)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
-            check(fits, 'alpha above 1 needs uncond, the unconditional samples to be guided away from')
+            check(fits, 'alpha above 1 needs uncond, unconditional samples')
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
             samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
@@ -1134,13 +1122,12 @@ class FeatureDriftLoss(Module):
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
-        is_possible = not torch.is_inference_mode_enabled()
-        check(is_possible, 'group_chunk_size takes gradients: use torch.no_grad() instead of torch.inference_mode()')
         chunks = chunked(list(samples.values()), self.group_chunk_size)
-        return self.loss_of_chunks(gen, [dict(zip(samples, chunk, strict = True)) for chunk in chunks], options)
+        chunks = [dict(zip(samples, chunk, strict = True)) for chunk in chunks]
+        return self.loss_of_chunks(gen, chunks, options)
 
     def loss_of(self, samples, options, stats = None):
-        """The sum over features (Eq. 14), and its Breakdown. stats: {feature: DriftStats} of all chunks."""
+        """The sum over features (Eq. 14), and its Breakdown."""
         losses, found, stats = {}, {}, default(stats, {})
         for name, problems in self.problems(options, **samples):
             loss, found[name] = problems.solve(stats.get(name))
@@ -1149,33 +1136,25 @@ class FeatureDriftLoss(Module):
         return sum(losses.values()), Breakdown(losses, found)
 
     # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
-    def totals(self, chunks, options, sums_of):
-        """Of every feature name, problems of the last chunk, and sums over chunks and processes."""
-        totals = {}
+    @torch.no_grad()
+    def over_chunks(self, chunks, options, sums_of, result_of, *found):
+        """{feature: result_of(problems, what was found, sums)}, sums over chunks and processes."""
+        totals, results = {}, {}
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
+                arguments = [values[name] for values in found]
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    sums = sums_of(name, problems)
+                    sums = sums_of(problems, *arguments)
                 problems.check_values(sums)
                 totals[name] = totals.get(name, 0) + sums
                 if i == len(chunks):
-                    yield name, problems, sum_over_processes(totals[name])
+                    results[name] = result_of(problems, *arguments, sum_over_processes(totals[name]))
                 del problems  # or two features are held
-
-    @torch.no_grad()
-    def stats_of(self, chunks, options):
-        """{feature: DriftStats} over all chunks and processes."""
-        scales, stats = {}, {}
-        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_distances()):
-            scales[name] = last.scale(sums)
-            del last
-        for name, last, sums in self.totals(chunks, options, lambda name, problems: problems.sum_drift(scales[name])):
-            stats[name] = last.stats(scales[name], sums)
-            del last
-        return stats
+        return results
 
     def loss_of_chunks(self, gen, chunks, options):
-        stats = self.stats_of(chunks, options)
+        scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
+        stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
         losses, grad, total = {}, torch.empty_like(gen), 0
         for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
             x = chunk['gen'].detach().requires_grad_()
@@ -1231,15 +1210,15 @@ class SharpField(GradientField):
         return 1 / (temperature * (dist + temperature))
 
     def potential(self, dist, num_pos, temperature, weight):
-        """[... n], log of the mean of k c over negatives minus that over positives: it falls as q nears p."""
+        """[... n], log of the mean of k c over negatives minus that over positives."""
         _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
-        total_pos, total_neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
-        return (mass_neg - mass_pos).squeeze(-1) - (total_neg.log() - total_pos.log())
+        totals = [t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1)]
+        return (mass_neg - mass_pos).squeeze(-1) - (totals[1].log() - totals[0].log())
 
 class SinkhornField(DriftField):
     """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).
 
-    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2 and uniform marginals. The temperature is its
+    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2, of uniform marginals. The temperature is its
     regularisation; the negatives are a second, independent batch of generated samples.
     """
     scale_power = 2
@@ -1316,7 +1295,9 @@ class ResidualBlock(Module):
         stride = 1 if dim_in == dim_out else 2
         self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        self.shortcut = nn.Identity() if stride == 1 else conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
+        self.shortcut = nn.Identity()
+        if stride > 1:
+            self.shortcut = conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
 
     def forward(self, x):
         h = F.relu(self.conv1(x))
@@ -1395,10 +1376,9 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def checked_samples(self, x, multiple = 8):
         x = floating(x, self.to_pixels.weight)
         multiple *= self.patch_size
-        fits = x.ndim == 4 and x.shape[1] == self.channels and x.numel() > 0
-        fits = fits and x.shape[2] % multiple == x.shape[3] % multiple == 0
-        wanted = f'(batch, {self.channels}, height, width), both multiples of {multiple}'
-        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
+        check_shape('x', x, ('batch', self.channels, 'height', 'width'))
+        fits = x.numel() > 0 and x.shape[2] % multiple == x.shape[3] % multiple == 0
+        check(fits, f'x has shape {tuple(x.shape)}, expected sides that are multiples of {multiple}')
         return x
 
     def mask_shape(self, x):
@@ -1411,7 +1391,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
     def maps(self, x):
-        """{name: [b d h w]} of a folded input: stem, every second block of a stage, its normalised output."""
+        """{name: [b d h w]}: stem, every second block of a stage, its normalised output."""
         x = F.relu(self.stem(x))
         maps = {'conv1': x}
         for stage, (name, norm) in zip(self.stages, self.norms.items(), strict = True):
@@ -1465,8 +1445,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
-        fits = exists(self.to_logits) or not exists(labels)
-        check(fits, 'labels were given to a model without a classifier: set num_classes')
+        check(exists(self.to_logits) or not exists(labels), 'labels need a classifier: set num_classes')
         x = self.checked_samples(x)
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
@@ -1488,7 +1467,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's, in float32."""
+    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1502,9 +1481,7 @@ class PixelInput(Module):
 
     def forward(self, x):
         x = floating(x, self.mean)
-        wanted = f'images (batch, {len(self.mean)}, height, width) in [-1, 1]'
-        fits = x.ndim == 4 and x.shape[1] == len(self.mean) and x.numel() > 0
-        check(fits, f'x has shape {tuple(x.shape)}, expected {wanted}')
+        check_shape('x', x, ('batch', len(self.mean), 'height', 'width'), ', images in [-1, 1]')
         x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 
@@ -1533,8 +1510,7 @@ class BackboneFeatures(Module):
             if torch.is_tensor(out) and out.ndim == 3:
                 out = out[:, self.num_prefix_tokens:]
                 num, side = out.shape[1], math.isqrt(out.shape[1])
-                found = f'{num} tokens behind the {self.num_prefix_tokens} prefix tokens'
-                check(side ** 2 == num > 0, f'{name} has {found}, expected a square number')
+                check(side ** 2 == num > 0, f'{name} has {num} tokens of patches, expected a square number')
                 out = rearrange(out, 'b (h w) d -> b d h w', h = side)
 
             check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
@@ -1561,7 +1537,7 @@ class ConvNeXtFeatures(Module):
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of images x [b 3 h w]: stages standardised over channels, and the pooled output."""
+        """{name: [b f d]} of x [b 3 h w]: stages standardised over channels, the pooled output."""
         x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(x, output_hidden_states = True)
@@ -1624,7 +1600,7 @@ class ImageFolder(Dataset):
         self.files = []
         for label, name in enumerate(self.classes or ['']):
             found = images_in(self.root / name)
-            check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)}): remove it or fill it')
+            check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)})')
             self.files += [(os.path.join(name, file), label) for file in found]
 
     def __len__(self):
@@ -1644,7 +1620,7 @@ class ImageFolder(Dataset):
                     picture = picture.convert('RGBA')
                     picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
                 picture = picture.convert('RGB' if self.channels == 3 else 'L')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
+        except Exception as error:  # Pillow raises many
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
 
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
@@ -1708,7 +1684,7 @@ class SampleQueue:
         labels = checked_labels(labels, self.num_classes, 'batch').cpu()
         filled = self.filled[labels]
         short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
-        check(not short, f'{num} samples were asked for, but these classes hold fewer (class: samples): {short}')
+        check(not short, f'these classes hold fewer than {num} samples (class: samples): {short}')
 
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
@@ -1736,17 +1712,16 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """A dataset in batches of places (position in the run, index), which seed its random augmentations."""
-    def __init__(self, dataset, seed, with_labels, takes_conditions):
-        fits = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')
-        fits = fits and not isinstance(dataset, IterableDataset) and len(dataset) > 0
-        check(fits, f'the dataset must be map-style, with a length above 0, got {type(dataset).__name__}')
+    """A dataset in batches of places (position in the run, index), which seed augmentations."""
+    def __init__(self, dataset, seed, with_labels):
+        fits = hasattr(dataset, '__len__') and not isinstance(dataset, IterableDataset) and len(dataset) > 0
+        check(fits, f'the dataset must be map-style and not empty, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape, self.condition_shape = None, None
         sample, label = self.item(0)
         self.sample_shape = tuple(sample.shape)
         is_label = with_labels and torch.is_tensor(label)
-        self.has_conditions = takes_conditions and is_condition(label, 0) and not is_label
+        self.has_conditions = is_condition(label, 0) and not is_label
         _, condition = self.sample(0)
         if self.has_conditions:
             self.condition_shape = each(torch.Tensor.size, condition)
@@ -1761,14 +1736,11 @@ class SeededDataset(Dataset):
             problem = f'sample {index} of the dataset cannot be read'
             raise RuntimeError(f'{problem}: {" ".join(str(error).split())}') from error
 
-        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-        sample, label = item if is_pair else (item, None)
-        fits = is_pair and torch.is_tensor(sample) and sample.is_floating_point()
-        if not fits:
-            given = sample.dtype if torch.is_tensor(sample) else type(sample).__name__
-            raise ValueError(f'the dataset must yield (floating point tensor, label), its sample {index} is {given}')
-        if self.sample_shape not in (None, sample.shape):
-            check_shape(f'sample {index} of the dataset', sample, self.sample_shape, ' like the first one')
+        name, is_pair = f'sample {index} of the dataset', isinstance(item, (tuple, list)) and len(item) == 2
+        check(is_pair, f'{name} must be (sample, label), got {type(item).__name__}')
+        sample, label = item
+        check_floating(name, sample)
+        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
         return sample.float(), label
 
     def sample(self, index):
@@ -1777,7 +1749,7 @@ class SeededDataset(Dataset):
             condition = each(partial(as_tensor, f'the condition of {name}'), label)
             shape = each(torch.Tensor.size, condition)
             fits = self.condition_shape in (None, shape)
-            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape} like the first one')
+            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape}')
             return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
             return sample, operator.index(label) if self.with_labels else 0
@@ -1801,12 +1773,6 @@ class SeededDataset(Dataset):
 # ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
 
 # checkpoints: files, nothing of training
-def read_tensors(path):
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f'{path} is not a safetensors file: {error}') from error
-
 def append_json(path, entry):
     with open(path, 'a') as file:
         file.write(json.dumps(entry) + '\n')
@@ -1815,18 +1781,8 @@ def sha256(path):
     return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()
 
 def save_tensors(state_dict, path, copy = True):
-    """copy: where tensors may share memory. Returns what the manifest says of the file."""
+    """copy: where tensors may share memory."""
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
-    return dict(bytes = path.stat().st_size, sha256 = sha256(path))
-
-def flush(path):
-    """Wait until a file, or where that can be done a folder, is on the disk."""
-    with suppress(OSError) if path.is_dir() or os.name == 'nt' else nullcontext():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 def discard(folder):
     """Remove a folder so that it is never seen half removed."""
@@ -1851,14 +1807,14 @@ def damage(folder, rank = 0):
 
         queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
         for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
-            path, expected = folder / name, manifest['files'][name]
-            fits = path.is_file() and path.stat().st_size == expected['bytes']
-            check(fits and sha256(path) == expected['sha256'], f'{name} is not what its manifest says')
+            path, expected = folder / name, manifest['sha256'][name]
+            fits = path.is_file() and path.stat().st_size > 0 and sha256(path) == expected
+            check(fits, f'{name} is not what its manifest says')
     except Exception as error:  # whatever a file may hold
         return f'it is damaged ({type(error).__name__}: {error})'
 
 def together(work, here = True):
-    """Results of work() in every process, or in those `here`; an error of one is raised in all, or they would wait."""
+    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
     except Exception as error:
@@ -1885,11 +1841,8 @@ FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
 def check_fits(own, given, what = 'weights do'):
-    own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (own, given))
-    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shared = sorted(own.keys() & given.keys())
-    wrong = [f'{name} {given[name]} instead of {own[name]}' for name in shared if given[name] != own[name]]
-    found = f'missing {missing}, unknown {unknown}, wrong shape {wrong}'
+    own, given = ({f'{name} {tuple(t.shape)}' for name, t in state.items()} for state in (own, given))
+    found = f'missing {sorted(own - given)}, unknown {sorted(given - own)}'
     check(own == given, f'the {what} not fit the model: {found}')
 
 # signals
@@ -1905,10 +1858,8 @@ def interruptions():
         signal.signal(number, handlers[number])
 
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):  # ignored in the background of a script
-            handlers[number] = handler
-            signal.signal(number, remember)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # in the background of a script
+            handlers[number] = signal.signal(number, remember)
     try:
         yield received
     finally:
@@ -1946,8 +1897,11 @@ def free(value):
     """The default of a setting that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
 
-POSITIVE = {'num_train_steps', 'lr_decay_start', 'max_grad_norm', 'gradient_accumulation_steps'}
-POSITIVE |= {'keep_checkpoints', 'num_groups', 'num_gen', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'}
+AT_LEAST_1 = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
+AT_LEAST_1 += 'num_groups', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'
+BOUNDS = dict.fromkeys(AT_LEAST_1, (1, 1e20))  # of the others: (0, 1e20)
+BOUNDS |= dict(num_gen = (2, 1e20), max_grad_norm = (1e-20, 1e20), alpha_power = (-1e20, 1e20))
+BOUNDS |= dict(ema_decay = (0, 1), no_cfg_frac = (0, 1))
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1989,11 +1943,7 @@ class LoopSettings:
             kind = kind | int if isinstance(0., kind) else kind
             check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
             if isinstance(value, (int, float)):
-                fits = math.isfinite(value) and (value >= 0 or name == 'alpha_power')
-                check(fits, f'{name} must be finite and not negative, got {value}')
-                check(value > 0 or name not in POSITIVE, f'{name} must be above 0, got {value}')
-                fits = value <= 1 or name not in ('ema_decay', 'no_cfg_frac')
-                check(fits, f'{name} must be between 0 and 1, got {value}')
+                check_number(*BOUNDS.get(name, (0, 1e20)), **{name: value})
 
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
@@ -2006,8 +1956,6 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
     that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
     """
-    takes_conditions = False
-
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
         self.results_folder = Path(settings.results_folder)
@@ -2035,7 +1983,7 @@ class BaseTrainer:
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)
-        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes), self.takes_conditions)
+        self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
         self.prepare(model)
 
@@ -2044,7 +1992,7 @@ class BaseTrainer:
         settings, is_sharded = self.settings, self.accelerator.is_fsdp2
         saved = model.state_dict()
         kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
-        wanted = 'use one process, or persistent = False for computed constants'
+        wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         average = deepcopy(model) if is_sharded else None
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
@@ -2068,7 +2016,7 @@ class BaseTrainer:
             with suppress(NotImplementedError):  # a file system without locks
                 self.lock.acquire()
         except OSError as error:
-            raise OSError(f'{self.results_folder} is in use by another run, or not writable: {error}') from error
+            raise OSError(f'{self.results_folder} is in use, or not writable: {error}') from error
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
@@ -2131,7 +2079,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def train_step(self, batches):
-        """One optimiser step. Returns loss and details of the last micro step, and the gradient's norm."""
+        """One optimiser step. Returns loss, details of the last micro step, and norms."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2147,7 +2095,7 @@ class BaseTrainer:
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
-        self.optimizer.optimizer.step()  # accelerate's looks for a package at every step, for half a millisecond
+        self.optimizer.optimizer.step()  # accelerate's is slower
         average = self.ema.ema_model
         for part in average.modules():
             if isinstance(part, FSDPModule):  # pictures may leave it whole
@@ -2165,13 +2113,12 @@ class BaseTrainer:
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
             return
-
-        values = {name: float(value) for name, value in self.metrics(details)[0].items()}
-        broken = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
+        values, _ = self.metrics(details)
+        broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
         found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
-        message = f'step {self.step}: loss {loss:.4g}, gradient norm {norm:.4g}; {found}'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
-        raise FloatingPointError(f'{message}; the last checkpoint is {last}')
+        numbers = f'loss {loss:.4g}, gradient norm {norm:.4g}'
+        raise FloatingPointError(f'step {self.step}: {numbers}; {found}; the last checkpoint is {last}')
 
     # the loop
     def train(self):
@@ -2180,7 +2127,7 @@ class BaseTrainer:
         Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
         It can be called again after an error, unless that came within a step.
         """
-        check(not self.in_step, f'the step after {self.step} failed halfway: make the trainer again, and resume')
+        check(not self.in_step, f'step {self.step + 1} failed halfway: make the trainer again, and resume')
         together(self.hold_folder, self.is_main)
         batches = self.batches()
         try:
@@ -2213,7 +2160,8 @@ class BaseTrainer:
         ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals
         self.clock = time.perf_counter(), self.step
 
-        with interruptions() as received, tqdm(initial = self.step, total = num_steps, disable = self.hide_bar) as bar:
+        bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
+        with interruptions() as received, bar:
             while self.step < num_steps and not signals:
                 self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
                 result = self.train_step(batches)
@@ -2235,10 +2183,7 @@ class BaseTrainer:
 
     def record_start(self):
         device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        versions = {}
-        for name in ('drifting-pytorch', 'torch', 'accelerate', 'x-transformers'):
-            with suppress(PackageNotFoundError):  # this file alone, copied
-                versions[name] = version(name)
+        versions = {name: version(name) for name in ('torch', 'accelerate', 'x-transformers')}
         append_json(self.results_folder / 'starts.jsonl', dict(
             step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions, device = device,
             num_processes = self.world, precision = self.accelerator.mixed_precision, config = self.record()
@@ -2290,7 +2235,7 @@ class BaseTrainer:
             together(lambda: self.complete(unfinished, written), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
-            raise OSError(f'the checkpoint of step {self.step} could not be written: {error}') from error
+            raise OSError(f'checkpoint {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
         """Queues by each process, the rest by the main one."""
@@ -2302,10 +2247,9 @@ class BaseTrainer:
             states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
-        written = {}
         for name, state in states.items():
-            written[name] = save_tensors(state, folder / name, copy = name in SHARED_FILES)
-        return written
+            save_tensors(state, folder / name, copy = name in SHARED_FILES)
+        return {name: sha256(folder / name) for name in states}
 
     def complete(self, unfinished, written):
         """The manifest, and when all files are on the disk its name. The oldest ones go."""
@@ -2313,16 +2257,16 @@ class BaseTrainer:
         manifest = dict(
             step = self.step, samples_read = self.samples_read,
             num_processes = self.world, config = self.record(),
-            files = {name: entry for files in written for name, entry in files.items()}
+            sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
         (unfinished / 'config.json').write_text(config)
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
+        for path in unfinished.iterdir():
+            with open(path, 'rb+') as file:
+                os.fsync(file.fileno())
         discard(folder)
         unfinished.rename(folder)
-        flush(self.checkpoints)
         for old in sorted(self.checkpoints.glob(STEP))[:-self.settings.keep_checkpoints]:
             discard(old)
 
@@ -2355,28 +2299,24 @@ class BaseTrainer:
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
-        path, stays = self.results_folder / 'metrics.jsonl', []
-        if not path.is_file():
-            return
-        for line in path.read_bytes().splitlines(keepends = True):
-            with suppress(ValueError, TypeError, KeyError):  # cut short by a crash
-                if line.endswith(b'\n') and json.loads(line)['step'] <= self.step:
-                    stays.append(line)
-        trimmed = path.with_suffix('.trimmed')
-        trimmed.write_bytes(b''.join(stays))
-        trimmed.replace(path)
+        path = self.results_folder / 'metrics.jsonl'
+        if path.is_file():
+            rows = re.finditer(rb'\{"step": (\d+), [ -~]*\}\n', path.read_bytes())  # not what a crash cut short
+            trimmed = path.with_suffix('.trimmed')
+            trimmed.write_bytes(b''.join(row[0] for row in rows if int(row[1]) <= self.step))
+            trimmed.replace(path)
 
     def load(self, folder):
         manifest = json.loads((folder / 'manifest.json').read_text())
         before, now, num = manifest['config'], self.record(), manifest['num_processes']
-        check(num == self.world, f'the checkpoint has the queues of {num} processes, these are {self.world}')
+        check(num == self.world, f'the checkpoint is of {num} processes, these are {self.world}')
         may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata]
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
         if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
-        average, model, moments = (read_tensors(folder / name) for name in SHARED_FILES)
+        average, model, moments = (load_file(folder / name) for name in SHARED_FILES)
         for module, state_dict in (self.unwrapped, model), (self.ema.ema_model, average):
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
@@ -2394,13 +2334,13 @@ class BaseTrainer:
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
 
     def load_queues(self, folder):
-        states = nested(read_tensors(folder / f'queue-{self.rank}.safetensors'))
+        states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
             check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
 
     def save_pretrained(self, folder):
-        """Write the averaged model into a folder, for its from_pretrained. Call it in every process."""
+        """Write the averaged model, for its from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
         check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
@@ -2417,13 +2357,13 @@ class GeneratorSettings(LoopSettings):
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
-    group_chunk_size: int | None = None  # groups at a time: the same gradient in less memory, but slower
+    group_chunk_size: int | None = None  # groups at a time: less memory, but slower
 
-    alpha_range: tuple | list = (1., 4.)  # of the guidance scale, see sample_alpha; (1, 1): no guidance
+    alpha_range: tuple | list = (1., 4.)  # of the guidance scale; (1, 1): no guidance
     alpha_power: float = 3.
     no_cfg_frac: float = 0.
 
-    push_size: int = 64  # real samples a process reads per step (release), with conditions its rows instead
+    push_size: int = 64  # real samples a process reads per step (release); not with conditions
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2431,7 +2371,6 @@ class GeneratorSettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.num_gen > 1, 'num_gen must be above 1: one sample has no others to be pushed away from')
         fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
         check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
@@ -2466,7 +2405,6 @@ class Trainer(BaseTrainer):
     Several processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
-    takes_conditions = True
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
@@ -2476,7 +2414,7 @@ class Trainer(BaseTrainer):
         self.samples_per_process = num // self.world if self.has_conditions else settings.push_size
         if self.has_conditions and settings.num_pos > 1:
             fits = len(shape) > 1 and shape[0] == settings.num_pos
-            wanted = f'expected (num_pos = {settings.num_pos}, ...), set num_pos = 1 where a row has one sample'
+            wanted = f'expected ({settings.num_pos}, ...): set num_pos = 1 where a row has one sample'
             check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
@@ -2485,7 +2423,7 @@ class Trainer(BaseTrainer):
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
         if self.has_conditions or exists(chunk) and self.accelerator.is_fsdp2:
-            wanted = f'a condition per group, and a sharded model in chunks, need a multiple of {self.world} processes'
+            wanted = f'conditions, and sharded models in chunks, need a multiple of {self.world} processes'
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
 
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
@@ -2519,7 +2457,7 @@ class Trainer(BaseTrainer):
         return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, at most so many as the data has."""
+        """Read until every class has enough positives in every process, one epoch at most."""
         if not self.queues:
             return
         # open: nothing is said of steps before the queues are full
@@ -2561,7 +2499,7 @@ class Trainer(BaseTrainer):
         return labels.long()
 
     def draw(self, newest, micro_step):
-        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None of this process's groups."""
+        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         alpha = sample_alpha(
@@ -2573,14 +2511,16 @@ class Trainer(BaseTrainer):
         if self.has_conditions:
             labels, pos = newest
         else:  # release: labels of the newest real samples, without replacement, or in turns
-            turns = [torch.randperm(len(newest), generator = generator) for _ in range(math.ceil(c / len(newest)))]
+            num, turns = len(newest), math.ceil(c / len(newest))
+            turns = [torch.randperm(num, generator = generator) for _ in range(turns)]
             labels = newest[cat(turns)[:c]]
             pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
         drawn = [labels, alpha, pos, None]
         if self.num_uncond > 0:
             all_of_one = torch.zeros(c, dtype = torch.long)
             drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
-        labels, alpha, *sets = (each(lambda t: t.to(self.device, non_blocking = True), value) for value in drawn)
+        to_device = partial(Tensor.to, device = self.device, non_blocking = True)
+        labels, alpha, *sets = (each(to_device, value) for value in drawn)
         return labels, alpha, *(each(torch.Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
@@ -2626,7 +2566,7 @@ class Trainer(BaseTrainer):
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
-        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers of groups
+        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers
         share = share / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
@@ -2643,14 +2583,14 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """The loss, and (Breakdown, alpha, spread of a group's samples relative to real ones or None)."""
+        """The loss, and (Breakdown, alpha, spread relative to real samples or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
-        fits, given = isinstance(result, tuple) and isinstance(result[-1], Breakdown), type(result).__name__
-        check(fits, f'loss_fn must return (loss, Breakdown), it returns {given}: Breakdown({{}}, {{}}) will do')
+        is_pair = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
+        check(is_pair, 'loss_fn must return (loss, Breakdown): Breakdown({}, {}) will do')
         loss, breakdown = result
-        fits = torch.is_tensor(loss) and loss.ndim == 0 and loss.requires_grad
-        check(fits, 'the loss that loss_fn returns must be a tensor of shape () with a gradient')
+        check_shape('the loss', loss, ())
+        check(loss.requires_grad, 'the loss has no gradient')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
@@ -2659,7 +2599,7 @@ class Trainer(BaseTrainer):
 
     # what is seen of it
     def metrics(self, details):
-        """On the bar goes what tells progress: the drift before it is normalised, mean over features."""
+        """On the bar goes the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
@@ -2681,7 +2621,7 @@ class Trainer(BaseTrainer):
         *_, spread = details
         if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
             self.collapsed = True
-            found = f'the generated samples of a class spread {float(spread):.2g} times as far as the real ones'
+            found = f'samples of a class spread {float(spread):.2g} times as far as real ones'
             hint = 'With few dimensions use affinity_floor = 0., see "Your data" in the README'
             warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
 
@@ -2697,7 +2637,8 @@ class Trainer(BaseTrainer):
             _, asked['labels'] = self.dataset.batch([(i, i) for i in range(rows)])
         elif not exists(self.num_classes):
             asked = dict(num_samples = rows, num_samples_each = 10)
-        return rearrange(self.sample(**asked, seed = self.settings.seed), 'rows ten ... -> (rows ten) ...'), rows
+        samples = self.sample(**asked, seed = self.settings.seed)
+        return rearrange(samples, 'rows ten ... -> (rows ten) ...'), rows
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
@@ -2726,10 +2667,9 @@ class MAETrainer(BaseTrainer):
 
     def __init__(self, model, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, MAESettings(**settings), to_image)
-        fits = self.settings.finetune_steps == 0 or exists(self.num_classes)
-        check(fits, 'finetune_steps needs a model with a classifier: set num_classes')
-        num = self.settings.batch_size
-        check(num % self.world == 0, f'{num} samples read per step cannot be shared by {self.world} processes')
+        num, steps = self.settings.batch_size, self.settings.finetune_steps
+        check(steps == 0 or exists(self.num_classes), 'finetune_steps needs a classifier: set num_classes')
+        check(num % self.world == 0, f'batch_size {num} cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
 
         if self.accelerator.is_fsdp2:
@@ -2779,6 +2719,15 @@ PUBLISHED = {
     ConvGenerator: ('', ())
 }
 
+def check_sizes(arguments, state):
+    """Blocks and tokens cost time and memory even without their weights."""
+    blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
+    tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2  # without patches none
+    tokens += arguments.get('num_register_tokens', 0)
+    numbers = sum(t.numel() for t in state.values())
+    fits = blocks <= len(state) and tokens <= numbers // arguments.get('dim', 1)
+    check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
+
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
@@ -2793,8 +2742,6 @@ def from_pretrained(cls, name, *, revision = None):
 
     if folder.is_dir():
         config, weights = (folder / file for file in files)
-        missing = ' and no '.join(path.name for path in (config, weights) if not path.is_file())
-        check(not missing, f'{folder} has no {missing}: expected a folder of save_pretrained or a published model')
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
@@ -2807,13 +2754,14 @@ def from_pretrained(cls, name, *, revision = None):
 
     if is_release:
         from drifting_pytorch import release
-    state_dict = release.read_msgpack(weights) if is_release else read_tensors(weights)
+        state_dict = release.read_msgpack(weights)
     try:
         arguments = json.loads(config.read_text())
-        arguments = arguments['model_config'] if is_release else arguments
-        check(isinstance(arguments, dict), f'{config} must be a mapping, got {type(arguments).__name__}')
         if is_release:
-            arguments, state_dict = release.TRANSLATIONS[kind](arguments, state_dict)
+            arguments, state_dict = release.TRANSLATIONS[kind](arguments['model_config'], state_dict)
+        else:
+            state_dict = load_file(weights)
+        check_sizes(arguments, state_dict)
         with torch.device('meta'):  # the weights are taken as they are read, not copied
             model = cls(**arguments)
     except Exception as error:  # whatever a config may hold
@@ -2821,7 +2769,7 @@ def from_pretrained(cls, name, *, revision = None):
         raise ValueError(f'{name} is not a {cls.__name__}: {reason}') from error
 
     for key, t in state_dict.items():
-        check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating-point numbers')
+        check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating point')
         state_dict[key] = t.float()
         check_range(f'{key} in {weights}', state_dict[key], -math.inf)
     check_fits(model.state_dict(), state_dict)

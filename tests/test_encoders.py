@@ -404,16 +404,16 @@ def with_backbone(**kwargs):
 @pytest.mark.parametrize('call, says', [
     (
         lambda: tiny().features(X[:, :1]),
-        'x has shape (2, 1, 16, 16), expected (batch, 2, height, width), both multiples of 8'
+        'x has shape (2, 1, 16, 16), expected (batch, 2, height, width)'
     ),
-    (lambda: tiny().features(X[..., :12]), 'both multiples of 8'),
+    (lambda: tiny().features(X[..., :12]), 'expected sides that are multiples of 8'),
     (lambda: tiny()(X[0]), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X[0], mask = torch.ones(2, 8, 8)), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X, mask = torch.ones(2, 4, 4)), 'mask has shape (2, 4, 4), expected (2, 8, 8)'),
     (lambda: tiny()(X, cls_weight = 0.1), 'needs labels'),
     (lambda: tiny()(X, torch.tensor([0, 5]), cls_weight = 0.1), 'labels must be finite and in 0 .. 4'),
     (lambda: tiny()(X, torch.tensor([0, 1]), cls_weight = 2.), 'cls_weight must be between 0 and 1'),
-    (lambda: tiny(num_classes = None)(X, torch.tensor([0, 1])), 'without a classifier'),
+    (lambda: tiny(num_classes = None)(X, torch.tensor([0, 1])), 'labels need a classifier'),
     (lambda: tiny(dim = 0), 'dim must be a whole number from 1 on, got 0'),
     (lambda: tiny(dim = 8.), 'dim must be a whole number from 1 on, got 8.0'),
     (lambda: tiny(channels = -1), 'channels must be a whole number'),
@@ -444,11 +444,11 @@ def with_backbone(**kwargs):
     (lambda: with_backbone(mean = (0.5, 'a', 0.5)), 'mean must be numbers'),
     (
         lambda: convnext().features(X),
-        'expected images (batch, 3, height, width) in [-1, 1]'
+        'expected (batch, 3, height, width), images in [-1, 1]'
     ),
     (
         lambda: BackboneFeatures(lambda x: torch.zeros(2, 5, 3)).features(RGB),
-        '5 tokens behind the 0 prefix tokens'
+        '5 tokens of patches, expected a square number'
     ),
     (lambda: features_of(torch.zeros(2, 5)), 'layer1 has shape (2, 5)'),
     (lambda: features_of(torch.tensor(1.)), 'layer1 has shape ()'),
@@ -456,7 +456,7 @@ def with_backbone(**kwargs):
     (lambda: features_of(1.), 'layer1 must be a tensor, got float'),
     (lambda: features_of([[1.], [2.]]), 'layer1 must be a tensor, got list'),
     (lambda: features_of(dict(a = None)), 'a must be a tensor, got NoneType'),
-    (lambda: features_of(torch.zeros(2, 5, 3), num_prefix_tokens = 5), '0 tokens behind the 5 prefix tokens'),
+    (lambda: features_of(torch.zeros(2, 5, 3), num_prefix_tokens = 5), '0 tokens of patches, expected a square number'),
     (lambda: tiny().features(X.numpy()), 'x must be a tensor, got ndarray'),
     (lambda: tiny()(X.tolist()), 'x must be a tensor, got list'),
     (lambda: tiny().features(X.byte()), 'x must be floating point, got torch.uint8: convert it to float in [-1, 1]'),

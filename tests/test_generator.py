@@ -80,11 +80,11 @@ def with_tree(tmp_path, change):
 FEWER_CLASSES = packed_array(np.zeros((3, 48), dtype = np.float32))
 
 @pytest.mark.parametrize('change, says', [
-    (lambda tree: tree.pop('Embed_0'), "missing ['class_embed.weight']"),
-    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), "unknown ['Embed_1.weight']"),
+    (lambda tree: tree.pop('Embed_0'), "missing ['class_embed.weight ("),
+    (lambda tree: tree.update(Embed_1 = tree['Embed_0']), "unknown ['Embed_1.weight ("),
     (
         lambda tree: tree['Embed_0'].update(embedding = FEWER_CLASSES),
-        'class_embed.weight (3, 48) instead of (11, 48)'
+        "missing ['class_embed.weight (11, 48)'], unknown ['class_embed.weight (3, 48)']"
     ),
     (lambda tree: tree.update(Embed_0 = 'text'), 'found str at Embed_0'),
     (
@@ -139,10 +139,10 @@ def test_missing_folder_is_refused(tmp_path):
     for missing in (tmp_path / 'nothing', 'latent_XL_sota'):
         with pytest.raises(ValueError, match = message):
             DriftingGenerator.from_pretrained(missing)
-    with pytest.raises(ValueError, match = 'has no config.json and no model.safetensors: expected'):
+    with pytest.raises(ValueError, match = 'No such file or directory: .*config.json'):
         DriftingGenerator.from_pretrained(tmp_path)
     shutil.copy(ARTIFACT / 'metadata.json', tmp_path)
-    with pytest.raises(ValueError, match = 'has no ema_params.msgpack: expected'):
+    with pytest.raises(ValueError, match = 'No such file or directory: .*ema_params.msgpack'):
         DriftingGenerator.from_pretrained(tmp_path)
 
 def test_bfloat16_arrays_are_read(tmp_path):
@@ -198,7 +198,7 @@ def test_saved_models_are_read_back(tmp_path):
 
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match = 'is not a safetensors file'):
+    with pytest.raises(ValueError, match = 'is not a DriftingGenerator: Error while deserializing'):
         DriftingGenerator.from_pretrained(tmp_path)
 
 def saved(folder, config = None, **weights):
@@ -213,7 +213,7 @@ def saved(folder, config = None, **weights):
     return folder
 
 @pytest.mark.parametrize('config, weights, says', [
-    ([1, 2], {}, 'config.json must be a mapping, got list'),
+    ([1, 2], {}, 'is not a DriftingGenerator'),
     (dict(dim = -8), {}, 'more than its weights'),
     (dict(heads = 0), {}, 'heads must be a whole number from 1 on, got 0'),
     (dict(heads = '4'), {}, "heads must be a whole number from 1 on, got '4'"),
@@ -230,7 +230,7 @@ def saved(folder, config = None, **weights):
     (dict(unknown = 1), {}, "unexpected keyword argument 'unknown'"),
     ({}, {'to_patch.bias': torch.full((8,), math.nan)}, 'model.safetensors must be finite'),
     ({}, {'to_patch.bias': torch.full((8,), -math.inf).bfloat16()}, 'model.safetensors must be finite'),
-    ({}, {'to_patch.bias': torch.zeros(8, dtype = torch.int64)}, 'is torch.int64, expected floating-point numbers'),
+    ({}, {'to_patch.bias': torch.zeros(8, dtype = torch.int64)}, 'is torch.int64, expected floating point'),
 ])
 def test_configs_and_weights_that_cannot_be_are_refused(tmp_path, config, weights, says):
     with raises_one_line(says):

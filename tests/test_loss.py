@@ -615,7 +615,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, temperatures = (0.1, 0.1)), 'temperatures must be different'),
     (lambda: drift_loss(X, X, temperatures = np.array([0.1, -1.])), 'temperatures must be'),
     (lambda: drift_loss(X, X, temperatures = 'warm'), "finite numbers above 0, got 'warm'"),
-    (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, as DriftField(), got 'laplace'"),
+    (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, got 'laplace'"),
     (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a number in 0 .. 1, got nan'),
     (lambda: drift_loss(X, X, min_scale = -1.), 'min_scale must be a number in 0 .. 1000000, got -1.0'),
     (lambda: drift_loss(X, X, stats = drift_loss(X, X, temperatures = 1.)[1]), 'stats are of the temperatures (1.0,)'),
@@ -640,12 +640,12 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
-    (lambda: FeatureDriftLoss('resnet'), "have .features(x), or be a list, got 'resnet'"),
+    (lambda: FeatureDriftLoss('resnet'), "callable or have .features(x), got 'resnet'"),
     (lambda: FeatureDriftLoss()(X, X[:1]), '(1, 3, 4), expected (2, samples, 4) like gen: nothing is broadcast'),
     (lambda: FeatureDriftLoss()(X, X[..., :2]), 'expected (2, samples, 4) like gen'),
     (lambda: FeatureDriftLoss()(X[0], X), 'gen has shape (3, 4)'),
     (lambda: FeatureDriftLoss()(X, X[:, :0]), 'no empty set'),
-    (lambda: FeatureDriftLoss()(X, X, X), 'without alpha'),
+    (lambda: FeatureDriftLoss()(X, X, X), 'uncond needs alpha'),
     (
         lambda: FeatureDriftLoss()(X, X, X, torch.tensor([0.5, 1.])),
         'alpha must be finite and in 1 .. 1000000, got 0.5 .. 1.0'
@@ -666,9 +666,6 @@ def test_without_a_gradient():
     loss_fn = FeatureDriftLoss()
     with torch.inference_mode():
         loss, _ = loss_fn(X, X + 1)
-        with raises_one_line('use torch.no_grad() instead of torch.inference_mode()'):
-            FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)
-
     assert torch.equal(loss, loss_fn(X, X + 1)[0])
     with torch.no_grad():
         assert relative(FeatureDriftLoss(group_chunk_size = 1)(X, X + 1)[0], loss) < 1e-6

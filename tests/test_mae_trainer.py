@@ -76,7 +76,7 @@ def test_pretraining_resumes_exactly(tmp_path):
 
 def test_fine_tuning_needs_a_classifier(tmp_path):
     settings = dict(batch_size = 16, finetune_steps = 2, results_folder = tmp_path, cpu = True)
-    with pytest.raises(ValueError, match = 'finetune_steps needs a model with a classifier'):
+    with pytest.raises(ValueError, match = 'finetune_steps needs a classifier: set num_classes'):
         MAETrainer(small_mae(num_classes = None), pictures(), **settings)
 
 def test_a_sample_that_does_not_open_is_named_before_the_first_step(tmp_path):

@@ -66,7 +66,7 @@ def test_queue_draws_without_replacement_and_uniformly(rng):
 @pytest.mark.parametrize('call, says', [
     (
         lambda q: q.draw(torch.tensor([0, 1]), 3),
-        '3 samples were asked for, but these classes hold fewer (class: samples): {1: 2}'
+        'these classes hold fewer than 3 samples (class: samples): {1: 2}'
     ),
     (lambda q: q.push(*labelled([2])), 'labels must be finite and in 0 .. 1'),
     (lambda q: q.push(torch.zeros(1, 1)), 'a queue of 2 classes needs labels'),
