@@ -271,7 +271,7 @@ def test_benchmark(tmp_path):
     assert 0 < results['step']['whole'][0]['utilisation'] < 1
 
     whole = results['step']['whole'][0]
-    assert whole['processor seconds'] > 0
+    assert whole['processor seconds'] > 0 and whole['wall seconds'] > 0
     assert 0 < whole['of these, by the steps'] < whole['peak MiB of a new process']
     assert [row['part'] for row in results['step']['parts']][2:4] == ['encoder of generated', 'encoder of real']
 

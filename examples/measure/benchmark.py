@@ -13,6 +13,7 @@ Contenders take turns, medians are reported. Each call is preceded by one that i
 as it left it. Writes --output, a json file, and prints the same as tables.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -672,12 +673,13 @@ def peak_of_process(args, preset, groups):
     return resident_mib('VmHWM'), before
 
 def measure_step(args, preset, groups):
-    """Of a step: (seconds, processor seconds) as a whole, {part: seconds} of several, the peak of its memory."""
+    """Of a step: (wall seconds, processor seconds) as a whole, {part: seconds} of several, the peak of its memory."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, batches = make_trainer(args, folder, preset, groups, args.compile)
         step = partial(trainer.train_step, batches)
 
-        whole = interleaved({'step': step}, args)['step']
+        wall = argparse.Namespace(**{**vars(args), 'clock': 'wall'})
+        whole = interleaved({'step': step}, wall)['step']
         parts = [parts_of_step(trainer, batches, args) for _ in range(args.rounds)]
         return whole, parts, peak_mib(step, args.device)
 
@@ -713,7 +715,8 @@ def benchmark_step(args):
         num_gen = trainer.settings.num_gen
 
     del trainer, batches
-    groups, (whole, cpu), each, peak = measure_largest_step(args, preset, sizes)
+    groups, (wall, cpu), each, peak = measure_largest_step(args, preset, sizes)
+    clock = cpu if args.clock == 'cpu' else wall
 
     parts = {part: median(times[part] for times in each) for part in each[0]}
     total = sum(parts.values())
@@ -734,13 +737,13 @@ def benchmark_step(args):
 
     summary = [{
         'groups': groups,
-        'seconds': whole,
+        'wall seconds': wall,
         'processor seconds': cpu,
-        'samples per second': groups * num_gen / whole,
+        'samples per second': groups * num_gen / clock,
         'peak MiB of torch': peak,
         **memory,
         'TFLOP': flops / 1e12,
-        'utilisation': flops / whole / rate,
+        'utilisation': flops / clock / rate,
         'of TFLOP/s': rate / 1e12
     }]
 
@@ -750,11 +753,10 @@ def benchmark_step(args):
 def benchmark_maps(args):
     """What map_features takes, alone, in an encoder and in a step, next to the form that takes var_mean."""
     preset = STEPS['tiny' if args.quick else 'cpu']
-    settings = preset['settings']
+    groups, num_gen = args.groups or preset['settings']['num_groups'], preset['settings']['num_gen']
     model = make_generator(preset['generator'], num_classes = None)
     encoder = LatentMAE(**preset['encoder'], num_classes = None).to(args.device).requires_grad_(False)
-    x = torch.randn(settings['num_groups'] * settings['num_gen'], *model.noise_shape, device = args.device)
-    x.requires_grad_()
+    x = torch.randn(groups * num_gen, *model.noise_shape, device = args.device).requires_grad_()
     maps = {name: t.detach().requires_grad_() for name, t in encoder.maps(encoder.fold(x)).items()}
 
     def features_of_maps():
@@ -770,7 +772,7 @@ def benchmark_maps(args):
         return lambda: torch.autograd.grad(list(features_of().values()), inputs, gradients)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer, batches = make_trainer(args, folder, preset, settings['num_groups'])
+        trainer, batches = make_trainer(args, folder, preset, groups)
         today = {
             'features of maps, forward and backward': there_and_back(features_of_maps, list(maps.values())),
             'encoder with features, forward and backward': there_and_back(partial(encoder.features, x), [x]),
@@ -929,7 +931,7 @@ def options():
     parser.add_argument('--step', action = 'store_true', help = 'growth: of a small training step too')
     parser.add_argument(
         '--groups', type = int, default = 0,
-        help = "class groups of the step and of the features, 0: the preset's, on a GPU at most as many as fit; "
+        help = "class groups of step, maps and features, 0: the preset's, on a GPU at most as many as fit; "
                "1 for the features"
     )
     parser.add_argument(
