@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from drifting_pytorch import FeatureDriftLoss, Trainer
+from drifting_pytorch import FeatureDriftLoss, LatentMAE, Trainer
 from helpers import ROOT, run, run_example
 
 EXAMPLES = ROOT / 'examples'
@@ -261,26 +261,53 @@ def test_toy_recovers_both_modes(examples, start, field):
 
 def test_benchmark(tmp_path):
     output = tmp_path / 'benchmark.json'
-    text = run_example('measure/benchmark.py', 'all', '--quick', '--device', 'cpu', '--output', output)
+    text = run_example('measure/benchmark.py', 'all', '--quick', '--step', '--device', 'cpu', '--output', output)
 
     results = json.loads(output.read_text())
-    assert all(results[what] for what in ('loss', 'features', 'step', 'sampling', 'growth'))
+    assert all(results[what] for what in ('loss', 'small', 'features', 'maps', 'step', 'sampling', 'growth'))
     assert text.count('\n| ') > 25
     assert {row['contender'] for row in results['loss']} == {'transcription', 'drift_loss', 'floor'}
     assert all(row['/ products'] > 1 for row in results['sampling'])
     assert 0 < results['step']['whole'][0]['utilisation'] < 1
 
-    few, many = (row['peak MiB beyond inputs'] for row in results['growth'])           # one group, two
-    assert many < 2.1 * few
+    whole = results['step']['whole'][0]
+    assert whole['processor seconds'] > 0 and whole['wall seconds'] > 0
+    assert 0 < whole['of these, by the steps'] < whole['peak MiB of a new process']
+    assert [row['part'] for row in results['step']['parts']][2:4] == ['encoder of generated', 'encoder of real']
+
+    assert [row['/ plain loop'] > 0 for row in results['small']] == [True, True]
+    assert [row['/ var_mean'] > 0 for row in results['maps']] == [True, True, True]
+    growth = {row['what varies']: row for row in results['growth']}
+    assert list(growth) == ['groups', 'samples', 'groups of a whole step']
+    assert growth['groups']['exponent of the peak'] < 1.1 and 'Not linear in time: ' in text
 
 def test_benchmark_compares_equals(examples):
     import benchmark
 
     inputs = benchmark.problems(argparse.Namespace(device = torch.device('cpu')), 3, 12, 6, 5, 4)
-    losses = [fn(*inputs) for fn in (benchmark.transcription, benchmark.ours)]
-    gradients = [torch.autograd.grad(loss.sum(), inputs[0])[0] for loss in losses]
-    assert torch.allclose(*losses, rtol = 1e-4)
-    assert torch.allclose(gradients[1], gradients[0], rtol = 1e-3, atol = 1e-5)
+    losses = [fn(*inputs) for fn in (benchmark.ours, benchmark.transcription, benchmark.plain_loop)]
+    check_equal(losses, inputs[0])
+
+    gen, pos, uncond, uncond_weight = benchmark.problems(argparse.Namespace(device = torch.device('cpu')), 3, 12, u = 0)
+    contenders = benchmark.ours_without_weights, benchmark.plain_loop, benchmark.plain_drift_loss
+    check_equal([fn(gen, pos, uncond, uncond_weight) for fn in contenders], gen)
+
+def check_equal(losses, gen):
+    """Losses and gradients."""
+    ours, *others = ((loss, torch.autograd.grad(loss.sum(), gen)[0]) for loss in losses)
+
+    for loss, gradient in others:
+        assert torch.allclose(loss, ours[0], rtol = 1e-4)
+        assert torch.allclose(gradient, ours[1], rtol = 1e-3, atol = 1e-5)
+
+def test_benchmark_of_maps_compares_equals(examples):
+    import benchmark
+
+    encoder = LatentMAE(dim = 8, layers = (1, 1, 2, 1), num_classes = None)
+    x = torch.randn(2, 4, 32, 32)
+    today, before = encoder.features(x), benchmark.with_var_mean(lambda: encoder.features(x))()
+    assert list(today) == list(before)
+    assert all(torch.allclose(today[name], before[name], rtol = 1e-4, atol = 1e-5) for name in today)
 
 def test_gpu_report(tmp_path, examples, monkeypatch, capsys):
     """All of it on a cpu, even smaller than --quick. What fails is told, and the next part follows."""
@@ -310,8 +337,10 @@ def test_gpu_report(tmp_path, examples, monkeypatch, capsys):
     assert re.findall(r'^Failed: .*$', text, flags = re.MULTILINE) == [
         'Failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 PiB.'
     ]
-    shares = re.findall(r'^\| (generator|encoder|loss|backward|optimiser) +\| [\d.,]+ +\| (\S+)', text, re.MULTILINE)
-    assert len(shares) == 5 and all(0 < float(share) < 1 for _, share in shares)
+    shares = re.findall(r'^\| (\w[\w ]+?) +\| [\d.,]+ +\| (0\.\S+) +\|$', text, re.MULTILINE)
+    parts = 'real samples', 'generator', 'encoder of generated', 'encoder of real', 'loss'
+    assert [part for part, _ in shares][:5] == list(parts) and len(shares) == 8
+    assert all(0 < float(share) < 1 for _, share in shares)
     assert 'A Frechet distance of 3 was ' in text and text.count('| eager ') == 2
 
     gpu.main(['--quick', '--device', 'cpu', '--minutes', '0', '--output', str(output)])

@@ -1,37 +1,54 @@
 """Speed and memory of the loss, of a training step and of sampling, next to the arithmetic that they cannot do without.
 
 python examples/measure/benchmark.py loss --threads 1           problems W1 to W3 against a transcription of the release
+python examples/measure/benchmark.py small --clock cpu          five small problems against a plain loop
 python examples/measure/benchmark.py features                   the loss over every feature of a MAE
-python examples/measure/benchmark.py step --preset ablation     where a training step spends its time
+python examples/measure/benchmark.py maps --clock cpu           features of an encoder's maps, against var_mean
+python examples/measure/benchmark.py step --clock cpu           seconds and memory of a training step, and of its parts
 python examples/measure/benchmark.py sampling --models B/2 L/2  images per second
-python examples/measure/benchmark.py growth                     the loss over groups, samples, locations, dimension; and
+python examples/measure/benchmark.py growth --clock cpu         the loss over groups, samples, locations, dimension; and
                                                                 over processes, with torchrun
 
 Contenders take turns, medians are reported. Each call is preceded by one that is not timed, so that it finds the memory
 as it left it. Writes --output, a json file, and prints the same as tables.
 """
 
+import argparse
 import gc
 import json
+import math
 import os
 import platform
 import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from einops import rearrange
 from torch import cat
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer, drift_loss
+from drifting_pytorch import (
+    DriftField,
+    DriftingGenerator,
+    FeatureDriftLoss,
+    LatentMAE,
+    Trainer,
+    drift_loss,
+    drifting,
+    plain_drift_loss,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
@@ -72,6 +89,55 @@ def transcription(gen, pos, uncond, uncond_weight):
         goal = x + V
 
     return ((gen / feature_scale - goal) ** 2).mean(dim = (1, 2))
+
+def plain_loop(gen, pos, uncond, uncond_weight):
+    """The same loss [b] as short as one would write it: no clamps that never act, weights only where they are given."""
+    (b, g, d), p = gen.shape, pos.shape[1]
+
+    with torch.no_grad():
+        y = cat((pos, uncond, gen), dim = 1)
+        weight = cat((gen.new_ones(b, p), uncond_weight, gen.new_ones(b, g)), dim = 1)[:, None]
+        is_guided = uncond_weight.shape[1] > 0
+        dist = torch.cdist(gen, y)
+        scale = (dist * weight).mean() / weight.mean() if is_guided else dist.mean()
+        dist = dist / scale
+        dist[:, :, -g:] += 100 * torch.eye(g, device = gen.device)
+        unit = scale / d ** 0.5
+        V = 0.
+
+        for temperature in TEMPERATURES:
+            logits = dist / -temperature
+            A = (logits.softmax(dim = -1) * logits.softmax(dim = -2)).clamp(min = 1e-6).sqrt()
+            A = A * weight if is_guided else A
+            A_pos, A_neg = A[:, :, :p], A[:, :, p:]
+            sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
+            V_t = cat((A_pos * sum_neg, -A_neg * sum_pos), dim = -1) @ y / unit
+            V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
+
+        target = gen / unit + V
+
+    return (gen / unit - target).square().mean(dim = (1, 2))
+
+def var_mean_features(name, x, sets):
+    """map_features with the pixels of a patch in the last dimension, and torch.var_mean over them."""
+    h, w = x.shape[-2:]
+    features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
+
+    for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
+        if feature_set in sets and h % p1 == 0 and w % p2 == 0:
+            patches = rearrange(x, 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
+            var, features[f'{name}_mean{suffix}'] = torch.var_mean(patches, dim = -1, correction = 0)
+            features[f'{name}_std{suffix}'] = (var + 1e-6).sqrt()
+
+    return features
+
+def with_var_mean(fn):
+    """fn, where map_features is var_mean_features."""
+    def run():
+        with patch.object(drifting, 'map_features', var_mean_features):
+            return fn()
+
+    return run
 
 def loss_flops(b, g, y, d):
     """Of the two products without which there is no field: points against points, coefficients against points."""
@@ -142,6 +208,14 @@ def interleaved(contenders, args):
             times[name].append(seconds(fn, args))
 
     return {name: tuple(map(median, zip(*each, strict = True))) for name, each in times.items()}
+
+def repeated(fn, number):
+    """A function that calls fn so many times."""
+    def run():
+        for _ in range(number):
+            fn()
+
+    return run
 
 def peak_mib(fn, device):
     """The most that torch held during a call, beyond what it held before."""
@@ -331,6 +405,43 @@ def benchmark_loss(args):
     show('Where drift_loss spends its time, by kind of operation', where)
     return rows
 
+SMALL = (           # problems, generated, positive and unconditional samples, dimensions
+    (10, 32, 64, 0, 64),
+    (32, 8, 1, 0, 32),
+    (1, 64, 64, 0, 6),
+    (4, 32, 128, 0, 784),
+    (8, 64, 64, 16, 256)
+)
+
+def ours_without_weights(gen, pos, uncond, _):
+    return drift_loss(gen, pos, uncond if uncond.numel() > 0 else None, diagnostics = False)[0]
+
+def benchmark_small(args):
+    """Where operations cost more than arithmetic. Each time is of many calls, the loss checks its input."""
+    rows = []
+
+    for b, g, p, u, d in SMALL[:2] if args.quick else SMALL:
+        gen, pos, uncond, uncond_weight = problems(args, b, d, g, p, u)
+        inputs = gen, pos + 1, uncond, torch.ones_like(uncond_weight)
+        losses = {'plain loop': plain_loop, 'plain_drift_loss': plain_drift_loss, 'drift_loss': ours_without_weights}
+
+        if args.compile:
+            losses['plain loop, compiled'] = torch.compile(plain_loop, dynamic = False)
+
+        contenders = {name: gradient(fn, [inputs]) for name, fn in losses.items()}
+        calls = math.ceil(0.02 / seconds(contenders['drift_loss'], args)[0])
+        runs = {name: repeated(fn, calls) for name, fn in contenders.items()}
+        ms = {name: wall / calls * 1e3 for name, (wall, _) in interleaved(runs, args).items()}
+
+        rows.append({
+            'problems x generated, real, dimensions': f'{b} x {g}, {p}{f" + {u}" * (u > 0)}, {d}',
+            **{f'{name}, ms': t for name, t in ms.items()},
+            **{f'/ {name}': ms['drift_loss'] / t for name, t in ms.items() if name != 'drift_loss'}
+        })
+
+    show('Small problems, forward and backward; the last columns are drift_loss as a share of the others', rows)
+    return rows
+
 def benchmark_features(args):
     """Over all features of a MAE: shapes [f d] from an encoder without weights, and random features."""
     dim, size, layers = args.mae_dim, 32, (3, 4, 6, 3)
@@ -350,53 +461,90 @@ def benchmark_features(args):
     show(f'The loss over {what}, {plural(groups, "group")}', rows)
     return rows
 
-def benchmark_growth(args):
-    """Time and memory over the size of the problems. Processes, if there are several, share the groups."""
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    Accelerator(cpu = args.device.type == 'cpu')            # knows the other processes
+def problems_of(args, world, groups, samples, locations, dim):
+    return problems(args, groups // world * locations, dim, samples, samples, samples // 4)
 
-    base = dict(groups = 4, samples = 64, locations = 16, dim = 128)
+def exponent(values, measured):
+    """Of the power of the values that fits best what was measured."""
+    return float(np.polyfit(np.log(values), np.log(measured), 1)[0])
+
+def growth_of_loss(args, world):
+    """{what varies: (values, ms, peak MiB)} of the loss alone. All points are interleaved."""
+    base = dict(groups = 4, samples = 64, locations = 16, dimensions = 128)
     grown = dict(
         groups = (1, 2, 4, 8, 16),
         samples = (16, 32, 64, 128),
         locations = (4, 16, 64),
-        dim = (64, 128, 256, 512)
+        dimensions = (64, 128, 256, 512)
     )
 
     if args.quick:
-        grown = dict(groups = (1, 2))
+        base, grown = dict(base, samples = 16), dict(groups = (1, 2), samples = (8, 16))
 
-    # every point once and all interleaved, so that they may be compared along any axis
-
-    points = []
+    grown['groups'] = tuple(num for num in grown['groups'] if num % world == 0)
+    runs = {}
 
     for axis, values in grown.items():
         for value in values:
-            sizes = {**base, axis: value}
+            groups, samples, locations, dim = sizes = tuple({**base, axis: value}.values())
+            runs[sizes] = gradient(ours, [problems_of(args, world, groups, samples, locations, dim)])
 
-            if sizes not in points and sizes['groups'] % world == 0:
-                points.append(sizes)
-
-    inputs = [problems_of(args, world, **sizes) for sizes in points]
-    runs = dict(enumerate(gradient(ours, [each]) for each in inputs))
     times = interleaved(runs, args)
+    peaks = {sizes: peak_mib(run, args.device) for sizes, run in runs.items()}
+    growth = {}
+
+    for axis, values in grown.items():
+        sizes = [tuple({**base, axis: value}.values()) for value in values]
+        growth[axis] = values, [times[each][0] * 1e3 for each in sizes], [peaks[each] for each in sizes]
+
+    return growth
+
+def growth_of_step(args):
+    """The same of the whole training step over its groups."""
+    preset = STEPS['tiny']
+    values = (1, 2) if args.quick else (1, 2, 4, 8)
+    runs = {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        for groups in values:
+            trainer, batches = make_trainer(args, Path(folder) / str(groups), preset, groups)
+            runs[groups] = partial(trainer.train_step, batches)
+
+        times = interleaved(runs, args)
+        peaks = [peak_mib(run, args.device) for run in runs.values()]
+
+    return {'groups of a whole step': (values, [wall * 1e3 for wall, _ in times.values()], peaks)}
+
+def benchmark_growth(args):
+    """Time and memory over the size of the problems. Processes, if there are several, share the groups."""
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    Accelerator(cpu = args.device.type == 'cpu')            # knows the other processes
+    growth = growth_of_loss(args, world)
+
+    if args.step:
+        growth |= growth_of_step(args)
 
     rows = [
         {
-            **sizes,
-            'processes': world,
-            'ms': times[i][0] * 1e3,
-            'generated features MiB': mib(inputs[i][0]),
-            'peak MiB beyond inputs': peak_mib(runs[i], args.device)
+            'what varies': axis,
+            'values': ', '.join(map(str, values)),
+            'ms': ', '.join(map(cell, ms)),
+            'exponent of time': exponent(values, ms),
+            'peak MiB beyond inputs': ', '.join(map(cell, peaks)),
+            'exponent of the peak': exponent(values, peaks)
         }
-        for i, sizes in enumerate(points)
+        for axis, (values, ms, peaks) in growth.items()
     ]
 
-    show('The loss as it grows, forward and backward', rows)
-    return rows
+    base = '4 groups of 64 samples, 16 locations, 128 dimensions'
+    show(f'The loss as it grows from {base}, forward and backward, number of processes: {world}', rows)
+    exponents = {row['what varies']: row['exponent of time'] for row in rows}
+    uneven = [f'{axis} ({value:.2f})' for axis, value in exponents.items() if abs(value - 1) > 0.15]
 
-def problems_of(args, world, groups, samples, locations, dim):
-    return problems(args, groups // world * locations, dim, samples, samples)
+    if is_main():
+        print(f'\nNot linear in time: {", ".join(uneven) or "nothing"}. Exponents of 0.85 to 1.15 count as linear.')
+
+    return rows
 
 # a training step
 
@@ -407,6 +555,11 @@ STEPS = dict(
         generator = 'tiny',
         encoder = dict(dim = 16, layers = (1, 2, 2, 1)),
         settings = dict(num_groups = 2, num_gen = 16, num_pos = 16, num_uncond = 8)
+    ),
+    cpu = dict(
+        generator = dict(image_size = 32, channels = 4, patch_size = 4, dim = 192, depth = 6, heads = 6),
+        encoder = dict(dim = 64, layers = (1, 1, 2, 1)),
+        settings = dict(num_groups = 8, num_gen = 16, num_pos = 16, num_uncond = 8)
     ),
     ablation = dict(
         generator = 'B/2',
@@ -419,7 +572,10 @@ ON_A_GPU = (64, 48, 32, 24, 16, 12, 8, 4, 2, 1)         # groups that are tried 
 
 def make_generator(name, num_classes = 1000):
     if name == 'tiny':
-        return DriftingGenerator(**TINY, num_classes = num_classes)
+        name = TINY
+
+    if isinstance(name, dict):
+        return DriftingGenerator(**name, num_classes = num_classes)
 
     return DriftingGenerator.from_preset(name, num_classes = num_classes)
 
@@ -458,8 +614,16 @@ class Stopwatch:
 
 def parts_of_step(trainer, batches, args):
     """{part: seconds} of a step that is made of the Trainer's own pieces, one after the other."""
-    loss_fn, accelerator = trainer.loss_fn, trainer.accelerator
+    loss_fn, accelerator = copy(trainer.loss_fn), trainer.accelerator
+    features = loss_fn.features
     watch = Stopwatch(args)
+
+    def timed_features(x):
+        out = features(x)
+        watch.mark('encoder of generated' if torch.is_grad_enabled() else 'encoder of real')
+        return out
+
+    loss_fn.features = timed_features
 
     labels, alpha, pos, uncond = trainer.draw(trainer.push(batches), 0)
     inputs = trainer.inputs(labels, alpha, 0)
@@ -468,6 +632,7 @@ def parts_of_step(trainer, batches, args):
     with accelerator.autocast():
         gen = trainer.generate(*inputs)
         watch.mark('generator')
+        gen.register_hook(lambda grad: watch.mark('backward of loss and encoder'))
 
         u = uncond.shape[1]
         weight = ((alpha - 1) * (gen.shape[1] - 1) / u)[:, None].expand(-1, u)
@@ -475,13 +640,12 @@ def parts_of_step(trainer, batches, args):
         loss = 0.
 
         for _, problem in loss_fn.problems(options, gen, weight, pos = pos, uncond = uncond):
-            watch.mark('encoder')
             loss = loss + problem.solve()[0].mean()
             del problem                                 # or two features are held
             watch.mark('loss')
 
     accelerator.backward(loss)
-    watch.mark('backward')
+    watch.mark('backward of generator')
 
     accelerator.clip_grad_norm_(trainer.model.parameters(), 2.)
     trainer.optimizer.step()
@@ -490,13 +654,32 @@ def parts_of_step(trainer, batches, args):
     watch.mark('optimiser')
     return watch.parts
 
+def resident_mib(what):
+    """Of this process, by the system: VmRSS now, VmHWM at most."""
+    lines = dict(line.split(':') for line in Path('/proc/self/status').read_text().splitlines())
+    return int(lines[what].split()[0]) / 2 ** 10
+
+def peak_of_process(args, preset, groups):
+    """(at most, before the first step) MiB of a process that takes three steps: run it in a new one."""
+    torch.set_num_threads(args.threads)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batches = make_trainer(args, folder, preset, groups)
+        before = resident_mib('VmRSS')
+
+        for _ in range(3):
+            trainer.train_step(batches)
+
+    return resident_mib('VmHWM'), before
+
 def measure_step(args, preset, groups):
-    """Of a step of so many groups: its seconds as a whole, {part: seconds} of several, the peak of its memory."""
+    """Of a step: (wall seconds, processor seconds) as a whole, {part: seconds} of several, the peak of its memory."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, batches = make_trainer(args, folder, preset, groups, args.compile)
         step = partial(trainer.train_step, batches)
 
-        whole, _ = interleaved({'step': step}, args)['step']
+        wall = argparse.Namespace(**{**vars(args), 'clock': 'wall'})
+        whole = interleaved({'step': step}, wall)['step']
         parts = [parts_of_step(trainer, batches, args) for _ in range(args.rounds)]
         return whole, parts, peak_mib(step, args.device)
 
@@ -532,7 +715,8 @@ def benchmark_step(args):
         num_gen = trainer.settings.num_gen
 
     del trainer, batches
-    groups, whole, each, peak = measure_largest_step(args, preset, sizes)
+    groups, (wall, cpu), each, peak = measure_largest_step(args, preset, sizes)
+    clock = cpu if args.clock == 'cpu' else wall
 
     parts = {part: median(times[part] for times in each) for part in each[0]}
     total = sum(parts.values())
@@ -543,19 +727,72 @@ def benchmark_step(args):
 
     rate = matmul_rate(args, torch.bfloat16 if on_a_gpu else torch.float32)
     flops = groups * flops_per_group
+    memory = {}
+
+    if not on_a_gpu and Path('/proc/self/status').exists():
+        with get_context('spawn').Pool(1) as pool:
+            process, before = pool.apply(peak_of_process, (args, preset, groups))
+
+        memory = {'peak MiB of a new process': process, 'of these, by the steps': process - before}
 
     summary = [{
         'groups': groups,
-        'step, whole, ms': whole * 1e3,
-        'samples per second': groups * num_gen / whole,
-        'peak MiB': peak,
+        'wall seconds': wall,
+        'processor seconds': cpu,
+        'samples per second': groups * num_gen / clock,
+        'peak MiB of torch': peak,
+        **memory,
         'TFLOP': flops / 1e12,
-        'utilisation': flops / whole / rate,
+        'utilisation': flops / clock / rate,
         'of TFLOP/s': rate / 1e12
     }]
 
     show("The Trainer's step as a whole; utilisation is against the measured rate of a large product", summary)
     return dict(parts = rows, whole = summary)
+
+def benchmark_maps(args):
+    """What map_features takes, alone, in an encoder and in a step, next to the form that takes var_mean."""
+    preset = STEPS['tiny' if args.quick else 'cpu']
+    groups, num_gen = args.groups or preset['settings']['num_groups'], preset['settings']['num_gen']
+    model = make_generator(preset['generator'], num_classes = None)
+    encoder = LatentMAE(**preset['encoder'], num_classes = None).to(args.device).requires_grad_(False)
+    x = torch.randn(groups * num_gen, *model.noise_shape, device = args.device).requires_grad_()
+    maps = {name: t.detach().requires_grad_() for name, t in encoder.maps(encoder.fold(x)).items()}
+
+    def features_of_maps():
+        features = {}
+
+        for name, t in maps.items():
+            features |= drifting.map_features(name, t, encoder.feature_sets)
+
+        return features
+
+    def there_and_back(features_of, inputs):
+        gradients = [torch.randn_like(t) for t in features_of().values()]
+        return lambda: torch.autograd.grad(list(features_of().values()), inputs, gradients)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batches = make_trainer(args, folder, preset, groups)
+        today = {
+            'features of maps, forward and backward': there_and_back(features_of_maps, list(maps.values())),
+            'encoder with features, forward and backward': there_and_back(partial(encoder.features, x), [x]),
+            'training step': partial(trainer.train_step, batches)
+        }
+        contenders = {name: (fn, with_var_mean(fn)) for name, fn in today.items()}
+        times = interleaved({(name, i): fn for name, pair in contenders.items() for i, fn in enumerate(pair)}, args)
+
+    rows = [
+        {
+            'of': name,
+            'var_mean, ms': times[name, 1][0] * 1e3,
+            'map_features, ms': times[name, 0][0] * 1e3,
+            '/ var_mean': times[name, 0][0] / times[name, 1][0]
+        }
+        for name in today
+    ]
+
+    show(f'Features of the maps of an encoder, {len(x)} generated samples', rows)
+    return rows
 
 # sampling
 
@@ -650,7 +887,9 @@ def benchmark_sampling(args):
 
 BENCHMARKS = dict(
     loss = benchmark_loss,
+    small = benchmark_small,
     features = benchmark_features,
+    maps = benchmark_maps,
     step = benchmark_step,
     sampling = benchmark_sampling,
     growth = benchmark_growth
@@ -686,12 +925,13 @@ def options():
         help = 'tiny sizes and two rounds, to see that everything runs'
     )
     parser.add_argument(
-        '--preset', choices = list(STEPS), default = 'tiny',
-        help = 'of the step: ablation is the generator B/2 with a MAE of width 256, for a GPU'
+        '--preset', choices = list(STEPS), default = 'cpu',
+        help = 'of the step: cpu is a generator of width 192 with a MAE of width 64, ablation is for a GPU'
     )
+    parser.add_argument('--step', action = 'store_true', help = 'growth: of a small training step too')
     parser.add_argument(
         '--groups', type = int, default = 0,
-        help = "class groups of the step and of the features, 0: the preset's, on a GPU at most as many as fit; "
+        help = "class groups of step, maps and features, 0: the preset's, on a GPU at most as many as fit; "
                "1 for the features"
     )
     parser.add_argument(
