@@ -696,10 +696,11 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         self.layers.append(nn.Sequential(*first_map, conv, nn.GroupNorm(8, dim)))
         for dim_in, dim_out in zip(widths, widths[1:], strict = False):
             conv = nn.Conv2d(dim_in, dim_out, 3, padding = 1)
-            up = nn.Upsample(scale_factor = 2, mode = 'bilinear')  # no checkerboard
+            up = nn.Upsample(scale_factor = 2, mode = 'bilinear')
             self.layers.append(nn.Sequential(conv, up, nn.GroupNorm(8, dim_out)))
-        to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1)
-        self.to_image = nn.Sequential(to_pixels, nn.PixelShuffle(2), nn.Tanh())
+        to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1), nn.PixelShuffle(2)
+        mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # of 2x2: no checkerboard
+        self.to_image = nn.Sequential(*to_pixels, *mean, nn.Tanh())
 
         # the condition, and from it what every layer is scaled and shifted by
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None

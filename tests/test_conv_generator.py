@@ -39,6 +39,13 @@ def test_every_condition_and_all_noise_act():
     assert torch.equal(model(noise, labels), model(noise, labels, torch.ones(2)))
     assert relative(model.double()(noise, labels, alpha), samples) < 1e-5
 
+def test_a_constant_map_is_a_picture_without_a_grid():
+    to_image = small(image_size = 32, channels = 3).to_image
+    torch.nn.init.normal_(to_image[0].bias)
+    picture = to_image(torch.randn(1, 8, 1, 1).expand(1, 8, 16, 16))[..., 4:-4, 4:-4]
+    assert picture.std(dim = (2, 3)).max() < 1e-5
+    assert picture.mean(dim = (2, 3)).std() > 1e-2
+
 def test_the_same_seed_gives_the_same_samples():
     model = small()
     samples = model.sample([0, 1, 2], seed = 0)
