@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from drifting_pytorch import FeatureDriftLoss, LatentMAE, Trainer
+from drifting_pytorch import LatentMAE
 from helpers import ROOT, run, run_example
 
 EXAMPLES = ROOT / 'examples'
@@ -151,7 +151,9 @@ def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
 
     torch.manual_seed(0)
     images, labels = torch.rand(100, 1, 28, 28) * 2 - 1, torch.arange(100) % 10
-    kwargs = dict(num_gen = 4, num_pos = 8, encoder_steps = 2) if method == 'drifting' else dict(batch_size = 8)
+    kwargs = dict(batch_size = 8)
+    if method == 'drifting':
+        kwargs = dict(folder = tmp_path / 'run', num_gen = 4, num_pos = 8, encoder_steps = 2)
     trained = compare_mnist.METHODS[method](images, labels, **kwargs)
     start = [p.clone() for p in trained.averaged.parameters()]
 
@@ -166,21 +168,6 @@ def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     straight, gone_on = ([*each.averaged.parameters()] for each in (trained, resumed))
     assert all(torch.equal(a, b) for a, b in zip(straight, gone_on, strict = True))
     assert any(not torch.equal(a, b) for a, b in zip(straight, start, strict = True))
-
-def test_compare_in_the_trainer(tmp_path, examples):
-    import compare_mnist
-
-    dataset = torch.utils.data.TensorDataset(torch.rand(200, 1, 28, 28) * 2 - 1, torch.arange(200) % 10)
-    loss_fn = FeatureDriftLoss(compare_mnist.Classifier(), affinity_floor = 0.)
-
-    trainer = Trainer(
-        compare_mnist.ConvGenerator(), loss_fn, dataset,
-        num_groups = 2, num_gen = 4, num_pos = 8, alpha_range = (1., 1.),
-        num_train_steps = 2, cpu = True, results_folder = tmp_path
-    )
-
-    trainer.train()
-    assert trainer.sample([3] * 4, seed = 0).shape == (4, 1, 28, 28)
 
 def test_toy(tmp_path):
     text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)

@@ -6,8 +6,8 @@ python examples/measure/compare_mnist.py --seeds 0 1 --budget 1800     # more se
 python examples/measure/compare_mnist.py --method flow --set ema_decay=1. uniform_times=True        # other settings,
                                                                        # in a results folder of their own
 
-drifting   one evaluation of a convolutional generator, trained by the drifting field of pixels and of the features of a
-           classifier (2602.04770); drifting-pixels: of pixels alone, as the judge is a classifier too
+drifting   one evaluation of a ConvGenerator, trained by Trainer with the drifting field of pixels and of the features
+           of a classifier (2602.04770); drifting-pixels: of pixels alone, as the judge is a classifier too
 meanflow   one evaluation of a U-Net, the average velocity on the whole way from noise to data (2505.13447)
 wgan       one evaluation of drifting's generator, trained against a critic with gradient penalty (1704.00028)
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
@@ -16,7 +16,7 @@ flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow 
 All are class-conditional, without guidance, on 4,000 MNIST images. The time is that of the process, on one thread, with
 all that is trained (encoder and critic too) and without the evaluations. Data, judge and measures are those of
 train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every evaluation), METHOD-SEED.png (samples, a row per
-class), METHOD-SEED.pt (to go on, with a larger budget), compare.png (the curves).
+class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger budget), compare.png (the curves).
 """
 
 import ast
@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import cat, nn
+from torch.utils.data import TensorDataset
 
-from drifting_pytorch import FeatureDriftLoss, drift_loss
+from drifting_pytorch import ConvGenerator, FeatureDriftLoss, Trainer
 from drifting_pytorch.drifting import sinusoidal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
@@ -57,40 +58,9 @@ def scaled_and_shifted(x, cond):
     scale, shift = cond.reshape(len(x), 2, -1, *(1 for _ in x.shape[2:])).unbind(dim = 1)
     return x * (1 + scale) + shift
 
-class ConvGenerator(nn.Module):
-    """Noise [b d] and classes to images [b 1 28 28], called as the generators of this package: Trainer takes it."""
-
-    num_classes = 10
-
-    def __init__(self, dim_noise = 64, dim = 64):
-        super().__init__()
-        self.noise_shape = (dim_noise,)
-
-        self.layers = nn.ModuleList([
-            nn.Linear(dim_noise, 256),
-            nn.Sequential(
-                nn.Linear(256, 16 * 7 * 7), nn.Unflatten(1, (16, 7, 7)),
-                nn.Conv2d(16, dim, 3, 1, 1), nn.GroupNorm(8, dim)
-            ),
-            nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2))
-        ])
-
-        self.to_image = nn.Sequential(nn.ConvTranspose2d(dim // 2, 1, 4, 2, 1), nn.Tanh())
-
-        # the class acts on every layer: where it only joins the noise at the input, more samples look like others
-
-        self.class_embeds = nn.ModuleList([nn.Embedding(10, size * 2) for size in (256, dim, dim // 2)])
-
-        for embed in self.class_embeds:
-            nn.init.normal_(embed.weight, std = 0.3)
-
-    def forward(self, noise, labels, alpha = None, styles = None):
-        x = noise
-
-        for layer, embed in zip(self.layers, self.class_embeds, strict = True):
-            x = F.silu(scaled_and_shifted(layer(x), embed(labels)))
-
-        return self.to_image(x)
+def conv_generator():
+    """That of drifting and of its rival WGAN-GP, for images [b 1 28 28] of ten classes."""
+    return ConvGenerator(image_size = 28, channels = 1, num_classes = 10)
 
 class ConditionedBlock(nn.Module):
     """Two convolutions, scaled and shifted by the condition in between."""
@@ -210,6 +180,8 @@ class Critic(nn.Module):
 # methods: what is trained, a step, and samples
 
 class Method:
+    """With a loop of its own."""
+
     evaluations = 1
 
     def __init__(
@@ -251,68 +223,81 @@ class Method:
         for average, p in zip(self.averaged.parameters(), self.model.parameters(), strict = True):
             average.data.lerp_(p.data, 1 - decay)
 
-    def generate(self, model, labels):
-        return model(torch.randn(len(labels), *model.noise_shape), labels)
-
     def sample(self, labels):
-        return self.generate(self.averaged, labels)
+        return generate(self.averaged, labels)
 
-class Drifting(Method):
+def generate(model, labels):
+    return model(torch.randn(len(labels), *model.noise_shape), labels)
+
+class Drifting:
     """Few class groups and a cheap generator, so many steps.
 
-    Positives in plenty, as they cost next to nothing: the frozen encoder sees every image once. The field has unit size
-    however near the samples are, so the steps have to become small by themselves, at a rate that knows of no end; and
-    the weights are averaged over about the last tenth of them.
+    The field has unit size however near the samples are, so the steps have to become small by themselves, at a rate
+    that knows of no end; and the weights are averaged over about the last tenth of them. Its Trainer goes on from its
+    own checkpoint, in folder.
     """
 
-    def __init__(
-        self, images, labels,
-        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True, **kwargs
-    ):
-        settings = dict(learning_rate = 4e-3, decay_start = 200, ema_decay = 1.)
-        super().__init__(images, labels, ConvGenerator(), **{**settings, **kwargs})
-        self.num_groups = num_groups
-        self.num_gen = num_gen
-        self.num_pos = num_pos
-        self.classes = [(labels == i).nonzero()[:, 0] for i in range(10)]
+    evaluations = 1
 
-        encoder = None
+    def __init__(
+        self, images, labels, folder,
+        num_groups = 4, num_gen = 32, num_pos = 64, encoder_steps = 600, with_encoder = True,
+        learning_rate = 4e-3, decay_start = 200, ema_decay = 1.
+    ):
+        self.dataset = TensorDataset(images, labels)
+        self.ema_decay = ema_decay
+        self.encoder = None
 
         if with_encoder:
-            encoder = Classifier()
-            encoder.train_on(images, labels, encoder_steps)
-            self.parts.append(encoder)
+            self.encoder = Classifier()
+            self.encoder.train_on(images, labels, encoder_steps)
 
-        self.features = FeatureDriftLoss(encoder).features                          # of pixels ('global') and encoder
+        self.settings = dict(
+            num_groups = num_groups, num_gen = num_gen, num_pos = num_pos, class_queue_size = 400,
+            alpha_range = (1., 1.), learning_rate = learning_rate, lr_warmup_steps = 0, lr_decay_start = decay_start,
+            log_every = 0, sample_every = 0, save_every = 0, keep_checkpoints = 1, progress_bar = False,
+            seed = torch.initial_seed(), cpu = True, results_folder = folder
+        )
+        self.make_trainer(overwrite = True)
 
-        with torch.no_grad():
-            self.real = self.features(images)
+    def make_trainer(self, **kwargs):
+        loss_fn = FeatureDriftLoss(self.encoder, affinity_floor = 0.)
+        self.trainer = Trainer(conv_generator(), loss_fn, self.dataset, **self.settings, **kwargs)
+
+    def __getstate__(self):
+        self.trainer.save()
+        return {name: value for name, value in vars(self).items() if name != 'trainer'}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.make_trainer(resume_from_checkpoint = 'latest')
+
+    @property
+    def parts(self):
+        return [part for part in (self.trainer.unwrapped, self.encoder) if part is not None]
+
+    @property
+    def averaged(self):
+        return self.trainer.ema.ema_model.eval()
+
+    @property
+    def updates(self):
+        return self.trainer.step
 
     def step(self):
-        labels = torch.randperm(10)[:self.num_groups]
-        positives = cat([self.draw_positives(label) for label in labels])
-        generated = self.features(self.generate(self.model, labels.repeat_interleave(self.num_gen)))
-        losses = []
+        """Twenty steps at a time."""
+        trainer = self.trainer
+        steps = trainer.settings.num_train_steps = trainer.step + 20
+        trainer.ema.beta = trainer.ema.min_value = min(self.ema_decay, 1 - 10 / steps)      # nobody knows the last step
+        trainer.train()
 
-        for name, real in self.real.items():
-            gen, pos = self.grouped(generated[name]), self.grouped(real[positives])
-            loss, _ = drift_loss(gen, pos, affinity_floor = 0., diagnostics = False)
-            losses.append(loss)
-
-        self.descend(sum(losses).mean())
-
-    def draw_positives(self, label):
-        """Places of some images of a class."""
-        places = self.classes[label]
-        return places[torch.randperm(len(places))[:self.num_pos]]
-
-    def grouped(self, features):
-        return rearrange(features, '(c n) 1 d -> c n d', c = self.num_groups)
+    def sample(self, labels):
+        return generate(self.averaged, labels)
 
 class WGAN(Method):
     def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10., **kwargs):
         settings = {**dict(learning_rate = 5e-4, ema_decay = 0.995, betas = (0., 0.9)), **kwargs}
-        super().__init__(images, labels, ConvGenerator(), **settings)
+        super().__init__(images, labels, conv_generator(), **settings)
         self.batch_size = batch_size
         self.critic_steps = critic_steps
         self.penalty = penalty
@@ -330,7 +315,7 @@ class WGAN(Method):
             real, labels = self.batch(self.batch_size)
 
             with torch.no_grad():
-                fake = self.generate(self.model, labels)
+                fake = generate(self.model, labels)
 
             between = torch.lerp(real, fake, torch.rand(len(real), 1, 1, 1)).requires_grad_()
             slope, = torch.autograd.grad(self.critic(between, labels).sum(), between, create_graph = True)
@@ -343,7 +328,7 @@ class WGAN(Method):
             self.critic_optimizer.step()
 
         _, labels = self.batch(self.batch_size)
-        self.descend(-self.critic(self.generate(self.model, labels), labels).mean())
+        self.descend(-self.critic(generate(self.model, labels), labels).mean())
 
 class Flow(Method):
     evaluations = 50
@@ -481,19 +466,20 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
     saved = path.with_suffix('.pt')
 
     if saved.exists():
-        trained, used, steps, records, random_state = torch.load(saved, weights_only = False)
+        trained, used, records, random_state = torch.load(saved, weights_only = False)
         check_same(saved, records[-1], budget, num_samples, settings)
         torch.set_rng_state(random_state)
         done = records[-1]['time']
     else:
         torch.manual_seed(seed)
         start = time.process_time()
-        trained = METHODS[method](judge.images, judge.labels, **settings)
+        own_folder = dict(folder = path.with_suffix('')) if method.startswith('drifting') else {}
+        trained = METHODS[method](judge.images, judge.labels, **own_folder, **settings)
         used = time.process_time() - start
-        steps, records, done = 0, [], 0.
+        records, done = [], 0.
 
     def save():
-        torch.save((trained, used, steps, records, torch.get_rng_state()), saved)
+        torch.save((trained, used, records, torch.get_rng_state()), saved)
         path.write_text(json.dumps(records, indent = 1))
 
     for seconds in (budget / 2 ** i for i in reversed(range(points))):
@@ -504,7 +490,6 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
             start = time.process_time()
             trained.step()
             used += time.process_time() - start
-            steps += 1
 
         samples, labels = draw(trained, num_samples)
 
@@ -512,7 +497,7 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
             method = method,
             seed = seed,
             time = seconds,
-            steps = steps,
+            steps = trained.updates,
             parameters = [num_parameters(part) for part in trained.parts],
             evaluations = trained.evaluations,
             num_samples = num_samples,
@@ -520,7 +505,7 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
             **measure(judge, samples, labels)
         ))
 
-        print(f'{method:15s} {used:6.0f} s {steps:6d} steps  {row(records[-1])}', flush = True)
+        print(f'{method:15s} {used:6.0f} s {trained.updates:6d} steps  {row(records[-1])}', flush = True)
 
         save()
         class_rows((samples + 1) / 2, 20).save(path.with_suffix('.png'))
