@@ -91,13 +91,21 @@ def options():
     parser.add_argument('--groups', type = int, default = 10, help = 'class groups per step')
     parser.add_argument('--num-gen', type = int, default = 32, help = 'generated samples per group')
     parser.add_argument('--num-pos', type = int, default = 64, help = 'real samples per group')
-    parser.add_argument('--learning-rate', type = float, default = 2e-3, help = 'of AdamW')
+    parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of AdamW')
+    parser.add_argument(
+        '--lr-decay-start', type = int, default = 300,
+        help = 'the step from which on the learning rate falls as 1 / sqrt(step)'
+    )
     parser.add_argument(
         '--affinity-floor', type = float, default = 0.,
         help = "lower bound of softmax * softmax; the release's 1e-6 keeps these samples at the mean of their class"
     )
     parser.add_argument('--dim', type = int, default = 64, help = 'width of the generator')
     parser.add_argument('--depth', type = int, default = 3, help = 'blocks of the generator')
+    parser.add_argument(
+        '--output-conv-dim', type = int, default = 16,
+        help = 'width of the convolutions behind its patches, 0 for none'
+    )
     parser.add_argument(
         '--seed', type = int, default = 0,
         help = 'of the whole run; the final samples always use seed 0'
@@ -133,7 +141,8 @@ def main():
         num_classes = 10,
         num_register_tokens = 4,
         num_style_tokens = 8,
-        style_codebook_size = 16
+        style_codebook_size = 16,
+        output_conv_dim = args.output_conv_dim
     )
 
     trainer = Trainer(
@@ -147,7 +156,8 @@ def main():
         alpha_range = (1., 1.),                     # no guidance
         learning_rate = args.learning_rate,
         lr_warmup_steps = 50,
-        ema_decay = 0.995,
+        lr_decay_start = args.lr_decay_start,
+        ema_decay = max(0., 1 - 10 / args.steps),   # over the last tenth of the steps
         sample_every = args.sample_every,
         save_every = args.save_every,
         seed = args.seed,
