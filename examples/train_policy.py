@@ -166,7 +166,7 @@ class DriftingPolicy(Policy):
     right there is some for straight ahead. Coins, the signs of noise, have nothing in between, as the random styles of
     the paper's generator, which are whole numbers.
 
-    coins: how many, 0 for Gaussian noise of 32 dimensions. The other inputs of the network are zero.
+    coins: how many, or 0 for Gaussian noise of 32 dimensions. The other inputs of the network are zero.
     """
 
     def __init__(self, observations, chunks, coins):
@@ -187,14 +187,16 @@ def flow_loss(model, obs, chunks):
     noise, time = torch.randn_like(chunks), torch.rand(len(chunks), 1)
     return F.mse_loss(model(noise.lerp(chunks, time), obs, time = time), chunks - noise)
 
-def train_by_regression(model, method, observations, chunks, settings):
-    """A mean squared error: regression, flow matching."""
+LOSSES = dict(regression = regression_loss, flow = flow_loss)
+METHODS = (*LOSSES, 'drifting')
+
+def minimize(loss_fn, model, observations, chunks, settings, title):
     optimizer = torch.optim.AdamW(model.parameters(), lr = settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
 
-    for _ in tqdm(range(settings.steps), desc = method, leave = False):
+    for _ in tqdm(range(settings.steps), desc = title, leave = False):
         batch = torch.randint(len(chunks), (settings.batch,))
-        loss = LOSSES[method](model, observations[batch], chunks[batch])
+        loss = loss_fn(model, observations[batch], chunks[batch])
 
         optimizer.zero_grad()
         loss.backward()
@@ -205,7 +207,6 @@ def train_by_drifting(model, observations, chunks, settings, seed):
     """Returns the averaged model.
 
     A group is an observation: its one demonstrated chunk is the positive, several generated chunks repel each other.
-
     That the other side is demonstrated too is learned over the steps, as in regression and flow matching, whose targets
     are single chunks as well: the network is smooth in the observation. Fewer observations make up for the several
     chunks, so that all methods pass the same number of rows per step.
@@ -222,7 +223,7 @@ def train_by_drifting(model, observations, chunks, settings, seed):
         learning_rate = settings.learning_rate,
         lr_warmup_steps = 0,
         lr_decay_start = max(1, settings.steps // 10),
-        ema_decay = 1 - 10 / settings.steps,                            # of about the last tenth
+        ema_decay = max(0., 1 - 10 / settings.steps),                   # of about the last tenth
         log_every = 0, sample_every = 0, save_every = 0,
         seed = seed,
         cpu = True,
@@ -233,9 +234,6 @@ def train_by_drifting(model, observations, chunks, settings, seed):
     trainer.train()
     trainer.accelerator.end_training()
     return trainer.ema.ema_model
-
-LOSSES = dict(regression = regression_loss, flow = flow_loss)
-METHODS = ('regression', 'flow', 'drifting')
 
 def train(method, observations, chunks, settings, seed):
     """Returns the model and the seconds of cpu time."""
@@ -248,7 +246,7 @@ def train(method, observations, chunks, settings, seed):
     if is_drifting:
         model = train_by_drifting(model, observations, chunks, settings, seed)
     else:
-        train_by_regression(model, method, observations, chunks, settings)
+        minimize(LOSSES[method], model, observations, chunks, settings, title = f'{method}, seed {seed}')
 
     return model, time.process_time() - start
 
