@@ -5,7 +5,8 @@ python examples/train_policy.py
 A point robot with inertia and disturbances has to reach a goal behind a disc. Start, goal and disc vary; the
 demonstrator passes it left or right, by a coin. So the mean of the demonstrations runs into the disc, and a policy has
 to keep both sides apart. Compared at the same network, demonstrations, steps and batch: regression (behaviour cloning),
-flow matching (a many-step diffusion policy), drifting. Writes policy.png, policy.md and metrics.json.
+flow matching (a many-step diffusion policy), drifting, which `Trainer` trains: a condition per row of the data, one
+positive each. Writes policy.png, policy.md and metrics.json.
 """
 
 import json
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import cat, nn, stack, tensor
+from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from common import make_parser, num_parameters
-from drifting_pytorch import drift_loss
+from drifting_pytorch import FeatureDriftLoss, Trainer
 
 CHUNK = 16                          # actions that are predicted
 EXECUTE = 8                         # of which so many are executed before the next prediction
@@ -132,9 +134,9 @@ def demonstrate(n, generator):
 # the policies: one network, three ways to train it
 
 class Policy(nn.Module):
-    """(observation [... 7], x [... 32], time [... 1]) -> [... 32].
+    """(x [b 32], observation [b 7]) -> [b 32].
 
-    x is noise (drifting), a half denoised chunk (flow matching) or zero (regression).
+    x is noise (drifting), a half denoised chunk (flow matching, at this time) or zero (regression).
     """
 
     def __init__(self, observations, chunks, dim = 256):
@@ -153,56 +155,98 @@ class Policy(nn.Module):
             nn.Linear(dim, size)
         )
 
-    def forward(self, obs, x, time = 0.):
-        time = torch.as_tensor(time).expand(*x.shape[:-1], 1)
+    def forward(self, x, obs, time = 0.):
+        time = torch.as_tensor(time).expand(len(x), 1)
         return self.net(cat(((obs - self.mean) / self.std, x, time), dim = -1))
 
-def regression_loss(model, obs, chunks, settings):
-    return F.mse_loss(model(obs, torch.zeros_like(chunks)), chunks)
+class DriftingPolicy(Policy):
+    """The same network as Trainer calls it: (noise [b n], observation [b 7]) -> [b 32].
 
-def flow_loss(model, obs, chunks, settings):
-    noise, time = torch.randn_like(chunks), torch.rand(len(chunks), 1)
-    return F.mse_loss(model(obs, noise.lerp(chunks, time), time), chunks - noise)
+    Gaussian noise is connected, and so is all that a network makes of it: between the noise for left and the noise for
+    right there is some for straight ahead. Coins, the signs of noise, have nothing in between, as the random styles of
+    the paper's generator, which are whole numbers.
 
-def drifting_loss(model, obs, chunks, settings):
-    """A group is an observation: its one demonstrated chunk is the positive, several generated chunks repel each other.
-
-    That the other side is demonstrated too is learned over the steps, as in regression and flow matching, whose targets
-    are single chunks as well: the network is smooth in the observation. Fewer observations make up for the several
-    chunks, so that all methods pass the same number of rows per step.
-
-    Tried instead, both less precise at the goal: the chunks of the nearest observations as further positives, which are
-    not quite right here, and a single group of joint points (observation, chunk), in which the kernel matches
-    observations.
+    coins: how many, or 0 for Gaussian noise of 32 dimensions. The other inputs of the network are zero.
     """
-    b, g = len(obs) // settings.num_gen, settings.num_gen
-    obs, chunks = obs[:b, None], chunks[:b, None]                           # b 1 d
-    noise = torch.randn(b, g, model.size)
 
-    gen = model(obs.expand(-1, g, -1), noise)                               # b g d
-    loss, _ = drift_loss(gen, chunks, temperatures = settings.temperatures, affinity_floor = 0.)
-    return loss.mean()
+    def __init__(self, observations, chunks, coins):
+        super().__init__(observations, chunks)
+        self.coins = coins
+        self.noise_shape = (coins or self.size,)
 
-LOSSES = dict(regression = regression_loss, flow = flow_loss, drifting = drifting_loss)
+    def forward(self, noise, obs, alpha = None, styles = None):         # no guidance, no styles
+        if self.coins > 0:
+            noise = F.pad(noise.sign(), (0, self.size - self.coins))
 
-def train(method, observations, chunks, settings, seed):
-    """Returns the model and the seconds of cpu time."""
-    torch.manual_seed(seed)
-    model = Policy(observations, chunks)
-    chunks = chunks.flatten(1) / model.unit
+        return super().forward(noise, obs)
 
+def regression_loss(model, obs, chunks):
+    return F.mse_loss(model(torch.zeros_like(chunks), obs), chunks)
+
+def flow_loss(model, obs, chunks):
+    noise, time = torch.randn_like(chunks), torch.rand(len(chunks), 1)
+    return F.mse_loss(model(noise.lerp(chunks, time), obs, time = time), chunks - noise)
+
+LOSSES = dict(regression = regression_loss, flow = flow_loss)
+METHODS = (*LOSSES, 'drifting')
+
+def minimize(loss_fn, model, observations, chunks, settings, title):
     optimizer = torch.optim.AdamW(model.parameters(), lr = settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    start = time.process_time()
 
-    for _ in tqdm(range(settings.steps), desc = f'{method}, seed {seed}', leave = False):
+    for _ in tqdm(range(settings.steps), desc = title, leave = False):
         batch = torch.randint(len(chunks), (settings.batch,))
-        loss = LOSSES[method](model, observations[batch], chunks[batch], settings)
+        loss = loss_fn(model, observations[batch], chunks[batch])
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+def train_by_drifting(model, observations, chunks, settings, seed):
+    """Returns the averaged model.
+
+    A group is an observation: its one demonstrated chunk is the positive, several generated chunks repel each other.
+    That the other side is demonstrated too is learned over the steps, as in regression and flow matching, whose targets
+    are single chunks as well: the network is smooth in the observation. Fewer observations make up for the several
+    chunks, so that all methods pass the same number of rows per step.
+    """
+    trainer = Trainer(
+        model,
+        FeatureDriftLoss(temperatures = settings.temperatures, affinity_floor = 0.),
+        TensorDataset(chunks, observations),
+        num_groups = settings.batch // settings.num_gen,
+        num_gen = settings.num_gen,
+        num_pos = 1,
+        alpha_range = (1., 1.),                                         # no guidance
+        num_train_steps = settings.steps,
+        learning_rate = settings.learning_rate,
+        lr_warmup_steps = 0,
+        lr_decay_start = max(1, settings.steps // 10),
+        ema_decay = max(0., 1 - 10 / settings.steps),                   # of about the last tenth
+        log_every = 0, sample_every = 0, save_every = 0,
+        seed = seed,
+        cpu = True,
+        results_folder = Path(settings.results_folder) / f'seed{seed}',
+        overwrite = True
+    )
+
+    trainer.train()
+    trainer.accelerator.end_training()
+    return trainer.ema.ema_model
+
+def train(method, observations, chunks, settings, seed):
+    """Returns the model and the seconds of cpu time."""
+    torch.manual_seed(seed)
+    is_drifting = method == 'drifting'
+    model = DriftingPolicy(observations, chunks, settings.coins) if is_drifting else Policy(observations, chunks)
+    chunks = chunks.flatten(1) / model.unit
+    start = time.process_time()
+
+    if is_drifting:
+        model = train_by_drifting(model, observations, chunks, settings, seed)
+    else:
+        minimize(LOSSES[method], model, observations, chunks, settings, title = f'{method}, seed {seed}')
 
     return model, time.process_time() - start
 
@@ -210,15 +254,15 @@ def policy_of(model, method, evaluations = 1):
     """Observations [n 7] -> the actions [n 8 2] to execute."""
     @torch.no_grad()
     def policy(obs):
-        x = torch.randn(len(obs), model.size)
-
-        if method == 'flow':
-            for i in range(evaluations):                                # Euler steps from noise to a chunk
-                x = x + model(obs, x, i / evaluations) / evaluations
+        if method == 'drifting':
+            x = model(torch.randn(len(obs), *model.noise_shape), obs)
+        elif method == 'regression':
+            x = model(torch.zeros(len(obs), model.size), obs)
         else:
-            start = x if method == 'drifting' else 0 * x
-            x = model(obs, start)
+            x = torch.randn(len(obs), model.size)
 
+            for i in range(evaluations):                                # Euler steps from noise to a chunk
+                x = x + model(x, obs, time = i / evaluations) / evaluations
         return (x * model.unit).view(-1, CHUNK, 2)[:, :EXECUTE]
 
     return policy
@@ -338,8 +382,9 @@ def policies_of(models, seed):
     make = {'demonstrator': demonstrators}
 
     for name, (method, evaluations) in VARIANTS.items():
-        policy = policy_of(models[method], method, evaluations)
-        make[name] = lambda n, policy = policy: policy
+        if method in models:
+            policy = policy_of(models[method], method, evaluations)
+            make[name] = lambda n, policy = policy: policy
 
     return make
 
@@ -355,12 +400,23 @@ def options():
     )
     parser.add_argument('--steps', type = int, default = 4_000, help = 'optimiser steps of each training')
     parser.add_argument('--batch', type = int, default = 256, help = 'rows that pass the network per step')
+    parser.add_argument(
+        '--methods', nargs = '+', choices = METHODS, default = METHODS,
+        help = 'what is trained, without the others'
+    )
+    parser.add_argument(
+        '--coins', type = int, default = 4,
+        help = 'noise of drifting: so many random signs, of 32 inputs; 0 for 32 Gaussian numbers'
+    )
     parser.add_argument('--num-gen', type = int, default = 8, help = 'generated chunks per observation, drifting only')
     parser.add_argument(
         '--temperatures', type = float, nargs = '+', default = [0.05, 0.2, 0.5],
         help = 'of the kernel, relative to the mean distance of chunks; the largest one reaches from side to side'
     )
-    parser.add_argument('--learning-rate', type = float, default = 3e-3, help = 'of AdamW, decayed to 0 by a cosine')
+    parser.add_argument(
+        '--learning-rate', type = float, default = 3e-3,
+        help = 'of AdamW; a cosine takes it to 0, in drifting it falls as 1 / sqrt(step) and weights are averaged'
+    )
     parser.add_argument('--demonstrations', type = int, default = 1_000, help = 'episodes to imitate')
     parser.add_argument('--threads', type = int, default = 1, help = 'cpu threads')
     parser.add_argument(
@@ -381,15 +437,16 @@ def main():
     folder.mkdir(parents = True, exist_ok = True)
 
     num_scenes, repeats = (4, 4) if args.quick else (50, 10)
-    results = {name: [] for name in ('demonstrator', *VARIANTS)}
-    training_seconds = {method: [] for method in LOSSES}
+    variants = [name for name, (method, _) in VARIANTS.items() if method in args.methods]
+    results = {name: [] for name in ('demonstrator', *variants)}
+    training_seconds = {method: [] for method in args.methods}
 
     for seed in range(args.seeds):
         generator = torch.Generator().manual_seed(seed)
         observations, chunks = demonstrate(args.demonstrations, generator)
         models = {}
 
-        for method in LOSSES:
+        for method in args.methods:
             models[method], seconds = train(method, observations, chunks, args, seed)
             training_seconds[method].append(seconds)
 
@@ -406,14 +463,14 @@ def main():
             seeds.append(result)
 
         if seed == 0:
-            plot({name: make[name] for name in PICTURED}, folder / 'policy.png')
+            plot({name: make[name] for name in PICTURED if name in make}, folder / 'policy.png')
 
     text = table(results, training_seconds)
     record = dict(settings = vars(args), results = results, training_cpu_seconds = training_seconds)
     (folder / 'policy.md').write_text(text + '\n')
     (folder / 'metrics.json').write_text(json.dumps(record, indent = 1))
 
-    parameters, episodes = num_parameters(models['drifting']), num_scenes * repeats
+    parameters, episodes = num_parameters(models[args.methods[0]]), num_scenes * repeats
     print(f'''{text}
 
 {parameters:,} parameters, {len(chunks):,} pairs of an observation and a chunk, \

@@ -49,10 +49,28 @@ def test_chunks_are_what_followed_the_observation(policy, rng):
     assert start.sum() == 20 and (chunks[start, :8, 0] > 0).all()
     assert chunks[start, :8, 1].mean(dim = 1).abs().min() > 0.1
 
-def test_drifting_learns_both_sides_where_regression_crashes(policy, rng):
+def test_only_one_method(tmp_path):
+    options = ('--quick', '--methods', 'drifting', '--coins', 0)
+    run_example('train_policy.py', *options, '--results-folder', tmp_path)
+    assert list(json.loads((tmp_path / 'metrics.json').read_text())['results']) == ['demonstrator', 'drifting']
+
+@pytest.mark.parametrize('coins, outcomes', [(3, 8), (0, 1000)])
+def test_coins_have_nothing_in_between(policy, rng, coins, outcomes):
+    observations, chunks = policy.demonstrate(5, rng)
+    model = policy.DriftingPolicy(observations, chunks, coins)
+    assert model.noise_shape == (coins or 32,)
+
+    with torch.no_grad():
+        drawn = model(torch.randn(1000, *model.noise_shape, generator = rng), observations[:1].expand(1000, -1))
+
+    assert len(drawn.mul(1e4).round().unique(dim = 0)) == outcomes
+    assert policy.num_parameters(model) == policy.num_parameters(policy.Policy(observations, chunks))
+
+def test_drifting_learns_both_sides_where_regression_crashes(policy, rng, tmp_path):
     observations, chunks = policy.demonstrate(200, rng)
     settings = SimpleNamespace(
-        steps = 300, batch = 256, num_gen = 8, temperatures = (0.05, 0.2, 0.5), learning_rate = 3e-3
+        steps = 300, batch = 256, coins = 4, num_gen = 8, temperatures = (0.05, 0.2, 0.5), learning_rate = 3e-3,
+        results_folder = tmp_path
     )
 
     def result_of(method):
