@@ -74,7 +74,7 @@ def first_of_each_class(labels, num):
 # how good generated digits are, seen by a classifier of real digits that has no part in the training
 
 def train_classifier(images, labels, epochs = 12):
-    """A small convolutional one, [n 1 28 28] -> features [n 64], classes [n], always the same for the same images."""
+    """A small convolutional one, [n 1 28 28] -> features [n 64], logits [n 10], the same for the same images."""
     torch.manual_seed(0)
 
     body = nn.Sequential(
@@ -103,7 +103,7 @@ def train_classifier(images, labels, epochs = 12):
     @torch.no_grad()
     def classify(x):
         features = body(x)
-        return features.double().numpy(), head(features).argmax(dim = -1)
+        return features.double().numpy(), head(features)
 
     return classify
 
@@ -134,12 +134,12 @@ class Judge:
         self.view = view
         self.classify = train_classifier(view(self.images), self.labels)
 
-        self.real, predicted = self.classify(view(self.held_out))
-        self.accuracy = (predicted == held_out_labels).double().mean().item()      # is it worth asking?
+        self.real, logits = self.classify(view(self.held_out))
+        self.accuracy = (logits.argmax(dim = -1) == held_out_labels).double().mean().item()      # is it worth asking?
 
     def __call__(self, images, labels):
-        features, predicted = self.classify(self.view(images))
-        correct = (predicted == labels).double()
+        features, logits = self.classify(self.view(images))
+        correct = (logits.argmax(dim = -1) == labels).double()
 
         return dict(
             accuracy = correct.mean().item(),

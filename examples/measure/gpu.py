@@ -222,11 +222,11 @@ def report_mnist(args):
             if used >= min(evaluate_at, limit):
                 evaluate_at = used * 1.2
                 samples = trainer.sample(sample_labels, seed = 0, batch_size = 1_000).cpu().clamp(-1, 1)
-                features, predicted = judge.classify(samples)
+                features, logits = judge.classify(samples)
                 rows.append({
                     'seconds': used, 'steps': trainer.step,
                     'Frechet distance': frechet_distance(features, judge.real),
-                    'recognised': (predicted == sample_labels).double().mean().item()
+                    'recognised': (logits.argmax(dim = -1) == sample_labels).double().mean().item()
                 })
 
     show(f'MNIST: a training from its start, {encoder_seconds:.1f} s of it for the encoder and the queue', rows)
