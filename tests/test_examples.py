@@ -169,6 +169,46 @@ def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     assert all(torch.equal(a, b) for a, b in zip(straight, gone_on, strict = True))
     assert any(not torch.equal(a, b) for a, b in zip(straight, start, strict = True))
 
+def test_restore(tmp_path):
+    text = run_example('train_restore.py', '--quick', '--results-folder', tmp_path)
+    record = json.loads((tmp_path / 'metrics.json').read_text())
+    assert 200_000 < record['parameters'] < 400_000 and record['judge_accuracy'] > 0.96
+    assert (tmp_path / 'restore.md').read_text() in text and text.count('\n| ') == 2 * (2 + 6)
+
+    for task in ('coarse', 'half'):
+        regression, *others, nearest = (seeds[0] for seeds in record[task]['results'].values())
+        assert regression['spread'] == 0 and regression['error_of_mean'] == regression['error_of_best']
+        assert len(others) == 4 and all(0.1 < each['spread'] < 2 for each in others)
+        assert 0 < nearest['inconsistency'] < 0.5 and nearest['recognised'] > 0.6
+        assert all(runs[0]['steps'] > 0 for runs in record[task]['training'].values())
+
+    picture = Image.open(tmp_path / 'restore.png')
+    assert picture.width > picture.height > 400
+
+def test_restore_measures(examples):
+    """The truth as the answer has no error; a second answer makes a spread, not a larger error of the best."""
+    from types import SimpleNamespace
+
+    import train_restore
+
+    images, labels = torch.rand(3, 1, 28, 28, generator = torch.Generator().manual_seed(0)), torch.tensor([1, 1, 2])
+    judge = SimpleNamespace(classify = lambda x: (None, torch.tensor([0., 9., 0.]).expand(len(x), 3)))
+
+    for task in ('coarse', 'half'):
+        condition = train_restore.condition_of(images, task)
+        assert condition.shape == (3, 2, 28, 28) and condition[:, 1].mean() == (0.5 if task == 'half' else 0)
+
+        other = images.clone()
+        train_restore.unknown(other, task).add_(1)          # of all pixels, so known changes too, where it is coarse
+        answers = torch.stack((images, other), dim = 1)
+        measures = train_restore.evaluate(answers, images, labels, task, judge)
+
+        expected = dict(
+            error_of_mean = 0.5, error_of_best = 0., recognised = 2 / 3, another_digit = 1 / 3, spread = 1.,
+            inconsistency = 0.5 if task == 'coarse' else 0.
+        )
+        assert measures == pytest.approx(expected, abs = 1e-5)
+
 def test_toy(tmp_path):
     text = run_example('train_toy.py', '--results-folder', tmp_path, '--steps', 8, '--threads', 1)
     assert text.count('\n| ') >= 7 and Image.open(tmp_path / 'evolution.png').width > 500
@@ -347,7 +387,7 @@ def test_gpu_report_samples_in_every_way(examples, monkeypatch):
     assert all(out.shape == (3, *model.noise_shape) and not out.requires_grad for out in outs)
 
 SCRIPTS = [
-    'train_digits.py', 'train_toy.py', 'train_mnist.py',
+    'train_digits.py', 'train_toy.py', 'train_mnist.py', 'train_restore.py',
     'measure/benchmark.py', 'measure/ablations.py', 'measure/compare_mnist.py', 'measure/gpu.py', 'export.py'
 ]
 
