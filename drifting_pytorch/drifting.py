@@ -179,7 +179,7 @@ def geometric_mean_of_softmaxes(logits):
     return logits.sub_(log_sums / 2).exp_()
 
 class DriftField(Module):
-    """The drifting field V_{p,q}(x): where each point should move, to positives, from negatives (Algorithm 2).
+    """The drifting field V_{p,q}(x): where points should move, to positives, from negatives (Algorithm 2).
 
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
@@ -239,7 +239,7 @@ class DriftField(Module):
         V = rearrange(W, '... t n y -> ... (t n) y') @ y
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
-        # open: a != b act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
+        # open: a != b act on V+ and V- (Eq. 10), so that translation invariance stays
         if not self.zero_sum:
             W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
             V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
@@ -341,7 +341,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(full_precision(x))
 
 class Modulation(Module):
-    """adaLN-zero: shifts, scales and gates from the condition, 0 at first, never in half precision."""
+    """adaLN-zero: shifts, scales and gates, 0 at first, never in half precision."""
     def __init__(self, dim, num):
         super().__init__()
         self.num = num
@@ -394,7 +394,7 @@ def sincos_2d(size, dim):
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class Generator(Module, PyTorchModelHubMixin):
-    """What generators of images share: what they are conditioned on, and checks of what they get."""
+    """What generators share: what they are conditioned on, and checks of what they get."""
 
     def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
         super().__init__()
@@ -493,7 +493,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), real even where the weights are on the meta device
+        # rotary positions of all tokens (release: 1d), real even where weights are on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -519,7 +519,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
             if exists(linear.bias):
                 nn.init.zeros_(linear.bias)
 
-        # release: queries, keys and values are one xavier matrix, each half of SwiGLU's input is one
+        # release: q, k and v are one xavier matrix, each half of SwiGLU's input is one
         for block in self.blocks:
             nn.init.zeros_(block.modulation.linear.weight)
             for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
@@ -662,8 +662,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
     """A one-step generator of convolutions, for small pictures, smaller and quicker than DriftingGenerator.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples [b channels image_size image_size] in [-1, 1].
-    num_classes, dim_condition, condition_channels: see DriftingGenerator.
-    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise].
+    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See also DriftingGenerator.
     The condition acts on every layer, or the samples of a class would be more alike.
     """
     def __init__(
@@ -977,12 +976,11 @@ class DriftProblems:
         return KnownGradient.apply(self.x, loss, grad), stats
 
 def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
-    """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
+    """The drifting loss on one feature (A.6): mean |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
     gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class. b: independent problems (class group
     x location), which share the statistics, with all processes.
-    options: uncond_weight, neg, temperatures, field, the release's clamps, diagnostics, see DriftProblems.
-    stats: S and lambda, where they were taken over more than these problems.
+    stats: S and lambda, if taken over more than these problems. options: see DriftProblems.
 
     Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units. As each
     field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
@@ -991,9 +989,9 @@ def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Flo
     return DriftProblems(gen, pos, uncond, **options).solve(stats)
 
 class FeatureDriftLoss(Module):
-    """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
+    """The drifting loss summed over features (Eq. 13, 14, A.5), guided by unconditional negatives (A.7).
 
-    encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
+    encoder: None, a Module with .features(x), a callable, or a list of them: {name: [b f d]} of x [b ...].
     decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass.
     raw: add the flattened sample itself, before any decoder, as 'global' (release: always).
     group_chunk_size: class groups at a time: the same in less memory, by three encoder passes.
@@ -1005,9 +1003,7 @@ class FeatureDriftLoss(Module):
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, group_chunk_size = group_chunk_size)
 
-        self.encoders = [encoder] if exists(encoder) else []
-        if isinstance(encoder, (list, tuple)):
-            self.encoders = list(encoder)
+        self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         held = []
         for part in (*self.encoders, *existing(decoder = decoder).values()):
@@ -1297,7 +1293,7 @@ class MAEBreakdown(NamedTuple):
     accuracy: Tensor        # of the classifier, 0 without labels
 
 class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
-    """The feature encoder of the paper: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
+    """The paper's feature encoder: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
     patch_size: patches are folded into channels first: 1 for latents, 8 for pixels. 8 divides the folded sides.
     layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the map.
@@ -1306,7 +1302,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
     checkpointing: see DriftingGenerator.
 
-    Samples of any floating dtype are cast to that of the weights. Written and read as DriftingGenerator is.
+    Samples are cast to the dtype of the weights. Written and read as DriftingGenerator is.
     """
     def __init__(
         self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
@@ -1361,7 +1357,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
-        """Samples [b ch h w] to the input of the stem, patches as channels."""
         x, p = self.checked_samples(x), self.patch_size
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
@@ -1442,7 +1437,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
+    """Images, resized (antialiased when they shrink) and normalised, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1475,7 +1470,7 @@ class BackboneFeatures(Module):
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 
     def features(self, x):
-        """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
+        """{'layer1': [b f d], 'layer1_mean': ...}, or by the names of the backbone's dict."""
         outputs, features = self.backbone(self.pixel_input(x)), {}
         if not isinstance(outputs, dict):
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
@@ -1493,7 +1488,7 @@ class BackboneFeatures(Module):
         return features
 
 class ConvNeXtFeatures(Module):
-    """ConvNeXt-V2, the second encoder of the pixel models, with features under the release's names (A.4).
+    """ConvNeXt-V2, the second encoder of pixel models, features under the release's names (A.4).
 
     model: a ConvNextV2Model of transformers, always in float32. The rest goes to PixelInput.
     """
@@ -1512,7 +1507,7 @@ class ConvNeXtFeatures(Module):
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of x [b 3 h w]: stages standardised over channels, the pooled output."""
+        """{name: [b f d]} of x [b 3 h w]: stages, standardised over channels, and the pooled output."""
         x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(x, output_hidden_states = True)
@@ -1628,7 +1623,7 @@ class SampleQueue:
         return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
-        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
+        """samples [b ...] of labels [b] (None: one class). ValueError for other shapes, and nan."""
         num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = default(labels, torch.zeros(num, dtype = torch.long))
@@ -1711,7 +1706,7 @@ class SeededDataset(Dataset):
         self.has_conditions = default(self.has_conditions, is_condition(label, 0) and not is_label)
         if self.has_conditions:
             condition = each(partial(as_tensor, f'the condition of {name}'), label)
-            found = each(torch.Tensor.size, condition)
+            found = each(Tensor.size, condition)
             wanted = self.condition_shape = default(self.condition_shape, found)
             check(found == wanted, f'{name} has a condition of shape {found}, expected {wanted}')
             return sample.float(), each(lambda t: t.float() if t.is_floating_point() else t, condition)
@@ -1731,7 +1726,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, places):
         try:
             return self.batch(places)
-        except (RuntimeError, ValueError) as error:  # a worker would raise it with all that led to it
+        except (RuntimeError, ValueError) as error:  # a worker would add all that led to it
             return error
 
 # ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
@@ -1876,14 +1871,14 @@ class LoopSettings:
 
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
-    lr_decay_start: int | None = None  # from here on it falls as 1 / sqrt(step). None: never (paper)
+    lr_decay_start: int | None = None  # then it falls as 1 / sqrt(step). None: never (paper)
     betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
     ema_decay: float = 0.999  # of the averaged weights
 
     gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None  # None: that of accelerate's launch, or bf16 if the GPU has it
+    mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
     compile: bool = False  # model, encoders and, on a GPU, the field
     cpu: bool = False  # train on the cpu even where there is a GPU
     num_workers: int = free(0)  # processes that read data
@@ -1912,10 +1907,9 @@ class LoopSettings:
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
-    A subclass has backward(batches, micro_step, sync): it adds a micro step's gradient, averaged over processes if
-    sync, and returns the loss () and details; metrics(details), {name: number} to log and the names on the progress
-    bar; pictures(), samples [b ch h w] and the rows of their grid; samples_per_process, what a process reads in a
-    micro step; less_memory, settings to lower.
+    A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
+    returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
+    [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
 
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been, or warns.
     Several processes refuse models with trained statistics (BatchNorm).
@@ -2316,7 +2310,7 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64  # class groups, or rows with a condition, per step, of all processes together
+    num_groups: int = 64  # class groups, or rows with a condition, of all processes per step
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
@@ -2340,7 +2334,7 @@ class GeneratorSettings(LoopSettings):
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
-# Table 8, what differs from the ablation; where paper and release differ, the release's value
+# Table 8, what differs from the ablation, by the release
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
 LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
@@ -2357,11 +2351,11 @@ TRAINER_PRESETS = {
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8), or of (sample, condition).
 
-    model: any module with the call model(noise, labels, alpha, styles) and the attributes num_classes (None:
-        no classes, integer labels are ignored) and, if it is not that of a sample, noise_shape.
-    condition: a floating-point tensor, or a dict of tensors. Each row is a group of its own, its sample the positive
-        (or its [num_pos ...] samples); real samples of all rows are the unconditional ones.
-    loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
+    model: a module, model(noise, labels, alpha, styles), with num_classes (None: no classes, integer labels are
+        ignored) and, if it is not that of a sample, noise_shape.
+    condition: a floating-point tensor, or a dict of tensors. Each row is a group, its sample (or [num_pos ...]
+        samples) the positive; real samples of all rows are the unconditional ones.
+    loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
@@ -2445,7 +2439,7 @@ class Trainer(BaseTrainer):
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
             check_range('real samples', samples, -math.inf)
             each(lambda t: check_range('the condition', t, -math.inf), labels)
-            if hasattr(self.unwrapped, 'checked_condition'):  # once more on a cpu, which sees the numbers
+            if hasattr(self.unwrapped, 'checked_condition'):  # here, as a cpu sees the numbers
                 self.unwrapped.checked_condition(labels, len(samples))
             if self.num_uncond > 0:
                 self.queues['unconditional'].push(rearrange(positives, 'n p ... -> (n p) ...'))
@@ -2455,7 +2449,7 @@ class Trainer(BaseTrainer):
         return labels.long()
 
     def draw(self, newest, micro_step):
-        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None."""
+        """labels [c] or conditions, alpha [c], pos [c p ...], uncond [c u ...] or None."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         alpha = sample_alpha(
@@ -2477,10 +2471,10 @@ class Trainer(BaseTrainer):
             drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
         to_device = partial(Tensor.to, device = self.device, non_blocking = True)
         labels, alpha, *sets = (each(to_device, value) for value in drawn)
-        return labels, alpha, *(each(torch.Tensor.float, t) for t in sets)
+        return labels, alpha, *(each(Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
+        """noise [c g ...], labels, alpha, styles [c g s], for any number of processes the same."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles = [], []
         groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
@@ -2601,7 +2595,7 @@ class MAESettings(LoopSettings):
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
     ema_decay: float = 0.9995
-    finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
+    finetune_steps: int = free(0)  # the last ones: the weight of the classification rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
     finetune_start: int | None = dataclasses.field(init = False, default = None)
@@ -2663,7 +2657,7 @@ class MAETrainer(BaseTrainer):
 
 # ── 11. weights - our own, and those that the authors published ───
 
-# of each model: its kind and names in the authors' repository, which release.py reads
+# kind and names in the authors' repository, which release.py reads
 PUBLISHED = {
     DriftingGenerator: ('gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation')),
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640')),
