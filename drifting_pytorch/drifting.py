@@ -34,12 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    gather_object,
-    reduce as accelerate_reduce,
-)
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -82,11 +77,11 @@ def existing(**values):
     return {name: value for name, value in values.items() if exists(value)}
 
 def typecheck(fn):
-    """Checks the shapes in fn's signature if DRIFTING_TYPECHECK=1 at the import (not to compile)."""
+    """Checks shapes if DRIFTING_TYPECHECK=1 at the import (not to compile)."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
     return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
-# input is checked by hand, always, with errors of one line that say what to do
+# input is checked always, with errors of one line that say what to do
 def check(condition, message):
     if not condition:
         raise ValueError(message)
@@ -111,7 +106,7 @@ def check_shape(name, t, expected, hint = ''):
     check(same, f'{name} has shape {tuple(t.shape)}, expected {wanted}{hint}')
 
 def can_read(t):
-    """Whether values may be looked at: that stalls an accelerator, and breaks a compiled graph."""
+    """Looking at values stalls an accelerator, and breaks a compiled graph."""
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
 def check_range(name, t, low, high = math.inf):
@@ -128,7 +123,7 @@ def as_tensor(name, values):
         raise ValueError(f'{name} must be numbers or a tensor of them, got {values!r}') from error
 
 def checked_labels(labels, num_classes, *shape, name = 'labels'):
-    """Labels, also as a list and of any integer type, as the int64 that indexing wants."""
+    """As int64, also of a list or another integer type."""
     labels = as_tensor(name, labels)
     check_shape(name, labels, shape)
     is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
@@ -145,7 +140,7 @@ def check_floating(name, t, hint = 'convert it with .float()'):
     check(t.is_floating_point(), f'{name} must be floating point, got {t.dtype}: {hint}')
 
 def check_samples(axis, **sets):
-    """Sets by name: floating point, not empty, of one shape but for the number of samples along axis."""
+    """Floating point, not empty, of one shape but for the number of samples along axis."""
     (first, reference), *_ = sets.items()
     for name, t in sets.items():
         check_floating(name, t)
@@ -156,7 +151,6 @@ def check_samples(axis, **sets):
         check_shape(name, t, expected, f' like {first}: nothing is broadcast')
 
 def check_values(result, **points):
-    """Where a result is not finite: why."""
     if can_read(result) and not math.isfinite(result.sum()):
         for name, t in points.items():
             largest = t.abs().max()
@@ -173,9 +167,9 @@ def each(fn, value):
 # ── 2. drift field - Eq. 8-12, Algorithm 2, B.2, Table 1 ───
 
 def geometric_mean_of_softmaxes(logits):
-    """sqrt(softmax over y * softmax over x) of logits [... n y], which are overwritten."""
+    """sqrt(softmax over y * softmax over x) of logits [... n y], overwritten."""
     if can_read(logits):
-        # both softmaxes from one exponential, 2 to 4 times faster, unless a row or column would vanish
+        # both from one exponential, 2 to 4 times faster, unless a row or column would vanish
         kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
         over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
         if over_y.min() > 1e-21 and over_x.min() > 1e-21:
@@ -185,18 +179,17 @@ def geometric_mean_of_softmaxes(logits):
     return logits.sub_(log_sums / 2).exp_()
 
 class DriftField(Module):
-    """The drifting field V_{p,q}(x): where each point should move, to positives, from negatives (Algorithm 2).
+    """The drifting field V_{p,q}(x): where points should move, to positives, from negatives (Algorithm 2).
 
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
-    normalize: from kernel to affinity (Table 11). 'both', the geometric mean of softmaxes over y and over x (paper);
-        'y', the softmax over y; 'none', the kernel itself (open: the paper does not say what it is),
-        which underflows at distances far above the temperature.
-    attraction, repulsion: a and b of a V+ - b V- (Table 1). Anything but a = b breaks the anti-symmetry.
+    normalize: to an affinity (Table 11). 'both', the geometric mean of softmaxes over y and x (paper); 'y', the one
+        over y; 'none' (open), the kernel itself, which underflows far above the temperature.
+    attraction, repulsion: a and b of a V+ - b V- (Table 1). Unless a = b it is not anti-symmetric.
     """
-    # what the loss has to know of a field; those of later work (section 7) differ in it
-    scale_power = 1  # the scale S is the root of this order of the mean of distance ** scale_power
-    needs_neg = False  # the negatives are a second generated batch, not the generated samples themselves
+    # fields of later work (section 7) differ in these
+    scale_power = 1  # S is the root of this order of the mean of distance ** scale_power
+    needs_neg = False  # whether negatives are a second generated batch
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
@@ -207,7 +200,7 @@ class DriftField(Module):
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
-        self.zero_sum = attraction == repulsion  # whether the coefficients of every point sum to zero
+        self.zero_sum = attraction == repulsion  # of the coefficients of every point
 
     def logits(self, dist, temperature):
         """log k(x, y)."""
@@ -229,7 +222,7 @@ class DriftField(Module):
         weight: Float[Tensor, '... y'] | None = None,  # of each y, the guidance (A.7)
         affinity_floor: float = 0.  # of softmax * softmax (release)
     ) -> Float[Tensor, '... n y']:
-        """The field as coefficients W, V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others."""
+        """W of V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others."""
         A = self.affinity(self.logits(dist, temperature)).clamp_(min = affinity_floor ** 0.5)
         if exists(weight):
             A *= rearrange(weight, '... y -> ... 1 y')  # release: behind the softmax
@@ -242,11 +235,11 @@ class DriftField(Module):
         return A
 
     def apply_coefficients(self, W, x, y):
-        """V [... t n d] = sum_y W (y - x) of W [... t n y], points x [... n d] and samples y [... y d]."""
+        """V [... t n d] = sum_y W (y - x) of W [... t n y], x [... n d] and y [... y d]."""
         V = rearrange(W, '... t n y -> ... (t n) y') @ y
         V = rearrange(V, '... (t n) d -> ... t n d', n = W.shape[-2])
 
-        # open: a != b act on the vectors V+ and V- (Eq. 10), so that translation invariance stays
+        # open: a != b act on V+ and V- (Eq. 10), so that translation invariance stays
         if not self.zero_sum:
             W_sum = reduce(W, '... t n y -> ... t n 1', 'sum')
             V.addcmul_(W_sum, rearrange(x, '... n d -> ... 1 n d'), value = -1)
@@ -261,7 +254,7 @@ class DriftField(Module):
 
         y_neg None: the negatives are x itself, with self pairs masked.
         Returns V, without a gradient: train on mse(x, (x + V).detach()) (Eq. 6).
-        Raises ValueError for empty sets, shapes that do not fit, non-finite values, temperatures not above 0.
+        Raises ValueError for empty sets, unfit shapes, non-finite values, temperatures not above 0.
         """
         negatives = default(y_neg, x)
         check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
@@ -295,8 +288,8 @@ def plain_drift_loss(
 ) -> Float[Tensor, 'b']:
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
-    gen: generated, pos: real, uncond: real samples of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read and to test against, without checks. `drift_loss` (section 6) is fast.
+    gen: generated, pos: real, uncond: real of any class, with weights (alpha - 1) (g - 1) / u (A.7).
+    Returns the loss [b]. To be read and tested against, without checks. `drift_loss` (section 6) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -330,8 +323,12 @@ PRESETS = {
     'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),
 }
 
+def from_preset(cls, name, *args, **kwargs):
+    """By a column of Table 8, one of cls.presets; keyword arguments override it."""
+    check(name in cls.presets, f'unknown preset {name!r}, expected one of {", ".join(cls.presets)}')
+    return cls(*args, **{**cls.presets[name], **kwargs})
+
 def run_block(block, *args, checkpointing):
-    """With checkpointing what is inside is computed again in the backward pass."""
     recompute = checkpointing and torch.is_grad_enabled()
     return checkpoint(block, *args, use_reentrant = False) if recompute else block(*args)
 
@@ -344,7 +341,7 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(full_precision(x))
 
 class Modulation(Module):
-    """adaLN-zero: shifts, scales and gates from the condition, 0 at first, never in half precision."""
+    """adaLN-zero: shifts, scales and gates, 0 at first, never in half precision."""
     def __init__(self, dim, num):
         super().__init__()
         self.num = num
@@ -358,8 +355,7 @@ class Modulation(Module):
 class Block(Module):
     """Attention and SwiGLU of x-transformers inside adaLN-zero.
 
-    Release: every linear has a bias (those of the attention are added around it), and the heads share the gains of
-    queries and keys.
+    Release: every linear has a bias (the attention's are added around it), heads share gains of queries and keys.
     """
     def __init__(self, dim, heads, dim_ff):
         super().__init__()
@@ -382,14 +378,6 @@ class Block(Module):
         h = self.ff_norm(x) * (1 + ff_scale) + ff_shift
         return x + self.ff(h) * ff_gate
 
-    def init_weights(self):
-        """Release: queries, keys and values are one xavier matrix, each half of SwiGLU's input is one."""
-        nn.init.zeros_(self.modulation.linear.weight)
-        for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v):
-            nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
-        for half in self.ff.ff[0].proj.weight.detach().chunk(2):
-            nn.init.xavier_uniform_(half)
-
 def sinusoidal(t, dim):
     """[...] -> [... dim], cosines first, geometric frequencies 1 .. 1/10000."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device = t.device) / (dim // 2))
@@ -406,7 +394,7 @@ def sincos_2d(size, dim):
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class Generator(Module, PyTorchModelHubMixin):
-    """What generators of images share: they are called model(noise, labels, alpha, styles), and check what they get."""
+    """What generators share: what they are conditioned on, and checks of what they get."""
 
     def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
         super().__init__()
@@ -420,7 +408,7 @@ class Generator(Module, PyTorchModelHubMixin):
         )
 
     def checked_condition(self, labels, b):
-        """{'labels': [b], 'vector': [b k], 'image': [b ch h w]}, those that this generator has."""
+        """Those that it has of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
         names = list(self.condition_shapes)
         given = dict(labels) if isinstance(labels, dict) else existing(**dict.fromkeys(names[:1] or ['labels'], labels))
         wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
@@ -455,18 +443,19 @@ class Generator(Module, PyTorchModelHubMixin):
 class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
 
-    image_size, channels, patch_size: samples [b channels image_size image_size] are cut into square patches.
-    num_classes, dim_condition, condition_channels: what it is conditioned on, class labels, vectors of so many
-        numbers, pictures of so many channels; None: not on these.
+    image_size, channels, patch_size: samples [b channels image_size image_size] in square patches.
+    num_classes, dim_condition, condition_channels: sizes of labels, vectors and pictures as a condition; None: without.
     num_register_tokens: in-context tokens in front of the patches, made from the condition.
-    num_style_tokens, style_codebook_size: random style embeddings, the sum of one of each table (0: none).
+    num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    output_conv_dim: width of two convolutions behind the patches, against seams between them. 0: none (paper).
+    output_conv_dim: width of two convolutions against seams between patches. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass instead of keeping what is inside.
 
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
     """
+    presets, from_preset = PRESETS, classmethod(from_preset)
+
     def __init__(
         self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
         dim_condition = None, condition_channels = None,
@@ -487,7 +476,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
 
-        # condition; style tables are rows of one embedding, one for each token (paper: one for all)
+        # condition; style tables are rows of one embedding, one for each token
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
@@ -504,7 +493,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), real even where the weights are on the meta device
+        # rotary positions of all tokens (release: 1d), real even where weights are on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -524,19 +513,19 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
             self.output_convs = nn.Sequential(nn.Conv2d(channels, output_conv_dim, 3, padding = 1), nn.SiLU(), last)
         self.init_weights()
 
-    @classmethod
-    def from_preset(cls, name, **kwargs):
-        """One of Table 8's sizes by name, see PRESETS; keyword arguments override it."""
-        check(name in PRESETS, f'unknown preset {name!r}, expected one of {", ".join(PRESETS)}')
-        return cls(**{**PRESETS[name], **kwargs})
-
     def init_weights(self):
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
             if exists(linear.bias):
                 nn.init.zeros_(linear.bias)
+
+        # release: q, k and v are one xavier matrix, each half of SwiGLU's input is one
         for block in self.blocks:
-            block.init_weights()
+            nn.init.zeros_(block.modulation.linear.weight)
+            for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+                nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
+            for half in block.ff.ff[0].proj.weight.detach().chunk(2):
+                nn.init.xavier_uniform_(half)
 
         embeddings = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
@@ -571,8 +560,8 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w], which are resized;
-            a dict {labels, vector, image} of several; None where it has none of them.
+        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w] of any size; None of
+            these, or a dict {labels, vector, image} of several.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
@@ -599,13 +588,13 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
 # ── 5. samples, and a generator for small pictures ────────
 
 def chunked(values, size = None):
-    """Tensors of equal length, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
+    """Tensors, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
     num = len(values[0])
     size = default(size, num)
     return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
 
 def is_condition(labels, num_batch_dims = 1):
-    """Whether they are more than class labels: a dict, not integers, or several numbers per row."""
+    """More than class labels: a dict, not integers, or several numbers per row."""
     if torch.is_tensor(labels):
         return labels.ndim > num_batch_dims or labels.ndim == num_batch_dims and labels.is_floating_point()
     return isinstance(labels, dict)
@@ -615,12 +604,12 @@ def sample_from(
     model, noise_shape, labels = None, *,
     num_samples = None, num_samples_each = None, alpha = 1., seed = None, batch_size = None
 ):
-    """Samples of a generator with the call model(noise, labels, alpha, styles), in eval mode, without gradients.
+    """Samples of model(noise, labels, alpha, styles), in eval mode, without gradients.
 
     labels [b], or a condition, [b ...] or a dict of such tensors; where there is none, num_samples.
     num_samples_each: so many for each of these rows, [b num_samples_each ...].
     alpha: a number >= 1 or [b]. batch_size bounds the memory.
-    Noise and styles of a sample depend on the seed and its place alone, not on the device or the batch.
+    Noise and styles of a sample depend on the seed and its place, not on the device or the batch.
     """
     num_classes, labels = getattr(model, 'num_classes', None), each(partial(as_tensor, 'labels'), labels)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
@@ -670,12 +659,11 @@ def sample(self, labels = None, **kwargs):
 Generator.sample = sample
 
 class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
-    """A one-step generator of convolutions, for small pictures: smaller than DriftingGenerator, and quicker.
+    """A one-step generator of convolutions, for small pictures, smaller and quicker than DriftingGenerator.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples [b channels image_size image_size] in [-1, 1].
-    num_classes, dim_condition, condition_channels: see DriftingGenerator.
-    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise].
-    The condition acts on every layer: where it only joins the noise, the samples of a class are more alike.
+    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See also DriftingGenerator.
+    The condition acts on every layer, or the samples of a class would be more alike.
     """
     def __init__(
         self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
@@ -718,11 +706,8 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
             self.image_embeds.append(nn.Conv2d(dim_patch, width, 1))
 
     def forward(
-        self,
-        noise: Float[Tensor, 'b d'],
-        labels: Tensor | dict | None = None,
-        alpha: Float[Tensor, 'b'] | float = 1.,
-        styles = None  # it has none
+        self, noise: Float[Tensor, 'b d'], labels: Tensor | dict | None = None,
+        alpha: Float[Tensor, 'b'] | float = 1., styles = None  # it has none
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples. labels, alpha, errors: see DriftingGenerator."""
         x, given, alpha = self.checked_inputs(noise, labels, alpha)
@@ -767,11 +752,12 @@ def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> F
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
 def sum_over_processes(t):
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return accelerate_reduce(t, 'sum') if is_distributed else t
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(t)
+    return t
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, that is not differentiated: grad is that of its mean by x."""
+    """A loss, () or one per row of x, of known gradient: grad is that of its mean by x."""
     @staticmethod
     def forward(ctx, x, loss, grad):
         ctx.save_for_backward(grad)
@@ -791,13 +777,13 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cpu's cache, half a GiB of a GPU
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cache, half a GiB of a GPU
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
 
     S and lambda are means over all problems: hence three rounds, sum_distances, sum_drift and loss.
-    Between them the caller adds the sums of other processes and other chunks of the batch.
+    Between them the caller adds the sums of other processes and chunks.
     """
     def __init__(
         self,
@@ -833,11 +819,16 @@ class DriftProblems:
         self.gen = self.x.detach()
         self.own_negatives, self.name = not exists(neg), ''
         self.sets = {**sets, 'neg': default(neg, self.gen)}  # in the order of y
-        self.sizes = [t.shape[1] for t in self.sets.values()]
+        sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
-        self.p, self.m, self.y = self.sizes[0], self.sizes[-1], sum(self.sizes)
+        self.p, self.m, self.y = sizes[0], sizes[-1], sum(sizes)
         self.is_guided = exists(uncond_weight)
-        self.weight = self.weights_of(uncond_weight)  # b 1 y
+        self.weight = self.gen.new_ones(self.b, 1, self.y)
+        if self.is_guided:
+            num_uncond = self.y - self.p - self.m
+            check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
+            check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
+            self.weight[:, 0, self.p:-self.m] = uncond_weight
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
@@ -854,15 +845,6 @@ class DriftProblems:
         self.newest = None, None  # the newest part, its W
         self.placed = None, None, None  # the newest part, its x, its y
 
-    def weights_of(self, uncond_weight):
-        weight = self.gen.new_ones(self.b, 1, self.y)
-        if self.is_guided:
-            num_uncond = self.y - self.p - self.m
-            check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
-            check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
-            weight[:, 0, self.p:-self.m] = uncond_weight
-        return weight
-
     def check_values(self, result):
         check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
 
@@ -877,7 +859,7 @@ class DriftProblems:
         return self.placed[1:]
 
     def squares(self, part):
-        """Squared distances [b g y], and where |V| needs them those among the others [b o o]."""
+        """Squared distances [b g y], and where |V| needs them [b o o]."""
         if part.start not in self.kept:
             x, y = self.points(part)
             others = y[:, :-self.m]
@@ -896,7 +878,7 @@ class DriftProblems:
         return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
-        """W [b t g y], V = W (y - x). The newest part's stay: a small loss has one part alone."""
+        """W [b t g y], V = W (y - x). A small loss has one part alone."""
         if self.newest[0] != part:
             dist, weight = self.masked_distances(part, scale), self.weight[part] if self.is_guided else None
             W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
@@ -911,7 +893,7 @@ class DriftProblems:
         return self.kept[key]
 
     def squared_lengths(self, part, W):
-        """Sum of |V|^2 [t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
+        """[t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
@@ -995,28 +977,26 @@ class DriftProblems:
         return KnownGradient.apply(self.x, loss, grad), stats
 
 def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
-    """The drifting loss on one feature (A.6): the mean of |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
+    """The drifting loss on one feature (A.6): mean |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
-    gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real samples of any class. b counts independent problems
-    (class group x location), which share the statistics, with all processes.
-    options: uncond_weight, neg, temperatures, field, the release's clamps, diagnostics, see DriftProblems.
-    stats: S and lambda, where they were taken over more than these problems.
+    gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class. b: independent problems (class group
+    x location), which share the statistics, with all processes.
+    stats: S and lambda, if taken over more than these problems. options: see DriftProblems.
 
-    Returns the loss of each problem [b] and DriftStats. The loss is V^2; its gradient by gen, in those units, is
-    -2 V / n and has no derivative. As each temperature's field is divided by its own root mean square, the loss stays
-    near a constant: watch stats.drift_rms. `plain_drift_loss` says the same in 30 lines.
-    Raises ValueError for empty sets, shapes that do not fit, non-finite values, negative weights.
+    Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units. As each
+    field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
+    Raises ValueError for empty sets, unfit shapes, non-finite values, negative weights.
     """
     return DriftProblems(gen, pos, uncond, **options).solve(stats)
 
 class FeatureDriftLoss(Module):
-    """The drifting loss summed over features (Eq. 13, 14, A.5), with guidance by unconditional negatives (A.7).
+    """The drifting loss summed over features (Eq. 13, 14, A.5), guided by unconditional negatives (A.7).
 
-    encoder: None (raw samples), a Module with .features(x), a callable, or a list: {name: [b f d]} of x [b ...].
-    decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass through.
-    raw: add the flattened sample itself, before any decoder, as feature 'global' (release: always).
-    group_chunk_size: class groups at a time: the same result in less memory, by three encoder passes.
-    Everything else goes to `drift_loss`: temperatures, field, affinity_floor and the other clamps.
+    encoder: None, a Module with .features(x), a callable, or a list of them: {name: [b f d]} of x [b ...].
+    decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass.
+    raw: add the flattened sample itself, before any decoder, as 'global' (release: always).
+    group_chunk_size: class groups at a time: the same in less memory, by three encoder passes.
+    drift_loss_kwargs: temperatures, field, affinity_floor and the other clamps.
     """
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
@@ -1024,9 +1004,7 @@ class FeatureDriftLoss(Module):
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, group_chunk_size = group_chunk_size)
 
-        self.encoders = [encoder] if exists(encoder) else []
-        if isinstance(encoder, (list, tuple)):
-            self.encoders = list(encoder)
+        self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         held = []
         for part in (*self.encoders, *existing(decoder = decoder).values()):
@@ -1076,7 +1054,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """(feature, its DriftProblems): every location of every group is its own problem."""
+        """(feature, DriftProblems), one for every location of every group."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
@@ -1123,9 +1101,22 @@ class FeatureDriftLoss(Module):
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
-        chunks = chunked(list(samples.values()), self.group_chunk_size)
-        chunks = [dict(zip(samples, chunk, strict = True)) for chunk in chunks]
-        return self.loss_of_chunks(gen, chunks, options)
+
+        # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
+        chunks = [chunk for _, chunk in chunked((gen, samples), self.group_chunk_size)]
+        scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
+        stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
+        losses, grad, total = {}, torch.empty_like(gen), 0
+        for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
+            x, share = chunk['gen'].detach().requires_grad_(), len(part) / len(gen)
+            with torch.enable_grad():
+                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
+
+            part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
+            total = total + loss.detach() * share
+            for name, t in breakdown.losses.items():
+                losses[name] = losses.get(name, 0) + t.detach() * share
+        return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
 
     def loss_of(self, samples, options, stats = None):
         """The sum over features (Eq. 14), and its Breakdown."""
@@ -1136,10 +1127,9 @@ class FeatureDriftLoss(Module):
             del problems
         return sum(losses.values()), Breakdown(losses, found)
 
-    # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
     @torch.no_grad()
     def over_chunks(self, chunks, options, sums_of, result_of, *found):
-        """{feature: result_of(problems, what was found, sums)}, sums over chunks and processes."""
+        """{feature: result_of(problems, *found, sums)}, of sums over chunks and processes."""
         totals, results = {}, {}
         for i, chunk in enumerate(chunks, 1):
             for name, problems in self.problems(options, **chunk):
@@ -1153,34 +1143,18 @@ class FeatureDriftLoss(Module):
                 del problems  # or two features are held
         return results
 
-    def loss_of_chunks(self, gen, chunks, options):
-        scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
-        stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
-        losses, grad, total = {}, torch.empty_like(gen), 0
-        for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
-            x = chunk['gen'].detach().requires_grad_()
-            share = len(x) / len(gen)
-            with torch.enable_grad():
-                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
-
-            part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
-            total = total + loss.detach() * share
-            for name, t in breakdown.losses.items():
-                losses[name] = losses.get(name, 0) + t.detach() * share
-        return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
-
 # ── 7. fields of later work ───────────────────────────────
 
 class GradientField(DriftField):
-    """The direction of the kernel's own gradient, positives and negatives normalised apart (2605.10727).
-    V = sum_y k (y - x) / (r t) / sum_y k over positives, minus that over negatives; r = |x - y|, or t if Gaussian.
+    """The direction of the kernel's own gradient, sum_y k (y - x) / (r t) / sum_y k (2605.10727).
+    V is that over positives minus that over negatives; r = |x - y|, or t if Gaussian.
     """
     def __init__(self, *, kernel = 'laplace', attraction = 1., repulsion = 1.):
         super().__init__(kernel = kernel, attraction = attraction, repulsion = repulsion)
         self.zero_sum = False
 
     def log_kernels(self, dist, num_pos, temperature, weight):
-        """log of the weighted kernel on positives and on negatives, and of its sums [... n 1]."""
+        """Of positives and negatives the weighted kernel, and its sums [... n 1]."""
         log_weight = rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
         sides = (self.logits(dist, temperature) + log_weight).tensor_split((num_pos,), dim = -1)
         return sides, [t.logsumexp(dim = -1, keepdim = True) for t in sides]
@@ -1198,8 +1172,8 @@ class GradientField(DriftField):
         return cat((W_pos, W_neg), dim = -1) * self.slope(dist, temperature)
 
 class SharpField(GradientField):
-    """V = grad log sum_y k c over positives, minus the same over negatives, c = t (|x - y| + t) (2604.06333).
-    With this c the gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
+    """V = grad log sum_y k c over positives, minus that over negatives, c = t (|x - y| + t) (2604.06333).
+    The gradient of k c is k (y - x), and V is minus the gradient of a scalar, `potential`.
     """
     def __init__(self, *, attraction = 1., repulsion = 1.):
         super().__init__(attraction = attraction, repulsion = repulsion)
@@ -1219,8 +1193,8 @@ class SharpField(GradientField):
 class SinkhornField(DriftField):
     """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).
 
-    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2, of uniform marginals. The temperature is its
-    regularisation; the negatives are a second, independent batch of generated samples.
+    T(x) is the barycenter of the plan for the cost |x - y|^2 / 2, regularised by the temperature, of uniform
+    marginals. The negatives are a second, independent batch of generated samples.
     """
     scale_power = 2
     needs_neg = True
@@ -1231,7 +1205,7 @@ class SinkhornField(DriftField):
         self.iters = iters
 
     def barycenter(self, dist, temperature):
-        """The plan's rows [... n m], each of sum 1, so that T(x) is their product with y."""
+        """The plan's rows [... n m], of sum 1: T(x) is their product with y."""
         log_kernel = -0.5 * dist ** 2 / temperature
         n, m = log_kernel.shape[-2:]
         v = 0.
@@ -1257,7 +1231,7 @@ class SinkhornField(DriftField):
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
 def floating(x, like):
-    """Images or latents in a parameter's dtype. Of integers nobody knows the range."""
+    """In a parameter's dtype. Of integers nobody knows the range."""
     check_floating('x', x, 'convert it to float in [-1, 1]')
     check_range('x', x, -10 ** 6, 10 ** 6)
     return x.to(like.dtype)
@@ -1267,8 +1241,8 @@ def check_sets(sets, known = FEATURE_SETS):
     check(is_known, f'feature_sets must be among {known}, got {sets!r}')
 
 def map_features(name, x, sets = FEATURE_SETS):
-    """The features of a map x [b d h w] (A.5): 'locations', mean and deviation of it and of 2x2 and 4x4 patches.
-    Returns {name, name_mean, name_std, name_mean_2, ...: [b f d]}; patches that do not divide the map are skipped.
+    """{name, name_mean, name_std, name_mean_2, ...: [b f d]}, features of a map x [b d h w] (A.5): 'locations', mean
+    and deviation of it and of 2x2 and 4x4 patches, if they divide it.
     """
     h, w = x.shape[-2:]
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
@@ -1296,9 +1270,7 @@ class ResidualBlock(Module):
         stride = 1 if dim_in == dim_out else 2
         self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        self.shortcut = nn.Identity()
-        if stride > 1:
-            self.shortcut = conv_norm(dim_in, dim_out, kernel = 1, stride = stride)
+        self.shortcut = conv_norm(dim_in, dim_out, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x):
         h = F.relu(self.conv1(x))
@@ -1322,17 +1294,16 @@ class MAEBreakdown(NamedTuple):
     accuracy: Tensor        # of the classifier, 0 without labels
 
 class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
-    """The feature encoder of the paper: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
+    """The paper's feature encoder: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
-    patch_size: patches of the input are folded into channels before the stem: 1 for latents, 8 for pixels. The folded
-        input must be divisible by 8.
-    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the last one's map.
+    patch_size: patches are folded into channels first: 1 for latents, 8 for pixels. 8 divides the folded sides.
+    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the map.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (0) with this probability.
     feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
     checkpointing: see DriftingGenerator.
 
-    Samples of any floating dtype are cast to that of the weights. Written and read as DriftingGenerator is.
+    Samples are cast to the dtype of the weights. Written and read as DriftingGenerator is.
     """
     def __init__(
         self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
@@ -1387,7 +1358,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return x.shape[0], x.shape[2] // self.mask_pixels, x.shape[3] // self.mask_pixels
 
     def fold(self, x):
-        """Samples [b ch h w] to the input of the stem, patches as channels."""
         x, p = self.checked_samples(x), self.patch_size
         return rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
 
@@ -1414,13 +1384,13 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return features
 
     def draw_mask(self, x, generator = None):
-        """A random mask [b h w] over the mask patches of samples x [b ch h w]: 1 is dropped."""
+        """A random mask [b h w] over the mask patches of x [b ch h w]: 1 is dropped."""
         device = generator.device if exists(generator) else x.device
         keys = torch.rand(self.mask_shape(x), generator = generator, device = device)
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
-        """A mask [b h w] over mask patches as one over the pixels of samples, [b 1 h w]."""
+        """A mask [b h w] over mask patches as one over pixels, [b 1 h w]."""
         p = self.mask_pixels
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
@@ -1438,11 +1408,11 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return y, maps['layer4']
 
     def forward(self, x, labels = None, *, cls_weight = 0., mask = None):
-        """The pretraining loss of samples x [b ch h w], lambda * classification + (1 - lambda) * reconstruction, mean
-        over the batch, and its MAEBreakdown.
+        """The mean loss of samples x [b ch h w], cls_weight * classification + (1 - cls_weight) * reconstruction,
+        and its MAEBreakdown.
 
-        labels [b]: None for no classification. cls_weight: lambda. mask [b h w]: 1 is dropped, drawn if None.
-        Raises ValueError for what does not fit, labels without a classifier, and cls_weight without labels.
+        labels [b]: None for no classification. mask [b h w]: 1 is dropped, drawn if None.
+        Raises ValueError for what does not fit, labels without a classifier, cls_weight without labels.
         """
         check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
@@ -1468,7 +1438,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Resizes images (antialiased when they shrink) and normalises them, by default like ImageNet's."""
+    """Images, resized (antialiased when they shrink) and normalised, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1489,7 +1459,7 @@ class PixelInput(Module):
 class BackboneFeatures(Module):
     """Drifting features of any vision backbone, as one of timm with weights of SimCLR or DINO.
 
-    backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict of them.
+    backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict.
     num_prefix_tokens: class and register tokens, in front, left out. feature_sets: see map_features.
     pixel_input_kwargs: image_size, mean and std of its training, see PixelInput.
     """
@@ -1501,7 +1471,7 @@ class BackboneFeatures(Module):
         self.pixel_input = PixelInput(**pixel_input_kwargs)
 
     def features(self, x):
-        """{'layer1': [b f d], 'layer1_mean': ...}, or under the names of the backbone's dict."""
+        """{'layer1': [b f d], 'layer1_mean': ...}, or by the names of the backbone's dict."""
         outputs, features = self.backbone(self.pixel_input(x)), {}
         if not isinstance(outputs, dict):
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
@@ -1519,7 +1489,7 @@ class BackboneFeatures(Module):
         return features
 
 class ConvNeXtFeatures(Module):
-    """ConvNeXt-V2, the second encoder of the pixel models, with features under the release's names (A.4).
+    """ConvNeXt-V2, the second encoder of pixel models, features under the release's names (A.4).
 
     model: a ConvNextV2Model of transformers, always in float32. The rest goes to PixelInput.
     """
@@ -1538,7 +1508,7 @@ class ConvNeXtFeatures(Module):
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
-        """{name: [b f d]} of x [b 3 h w]: stages standardised over channels, the pooled output."""
+        """{name: [b f d]} of x [b 3 h w]: stages, standardised over channels, and the pooled output."""
         x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(x, output_hidden_states = True)
@@ -1564,18 +1534,11 @@ def seeded(*key, device = 'cpu'):
 
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
-def images_in(folder):
-    """Paths of the images in a folder and below it, but hidden ones."""
-    paths = [os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names]
-    visible = (path for path in paths if not path.startswith('.') and f'{os.sep}.' not in path)
-    return sorted(path for path in visible if path.lower().endswith(IMAGE_EXTENSIONS))
-
 def center_crop(picture, size):
     """The centre [size, size] of a picture as ADM and DiT cut it."""
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
+    picture = ImageOps.scale(picture, size / min(picture.size), Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in picture.size)
     return picture.crop((left, top, left + size, top + size))
 
@@ -1584,7 +1547,7 @@ class ImageFolder(Dataset):
 
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    They are read as they are seen: upright (Exif), over white where transparent, the first one of an animation.
+    They are read upright (Exif), over white where transparent, the first one of an animation.
     Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
@@ -1600,9 +1563,12 @@ class ImageFolder(Dataset):
         check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
-            found = images_in(self.root / name)
+            walk = os.walk(self.root / name)
+            paths = [os.path.relpath(os.path.join(at, file), root) for at, _, files in walk for file in files]
+            visible = (path for path in paths if f'{os.sep}.' not in f'{os.sep}{path}')
+            found = sorted(path for path in visible if path.lower().endswith(IMAGE_EXTENSIONS))
             check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)})')
-            self.files += [(os.path.join(name, file), label) for file in found]
+            self.files += [(path, label) for path in found]
 
     def __len__(self):
         return len(self.files)
@@ -1629,7 +1595,7 @@ class ImageFolder(Dataset):
         return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
-    """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
+    """Guidance scales [num] (A.7): 1 with no_cfg_frac, else of density alpha^-power on [low, high]."""
     uniform, skip = torch.rand(2, num, generator = generator)
     k = 1 - power
 
@@ -1641,9 +1607,9 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class (A.8): positives, or in a queue of one class unconditional ones.
+    """The newest real samples of every class (A.8): positives, or of one class, unconditional ones.
 
-    size: samples per class, the oldest leave. They are kept on `device`, as `dtype` (None: as they come).
+    size: samples per class, the oldest leave. They are kept on device, as dtype (None: as they come).
     """
     def __init__(self, num_classes = 1, *, size = 128, device = 'cpu', dtype = None):
         check_whole(1, num_classes = num_classes, size = size)
@@ -1658,7 +1624,7 @@ class SampleQueue:
         return self.pushed.clamp(max = self.size)
 
     def push(self, samples, labels = None):
-        """samples [b ...] of labels [b] (None: one class). Raises ValueError for other shapes, and nan."""
+        """samples [b ...] of labels [b] (None: one class). ValueError for other shapes, and nan."""
         num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = default(labels, torch.zeros(num, dtype = torch.long))
@@ -1713,47 +1679,40 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """A dataset in batches of places (position in the run, index), which seed augmentations."""
+    """In batches of places (position in the run, index), which seed augmentations."""
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and not isinstance(dataset, IterableDataset) and len(dataset) > 0
         check(fits, f'the dataset must be map-style and not empty, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
-        self.sample_shape, self.condition_shape = None, None
-        sample, label = self.item(0)
-        self.sample_shape = tuple(sample.shape)
-        is_label = with_labels and torch.is_tensor(label)
-        self.has_conditions = is_condition(label, 0) and not is_label
-        _, condition = self.sample(0)
-        if self.has_conditions:
-            self.condition_shape = each(torch.Tensor.size, condition)
+        self.sample_shape = self.condition_shape = self.has_conditions = None
+        self.sample(0)  # which says them
 
     def __len__(self):
         return len(self.dataset)
 
-    def item(self, index):
+    def sample(self, index):
+        name = f'sample {index} of the dataset'
         try:
             item = self.dataset[index]
         except Exception as error:
-            problem = f'sample {index} of the dataset cannot be read'
-            raise RuntimeError(f'{problem}: {" ".join(str(error).split())}') from error
+            raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
 
-        name, is_pair = f'sample {index} of the dataset', isinstance(item, (tuple, list)) and len(item) == 2
+        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
         check(is_pair, f'{name} must be (sample, label), got {type(item).__name__}')
         sample, label = item
         check_floating(name, sample)
-        check_shape(name, sample, default(self.sample_shape, sample.shape), ' like the first one')
-        return sample.float(), label
-
-    def sample(self, index):
-        (sample, label), name = self.item(index), f'sample {index} of the dataset'
+        self.sample_shape = default(self.sample_shape, tuple(sample.shape))
+        check_shape(name, sample, self.sample_shape, ' like the first one')
+        is_label = self.with_labels and torch.is_tensor(label)
+        self.has_conditions = default(self.has_conditions, is_condition(label, 0) and not is_label)
         if self.has_conditions:
             condition = each(partial(as_tensor, f'the condition of {name}'), label)
-            shape = each(torch.Tensor.size, condition)
-            fits = self.condition_shape in (None, shape)
-            check(fits, f'{name} has a condition of shape {shape}, expected {self.condition_shape}')
-            return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
+            found = each(Tensor.size, condition)
+            wanted = self.condition_shape = default(self.condition_shape, found)
+            check(found == wanted, f'{name} has a condition of shape {found}, expected {wanted}')
+            return sample.float(), each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
-            return sample, operator.index(label) if self.with_labels else 0
+            return sample.float(), operator.index(label) if self.with_labels else 0
         except TypeError as error:
             raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
@@ -1768,7 +1727,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, places):
         try:
             return self.batch(places)
-        except (RuntimeError, ValueError) as error:  # a worker would raise it with all that led to it
+        except (RuntimeError, ValueError) as error:  # a worker would add all that led to it
             return error
 
 # ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
@@ -1797,7 +1756,7 @@ OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
 SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
-    """What is wrong with a checkpoint, or None. A process looks at its queue, the first at all else too."""
+    """What is wrong with a checkpoint, or None. A process looks at its queue."""
     try:
         path = folder / 'manifest.json'
         fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe would be read for ever
@@ -1815,7 +1774,7 @@ def damage(folder, rank = 0):
         return f'it is damaged ({type(error).__name__}: {error})'
 
 def together(work, here = True):
-    """Results of work() in every process, or in those `here`; an error of one is raised in all."""
+    """Results of work() in processes `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
     except Exception as error:
@@ -1851,7 +1810,7 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
 def interruptions():
-    """A list of the signals that came, so that a step can end. A second one acts at once."""
+    """The signals that came, so that a step can end. A second one acts at once."""
     received, handlers = [], {}
 
     def remember(number, frame):
@@ -1883,11 +1842,11 @@ def image_grid(images, *, min_size = 48):
     pixels = rearrange(pixels, 'rows cols ch h w -> (rows h) (cols w) ch')
     pixels = pixels.clamp(0, 1).mul(255).round().byte().numpy()
     picture, zoom = Image.fromarray(pixels[..., 0] if ch == 1 else pixels), math.ceil(min_size / h)
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return ImageOps.scale(picture, zoom, Image.Resampling.NEAREST)
 
 # settings
 def described(part):
-    """Class and attributes of a loss or field: plain values, and names of other things."""
+    """Class and attributes of a loss or field, values or names."""
     def name_of(value):
         return getattr(value, '__name__', type(value).__name__)
 
@@ -1913,14 +1872,14 @@ class LoopSettings:
 
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
-    lr_decay_start: int | None = None  # from here on it falls as 1 / sqrt(step). None: never (paper)
+    lr_decay_start: int | None = None  # then it falls as 1 / sqrt(step). None: never (paper)
     betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
     ema_decay: float = 0.999  # of the averaged weights
 
     gradient_accumulation_steps: int = 1
-    mixed_precision: str | None = None  # None: that of accelerate's launch, or bf16 if the GPU has it
+    mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
     compile: bool = False  # model, encoders and, on a GPU, the field
     cpu: bool = False  # train on the cpu even where there is a GPU
     num_workers: int = free(0)  # processes that read data
@@ -1949,13 +1908,12 @@ class LoopSettings:
 class BaseTrainer:
     """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
 
-    A subclass has backward(batches, micro_step, sync), which adds the gradient of a micro step, averaged over
-    processes if sync, and returns the loss () and details; metrics(details), what to log of them {name: number}
-    and the names on the progress bar; pictures(), samples [b ch h w] and the rows of their grid.
-    A process reads samples_per_process samples in a micro step. less_memory: settings to lower.
+    A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
+    returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
+    [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
 
-    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been; settings
-    that prevent that are warned of. Several processes refuse models with trained statistics (BatchNorm).
+    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been, or warns.
+    Several processes refuse models with trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image):
         self.settings, self.to_image = settings, to_image
@@ -1977,7 +1935,8 @@ class BaseTrainer:
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
         accelerator.gradient_accumulation_steps = 1  # whatever the environment says
-        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+        self.is_sharded = accelerator.is_fsdp2
+        is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not self.is_sharded
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
@@ -1989,22 +1948,21 @@ class BaseTrainer:
         self.prepare(model)
 
     def prepare(self, model):
-        """Release: AdamW on all parameters, and their plain average from the start."""
-        settings, is_sharded = self.settings, self.accelerator.is_fsdp2
-        saved = model.state_dict()
+        """Release: AdamW on all parameters, their plain average."""
+        settings, saved = self.settings, model.state_dict()
         kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
         wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
-        average = deepcopy(model) if is_sharded else None
+        average = deepcopy(model) if self.is_sharded else None
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
-        average = fsdp2_prepare_model(self.accelerator, average) if is_sharded else deepcopy(self.unwrapped)
+        average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else deepcopy(self.unwrapped)
 
         self.ema = EMA(  # which would warm its decay up otherwise
             self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay, update_every = 1,
-            update_after_step = -1, include_online_model = False, use_foreach = not is_sharded
+            update_after_step = -1, include_online_model = False, use_foreach = not self.is_sharded
         )
         self.ema.update()
         if settings.compile:
@@ -2046,7 +2004,7 @@ class BaseTrainer:
 
     # a step
     def batches(self):
-        """Endless batches (samples, labels), from where the run stands; processes take turns."""
+        """Endless (samples, labels), from where the run stands; processes take turns."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = enumerate(indices, self.samples_read)
         batches = BatchSampler(places, self.samples_per_process, drop_last = False)
@@ -2065,7 +2023,7 @@ class BaseTrainer:
         return batch
 
     def seed_model(self, *key):
-        """What a model with dropout draws next is a function of the place in the run."""
+        """What dropout draws next is a function of the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
         for generator in (torch.default_generator, *torch.cuda.default_generators):
             generator.manual_seed(seed)
@@ -2080,7 +2038,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def train_step(self, batches):
-        """One optimiser step. Returns loss, details of the last micro step, and norms."""
+        """Returns loss, details of the last micro step, and norms."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2089,13 +2047,13 @@ class BaseTrainer:
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
 
-        if self.world > 1 and not self.accelerator.is_fsdp2:
+        if self.world > 1 and not self.is_sharded:
             parameters = self.unwrapped.named_parameters()
             unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
             check(not unused, f'with several processes {unused} need a gradient and have none: freeze them')
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
-        norm = norm.full_tensor() if self.accelerator.is_fsdp2 else norm
+        norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.optimizer.step()  # accelerate's is slower
         average = self.ema.ema_model
         for part in average.modules():
@@ -2109,7 +2067,7 @@ class BaseTrainer:
         return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Before broken weights are saved. They stay broken, so not every step has to ask."""
+        """Weights stay broken, so not every step has to ask, but every one before they are saved."""
         norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
@@ -2199,7 +2157,7 @@ class BaseTrainer:
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
 
-        # of the machine: these differ when a run is repeated
+        # these differ when a run is repeated
         (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
         metrics['machine/steps_per_second'] = (self.step - first_step) / (self.clock[0] - before)
         if self.device.type == 'cuda':
@@ -2225,11 +2183,11 @@ class BaseTrainer:
                 grid.save(folder / f'step-{self.step:08d}.png')
 
         if exists(to_image):  # a sharded model needs every process
-            together(draw, self.is_main or self.accelerator.is_fsdp2)
+            together(draw, self.is_main or self.is_sharded)
 
     # checkpoints
     def save(self):
-        """Write a checkpoint, aside until it is complete, and keep the newest."""
+        """Aside until it is complete. The newest are kept."""
         unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
             written = together(lambda: self.write_states(unfinished))
@@ -2239,7 +2197,6 @@ class BaseTrainer:
             raise OSError(f'checkpoint {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
-        """Queues by each process, the rest by the main one."""
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
         average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
@@ -2253,7 +2210,7 @@ class BaseTrainer:
         return {name: sha256(folder / name) for name in states}
 
     def complete(self, unfinished, written):
-        """The manifest, and when all files are on the disk its name. The oldest ones go."""
+        """Its manifest, and when all files are on the disk its name. The oldest go."""
         folder = self.checkpoints / f'step-{self.step:08d}'
         manifest = dict(
             step = self.step, samples_read = self.samples_read,
@@ -2272,7 +2229,7 @@ class BaseTrainer:
             discard(old)
 
     def resume(self):
-        """The end of __init__: goes on from a checkpoint if that was asked for."""
+        """The end of __init__: goes on from a checkpoint if asked to."""
         length, num = len(self.dataset), self.samples_per_process * self.world
         check(length >= num, f'the dataset has {length} samples, fewer than the {num} read per step')
         together(self.claim_folder, self.is_main)
@@ -2294,7 +2251,7 @@ class BaseTrainer:
         together(self.leave_later, self.is_main)
 
     def leave_later(self):
-        """Later checkpoints count no more, and what was logged later will be logged again."""
+        """Later checkpoints count no more; later logs will be written again."""
         for folder in sorted(self.checkpoints.glob(STEP)):
             if folder.name > f'step-{self.step:08d}':
                 aside = folder.with_name(f'left-{folder.name}')
@@ -2354,7 +2311,7 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64  # class groups, or rows with a condition, per step, of all processes together
+    num_groups: int = 64  # class groups, or rows with a condition, of all processes per step
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
@@ -2378,7 +2335,7 @@ class GeneratorSettings(LoopSettings):
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
-# Table 8, what differs from the ablation; where paper and release differ, the release's value
+# Table 8, what differs from the ablation, by the release
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
 LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
@@ -2395,18 +2352,19 @@ TRAINER_PRESETS = {
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8), or of (sample, condition).
 
-    model: any module with the call model(noise, labels, alpha, styles) and the attributes num_classes (None:
-        no classes, integer labels are ignored) and, if it is not that of a sample, noise_shape.
-    condition: a floating-point tensor, or a dict of tensors. Each row that is read is a group of its own, its sample
-        the positive (or its [num_pos ...] samples), the real samples of all rows are the unconditional ones.
-    loss_fn: any callable (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
-    to_image: samples to images [b 1|3 h w] in [0, 1], for the grids. None: samples of 1 or 3 channels are in [-1, 1].
+    model: a module, model(noise, labels, alpha, styles), with num_classes (None: no classes, integer labels are
+        ignored) and, if it is not that of a sample, noise_shape.
+    condition: a floating-point tensor, or a dict of tensors. Each row is a group, its sample (or [num_pos ...]
+        samples) the positive; real samples of all rows are the unconditional ones.
+    loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
+    to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
     settings: see GeneratorSettings and LoopSettings.
 
     Several processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
+    presets, from_preset = TRAINER_PRESETS, classmethod(from_preset)
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
@@ -2423,7 +2381,7 @@ class Trainer(BaseTrainer):
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
-        if self.has_conditions or exists(chunk) and self.accelerator.is_fsdp2:
+        if self.has_conditions or exists(chunk) and self.is_sharded:
             wanted = f'conditions, and sharded models in chunks, need a multiple of {self.world} processes'
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
 
@@ -2451,12 +2409,6 @@ class Trainer(BaseTrainer):
             self.loss_fn.to(self.device, memory_format = layout)
         self.resume()
 
-    @classmethod
-    def from_preset(cls, name, model, loss_fn, dataset, **kwargs):
-        """By a column of Table 8, see TRAINER_PRESETS; keyword arguments override it."""
-        check(name in TRAINER_PRESETS, f'unknown preset {name!r}, expected one of {", ".join(TRAINER_PRESETS)}')
-        return cls(model, loss_fn, dataset, **{**TRAINER_PRESETS[name], **kwargs})
-
     def before_training(self, batches):
         """Read until every class has enough positives in every process, one epoch at most."""
         if not self.queues:
@@ -2482,15 +2434,13 @@ class Trainer(BaseTrainer):
 
     # what goes into a step
     def push(self, batches):
-        """The next real samples of this process go into its queues.
-        Returns their labels [n], or their conditions and positives [n p ...].
-        """
+        """Reads into the queues. Returns labels [n], or conditions and positives [n p ...]."""
         samples, labels = self.read(batches)
         if self.has_conditions:
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
             check_range('real samples', samples, -math.inf)
             each(lambda t: check_range('the condition', t, -math.inf), labels)
-            if hasattr(self.unwrapped, 'checked_condition'):  # once more on a cpu, which sees the numbers
+            if hasattr(self.unwrapped, 'checked_condition'):  # here, as a cpu sees the numbers
                 self.unwrapped.checked_condition(labels, len(samples))
             if self.num_uncond > 0:
                 self.queues['unconditional'].push(rearrange(positives, 'n p ... -> (n p) ...'))
@@ -2500,7 +2450,7 @@ class Trainer(BaseTrainer):
         return labels.long()
 
     def draw(self, newest, micro_step):
-        """labels [c], or conditions, alpha [c], pos [c p ...] and uncond [c u ...] or None."""
+        """labels [c] or conditions, alpha [c], pos [c p ...], uncond [c u ...] or None."""
         settings, key = self.settings, (self.settings.seed, self.step, micro_step)
         (low, high), generator = self.alpha_range, seeded(*key, 'queue', self.rank)
         alpha = sample_alpha(
@@ -2522,10 +2472,10 @@ class Trainer(BaseTrainer):
             drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
         to_device = partial(Tensor.to, device = self.device, non_blocking = True)
         labels, alpha, *sets = (each(to_device, value) for value in drawn)
-        return labels, alpha, *(each(torch.Tensor.float, t) for t in sets)
+        return labels, alpha, *(each(Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
-        """noise [c g ...], labels, alpha, styles [c g s], the same for any number of processes."""
+        """noise [c g ...], labels, alpha, styles [c g s], for any number of processes the same."""
         g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
         noise, styles = [], []
         groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
@@ -2539,7 +2489,7 @@ class Trainer(BaseTrainer):
         return stack(noise), labels, alpha, stack(styles) if styles else None
 
     def generate(self, noise, labels, alpha, styles, number = 0):
-        """Generated samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
+        """Samples [c g ...] of a chunk of `inputs`; its number seeds the dropout."""
         self.seed_model(number)
         c, g = noise.shape[:2]
         labels = each(lambda t: repeat(t, 'c ... -> (c g) ...', g = g), labels)
@@ -2556,9 +2506,7 @@ class Trainer(BaseTrainer):
         return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
 
     def backward(self, batches, micro_step, sync):
-        """The gradient of one micro step.
-        In chunks: samples without a graph, the gradient on them, then chunk by chunk to the weights.
-        """
+        """In chunks: samples without a graph, the gradient on them, and by chunks to the weights."""
         settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
         chunks = chunked(self.inputs(labels, alpha, micro_step), size)
@@ -2584,7 +2532,7 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """The loss, and (Breakdown, alpha, spread relative to real samples or None)."""
+        """The loss, (Breakdown, alpha, spread relative to real samples or None)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         is_pair = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
@@ -2600,7 +2548,7 @@ class Trainer(BaseTrainer):
 
     # what is seen of it
     def metrics(self, details):
-        """On the bar goes the drift before it is normalised, mean over features."""
+        """On the bar: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
         metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
@@ -2631,14 +2579,13 @@ class Trainer(BaseTrainer):
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
-        """Ten samples each of the first ten classes or conditions, always from the same noise."""
+        """Ten each of the first ten classes or conditions, always from the same noise."""
         rows = min(10, len(self.dataset) if self.has_conditions else default(self.num_classes, 10))
-        asked = dict(labels = torch.arange(rows), num_samples_each = 10)
+        labels = torch.arange(rows) if exists(self.num_classes) else None
         if self.has_conditions:
-            _, asked['labels'] = self.dataset.batch([(i, i) for i in range(rows)])
-        elif not exists(self.num_classes):
-            asked = dict(num_samples = rows, num_samples_each = 10)
-        samples = self.sample(**asked, seed = self.settings.seed)
+            _, labels = self.dataset.batch([(i, i) for i in range(rows)])
+        num = None if exists(labels) else rows
+        samples = self.sample(labels, num_samples = num, num_samples_each = 10, seed = self.settings.seed)
         return rearrange(samples, 'rows ten ... -> (rows ten) ...'), rows
 
 @dataclasses.dataclass(kw_only = True)
@@ -2649,7 +2596,7 @@ class MAESettings(LoopSettings):
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
     ema_decay: float = 0.9995
-    finetune_steps: int = free(0)  # the last ones: the weight of the classification, lambda, rises
+    finetune_steps: int = free(0)  # the last ones: the weight of the classification rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
     finetune_start: int | None = dataclasses.field(init = False, default = None)
@@ -2673,7 +2620,7 @@ class MAETrainer(BaseTrainer):
         check(num % self.world == 0, f'batch_size {num} cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
 
-        if self.accelerator.is_fsdp2:
+        if self.is_sharded:
             register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
 
@@ -2686,14 +2633,12 @@ class MAETrainer(BaseTrainer):
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
         check_range('real samples', samples, -math.inf)
-        inputs = [samples]
-        if exists(self.num_classes):
-            inputs.append(checked_labels(labels, self.num_classes, len(labels)))
-        inputs = [t.to(self.device, non_blocking = True) for t in inputs]
+        labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
+        samples, labels = (each(lambda t: t.to(self.device, non_blocking = True), t) for t in (samples, labels))
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
-        mask = self.unwrapped.draw_mask(inputs[0], generator)
+        mask, cls_weight = self.unwrapped.draw_mask(samples, generator), self.cls_weight_at(self.step)
         with self.synced(sync):
-            loss, details = self.model(*inputs, cls_weight = self.cls_weight_at(self.step), mask = mask)
+            loss, details = self.model(samples, labels, cls_weight = cls_weight, mask = mask)
             self.accelerator.backward(loss / self.settings.gradient_accumulation_steps)
         return loss.detach(), MAEBreakdown(*(t.detach() for t in details))
 
@@ -2702,7 +2647,7 @@ class MAETrainer(BaseTrainer):
         return metrics, ('reconstruction', 'accuracy')
 
     def pictures(self):
-        """The first ten samples, what the mask leaves of them, and their reconstructions."""
+        """Ten samples, what the mask leaves of them, and reconstructions."""
         model, num = self.ema.ema_model.eval(), min(10, len(self.dataset))
         samples = self.dataset.batch([(i, i) for i in range(num)])[0].to(self.device)
         mask = model.draw_mask(samples, seeded(self.settings.seed, 'picture', device = self.device))
@@ -2713,28 +2658,19 @@ class MAETrainer(BaseTrainer):
 
 # ── 11. weights - our own, and those that the authors published ───
 
-# of each model: its kind and names in the authors' repository, which release.py reads
+# kind and names in the authors' repository, which release.py reads
 PUBLISHED = {
     DriftingGenerator: ('gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation')),
     LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640')),
     ConvGenerator: ('', ())
 }
 
-def check_sizes(arguments, state):
-    """Blocks and tokens cost time and memory even without their weights."""
-    blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
-    tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2  # without patches none
-    tokens += arguments.get('num_register_tokens', 0)
-    numbers = sum(t.numel() for t in state.values())
-    fits = blocks <= len(state) and tokens <= numbers // arguments.get('dim', 1)
-    check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
-
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
-    name: of a published model (needs the extra [pretrained]), or of a repository on the hub ('user/name'), of which
-        revision is a commit, tag or branch; or a folder: of save_pretrained, or of a published model.
-    Raises ValueError for unknown names, damaged files and unfit weights; OSError for what is not found.
+    name: of a published model (needs the extra [pretrained]), of a repository on the hub ('user/name'), or a folder.
+    revision: of the repository, a commit, tag or branch.
+    Raises ValueError for unknown names, damaged files, unfit weights; OSError for what is not found.
     """
     kind, published = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
@@ -2762,7 +2698,14 @@ def from_pretrained(cls, name, *, revision = None):
             arguments, state_dict = release.TRANSLATIONS[kind](arguments['model_config'], state_dict)
         else:
             state_dict = load_file(weights)
-        check_sizes(arguments, state_dict)
+
+        # blocks and tokens cost time and memory even without their weights
+        blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
+        tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2  # without patches none
+        tokens += arguments.get('num_register_tokens', 0)
+        numbers = sum(t.numel() for t in state_dict.values())
+        fits = blocks <= len(state_dict) and tokens <= numbers // arguments.get('dim', 1)
+        check(fits, f'its config has {blocks} blocks and {tokens} tokens, more than its weights')
         with torch.device('meta'):  # the weights are taken as they are read, not copied
             model = cls(**arguments)
     except Exception as error:  # whatever a config may hold
