@@ -950,8 +950,6 @@ class DriftProblems:
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
-        same = tuple(stats.drift_rms) == self.temperatures
-        check(same, f'stats are of the temperatures {tuple(stats.drift_rms)}, expected {self.temperatures}')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
@@ -1733,10 +1731,6 @@ class SeededDataset(Dataset):
 # ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
 
 # checkpoints: files, nothing of training
-def append_json(path, entry):
-    with open(path, 'a') as file:
-        file.write(json.dumps(entry) + '\n')
-
 def sha256(path):
     return hashlib.sha256(np.memmap(path, mode = 'r')).hexdigest()
 
@@ -1751,9 +1745,10 @@ def discard(folder):
 
 # what a run writes into its folder, and removes with overwrite = True
 STEP = 'step-' + '[0-9]' * 8
-OURS = ['metrics.jsonl', 'starts.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
-OURS += [f'checkpoints/{STEP}', f'checkpoints/left-{STEP}']
-SHARED_FILES = 'ema.safetensors', 'model.safetensors', 'optimizer.safetensors'
+OURS = ['metrics.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
+BEST = STEP.replace('step', 'best')
+OURS += [f'checkpoints/{before}{name}' for before in ('', 'left-') for name in (STEP, BEST)]
+SHARED_FILES = 'ema.safetensors', 'averages.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
 def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its queue."""
@@ -1876,7 +1871,7 @@ class LoopSettings:
     betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
-    ema_decay: float = 0.999  # of the averaged weights
+    ema_decay: float | tuple | list = 0.999  # of the averaged weights; of several evaluate chooses
 
     gradient_accumulation_steps: int = 1
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
@@ -1888,6 +1883,8 @@ class LoopSettings:
     log_every: int = free(10)  # steps, 0 for never: into metrics.jsonl and the trackers
     sample_every: int = free(1_000)  # steps: grids of images, into samples/
     save_every: int = free(1_000)  # steps: into checkpoints/
+    evaluate_every: int = free(0)  # steps
+    keep_best: str | None = free(None)  # a name that evaluate returns, less is better, or 'max:name'
     keep_checkpoints: int = free(3)  # the newest
     progress_bar: bool = free(True)
 
@@ -1915,12 +1912,14 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been, or warns.
     Several processes refuse models with trained statistics (BatchNorm).
     """
-    def __init__(self, model, dataset, settings, to_image):
-        self.settings, self.to_image = settings, to_image
+    def __init__(self, model, dataset, settings, to_image, evaluate = None):
+        self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
+        check(exists(evaluate) or settings.evaluate_every == 0, 'evaluate_every needs evaluate, a function')
+        check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
-        self.queues, self.parts = {}, {}
+        self.queues, self.parts, self.emas, self.best = {}, {}, {}, None
         self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
 
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
@@ -1953,18 +1952,23 @@ class BaseTrainer:
         kept = [name for name, t in model.named_buffers() if t.is_floating_point() and name in saved]
         wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
-        average = deepcopy(model) if self.is_sharded else None
+        decays = settings.ema_decay if isinstance(settings.ema_decay, (tuple, list)) else [settings.ema_decay]
+        check_number(0, 1, **{f'ema_decay[{i}]': decay for i, decay in enumerate(decays)})
+        check(len(decays) > 0, 'ema_decay is empty')
+        averages = [deepcopy(model) for _ in decays]
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
-        average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else deepcopy(self.unwrapped)
 
-        self.ema = EMA(  # which would warm its decay up otherwise
-            self.unwrapped, average, beta = settings.ema_decay, min_value = settings.ema_decay, update_every = 1,
-            update_after_step = -1, include_online_model = False, use_foreach = not self.is_sharded
-        )
-        self.ema.update()
+        for decay, average in zip(decays, averages, strict = True):
+            average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else average.to(self.device)
+            self.emas[decay] = EMA(  # which would warm its decay up otherwise
+                self.unwrapped, average, beta = decay, min_value = decay, update_every = 1,
+                update_after_step = -1, include_online_model = False, use_foreach = not self.is_sharded
+            )
+            self.emas[decay].update()
+        self.ema = self.emas[decays[0]]  # that is sampled and exported
         if settings.compile:
             self.model = torch.compile(self.model)
 
@@ -2055,14 +2059,14 @@ class BaseTrainer:
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.optimizer.step()  # accelerate's is slower
-        average = self.ema.ema_model
-        for part in average.modules():
-            if isinstance(part, FSDPModule):  # pictures may leave it whole
-                part.reshard()
-        self.ema.update()
-        for averaged, buffer in zip(average.buffers(), self.unwrapped.buffers(), strict = True):
-            if not buffer.is_floating_point():  # integers have no average
-                averaged.copy_(buffer)
+        for ema in self.emas.values():
+            for part in ema.ema_model.modules():
+                if isinstance(part, FSDPModule):  # pictures may leave it whole
+                    part.reshard()
+            ema.update()
+            for averaged, buffer in zip(ema.ema_model.buffers(), self.unwrapped.buffers(), strict = True):
+                if not buffer.is_floating_point():  # integers have no average
+                    averaged.copy_(buffer)
         self.step += 1
         return loss, details, dict(grad_norm = norm)
 
@@ -2092,8 +2096,6 @@ class BaseTrainer:
         try:
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
-            if self.is_main:
-                self.record_start()
             if self.settings.sample_every > 0:
                 self.save_pictures(is_trial = True)
             if self.step == 0:
@@ -2123,6 +2125,7 @@ class BaseTrainer:
         with interruptions() as received, bar:
             while self.step < num_steps and not signals:
                 self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
+                self.logs_this_step |= self.is_due(settings.evaluate_every, self.step + 1)
                 result = self.train_step(batches)
                 bar.update()
                 if self.step % ask_every == 0:
@@ -2139,14 +2142,6 @@ class BaseTrainer:
                     self.save_pictures()
 
         return signals or received
-
-    def record_start(self):
-        device = torch.cuda.get_device_name() if self.device.type == 'cuda' else str(self.device)
-        versions = {name: version(name) for name in ('torch', 'accelerate', 'x-transformers')}
-        append_json(self.results_folder / 'starts.jsonl', dict(
-            step = self.step, time = time.strftime('%Y-%m-%d %H:%M:%S'), versions = versions, device = device,
-            num_processes = self.world, precision = self.accelerator.mixed_precision, config = self.record()
-        ))
 
     def log(self, bar, loss, details, norms):
         metrics, on_bar = self.metrics(details)
@@ -2165,7 +2160,8 @@ class BaseTrainer:
         self.accelerator.log(metrics, step = self.step)
         if self.is_main:
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
-            append_json(self.results_folder / 'metrics.jsonl', metrics)
+            with open(self.results_folder / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(metrics) + '\n')
 
     def save_pictures(self, is_trial = False):
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
@@ -2186,35 +2182,38 @@ class BaseTrainer:
             together(draw, self.is_main or self.is_sharded)
 
     # checkpoints
-    def save(self):
+    def save(self, kind = 'step'):
         """Aside until it is complete. The newest are kept."""
         unfinished = self.checkpoints / f'unfinished-{self.step:08d}'
         try:
             written = together(lambda: self.write_states(unfinished))
-            together(lambda: self.complete(unfinished, written), self.is_main)
+            together(lambda: self.complete(unfinished, written, kind), self.is_main)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors = True)
             raise OSError(f'checkpoint {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
         model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
-        average = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
+        modules = [ema.ema_model for ema in self.emas.values()]
+        average, *others = (dcp.get_model_state_dict(module, options = FULL_STATE) for module in modules)
         queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
         states = {f'queue-{self.rank}.safetensors': queues}
         if self.is_main:
-            states |= zip(SHARED_FILES, (average, model, flat(optimizer['state'])), strict = True)
+            found = average, flat(dict(enumerate(others))), model, flat(optimizer['state'])
+            states |= zip(SHARED_FILES, found, strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
         for name, state in states.items():
             save_tensors(state, folder / name, copy = name in SHARED_FILES)
         return {name: sha256(folder / name) for name in states}
 
-    def complete(self, unfinished, written):
+    def complete(self, unfinished, written, kind):
         """Its manifest, and when all files are on the disk its name. The oldest go."""
-        folder = self.checkpoints / f'step-{self.step:08d}'
+        folder = self.checkpoints / f'{kind}-{self.step:08d}'
         manifest = dict(
-            step = self.step, samples_read = self.samples_read,
-            num_processes = self.world, config = self.record(),
+            step = self.step, samples_read = self.samples_read, best = self.best,
+            num_processes = self.world, device = str(self.device), config = self.record(),
+            versions = {name: version(name) for name in ('torch', 'accelerate', 'x-transformers')},
             sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
@@ -2225,7 +2224,8 @@ class BaseTrainer:
                 os.fsync(file.fileno())
         discard(folder)
         unfinished.rename(folder)
-        for old in sorted(self.checkpoints.glob(STEP))[:-self.settings.keep_checkpoints]:
+        names, num = (STEP, self.settings.keep_checkpoints) if kind == 'step' else (BEST, 1)
+        for old in sorted(self.checkpoints.glob(names))[:-num]:
             discard(old)
 
     def resume(self):
@@ -2252,8 +2252,8 @@ class BaseTrainer:
 
     def leave_later(self):
         """Later checkpoints count no more; later logs will be written again."""
-        for folder in sorted(self.checkpoints.glob(STEP)):
-            if folder.name > f'step-{self.step:08d}':
+        for folder in (*self.checkpoints.glob(STEP), *self.checkpoints.glob(BEST)):
+            if int(folder.name[5:]) > self.step:
                 aside = folder.with_name(f'left-{folder.name}')
                 discard(aside)
                 folder.rename(aside)
@@ -2274,8 +2274,12 @@ class BaseTrainer:
         if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
-        average, model, moments = (load_file(folder / name) for name in SHARED_FILES)
-        for module, state_dict in (self.unwrapped, model), (self.ema.ema_model, average):
+        average, others, model, moments = (load_file(folder / name) for name in SHARED_FILES)
+        modules, averages = [ema.ema_model for ema in self.emas.values()], [average]
+        for i in range(len(modules) - 1):
+            found = {name.removeprefix(f'{i}.'): t for name, t in others.items() if name.startswith(f'{i}.')}
+            averages.append(found)
+        for module, state_dict in zip((self.unwrapped, *modules), (model, *averages), strict = True):
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
@@ -2289,7 +2293,9 @@ class BaseTrainer:
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
-        self.step, self.samples_read = manifest['step'], manifest['samples_read']
+        self.step, self.samples_read, self.best = manifest['step'], manifest['samples_read'], manifest['best']
+        if exists(self.best):
+            self.ema = self.emas.get(self.best['ema_decay'], self.ema)
 
     def load_queues(self, folder):
         states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
@@ -2358,6 +2364,8 @@ class Trainer(BaseTrainer):
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
+    evaluate: sample -> {name: number}, every evaluate_every steps; by one of them keep_best chooses the average that
+        is sampled, and a checkpoint that stays.
     settings: see GeneratorSettings and LoopSettings.
 
     Several processes share the groups; each has a queue of the real samples that it reads.
@@ -2366,8 +2374,9 @@ class Trainer(BaseTrainer):
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
     presets, from_preset = TRAINER_PRESETS, classmethod(from_preset)
 
-    def __init__(self, model, loss_fn, dataset, *, to_image = None, **settings):
-        super().__init__(model, dataset, GeneratorSettings(**settings), to_image)
+    def __init__(self, model, loss_fn, dataset, *, to_image = None, evaluate = None, **settings):
+        super().__init__(model, dataset, GeneratorSettings(**settings), to_image, evaluate)
+        self.evaluated = {}
         settings, num, chunk = self.settings, self.settings.num_groups, self.settings.group_chunk_size
         self.has_conditions, shape = self.dataset.has_conditions, self.sample_shape
         self.samples_per_process = num // self.world if self.has_conditions else settings.push_size
@@ -2377,7 +2386,7 @@ class Trainer(BaseTrainer):
             check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
-        self.loss_fn, self.collapsed = default(loss_fn, FeatureDriftLoss()), False
+        self.loss_fn = default(loss_fn, FeatureDriftLoss())
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
@@ -2562,17 +2571,39 @@ class Trainer(BaseTrainer):
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
 
         drifts = {name: stack(values).mean() for name, values in drifts.items()}
-        return {**metrics, **drifts}, (*drifts, 'loss')
+        return {**metrics, **drifts, **self.evaluated}, (*self.evaluated, *drifts, 'loss')
+
+    @torch.no_grad()
+    def evaluate_averages(self):
+        """The best average is sampled and exported from now on, and its checkpoint stays."""
+        wanted, chosen, previous = default(self.settings.keep_best, ''), self.ema, self.best
+        name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
+        for decay, ema in self.emas.items():
+            self.ema = ema
+            given, *_ = together(partial(self.evaluate, self.sample), self.is_main or self.is_sharded)
+            check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
+            numbers = {key: float(value) for key, value in given.items()}
+            suffix = f'/{decay}' if len(self.emas) > 1 else ''
+            self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
+            check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
+            if wanted and (not exists(self.best) or sign * numbers[name] < sign * self.best['value']):
+                self.best, chosen = dict(value = numbers[name], step = self.step, ema_decay = decay), ema
+
+        self.ema = chosen
+        if self.best is not previous:
+            self.save('best')
 
     def log(self, bar, loss, details, norms):
+        self.evaluated = {}
+        if self.is_due(self.settings.evaluate_every, self.step):
+            self.evaluate_averages()
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         *_, spread = details
-        if not self.collapsed and self.step >= first_step and exists(spread) and spread < 0.1:
-            self.collapsed = True
-            found = f'samples of a class spread {float(spread):.2g} times as far as real ones'
-            hint = 'With few dimensions use affinity_floor = 0., see "Your data" in the README'
-            warnings.warn(f'step {self.step}: {found}, they collapse. {hint}', stacklevel = 2)
+        if self.step >= first_step and exists(spread) and spread < 0.1:  # told once
+            found = 'the samples of a class spread less than a tenth of real ones, they collapse'
+            hint = 'with few dimensions use affinity_floor = 0., see "Your data" in the README'
+            warnings.warn(f'{found}: {hint}', stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
         """Samples of the averaged model for labels or a condition, see sample_from."""

@@ -203,7 +203,6 @@ def test_overwriting_removes_what_a_run_wrote(tmp_path):
     trainer(tmp_path, overwrite = True)
     assert all((folder / 'kept').exists() for folder in others)
     assert checkpoint_names(tmp_path) == ['step-00000002-best']
-    assert not (tmp_path / 'starts.jsonl').exists()
 
 # exports
 

@@ -82,11 +82,6 @@ def test_metrics_tell_the_drift(tmp_path):
     assert [row['learning_rate'] for row in log] == [pytest.approx(1e-2)] * 4
     assert all(0 < row['grad_norm'] < math.inf for row in log)
 
-    start, = json_lines(tmp_path / 'starts.jsonl')
-    assert start['config']['num_groups'] == 6
-    assert start['versions']['torch'] == torch.__version__
-    assert (start['device'], start['num_processes'], start['precision']) == ('cpu', 1, 'no')
-
 def test_images_of_the_averaged_model(tmp_path):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
     t = trainer(tmp_path, picture_generator(), data, num_train_steps = 4, sample_every = 2)

@@ -1,0 +1,153 @@
+"""Evaluation while it trains, the best checkpoint, and several averages of the weights."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from drifting_pytorch import DriftingGenerator
+from helpers import (
+    DATA,
+    averaged_weights,
+    checkpoint_names,
+    flat_parameters,
+    launch,
+    picture_generator,
+    raises_one_line,
+    rows,
+    trainer,
+    weights,
+)
+
+LABELS = torch.arange(3).repeat(20)
+
+def spread(sample):
+    samples = sample(LABELS, seed = 0)
+    return dict(mean = samples.mean(), spread = samples.std().item())
+
+class Scripted:
+    """The numbers of a list, one after the other."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def __call__(self, sample):
+        return dict(fid = self.numbers.pop(0))
+
+def evaluated(folder, evaluate = spread, **kwargs):
+    return trainer(folder, evaluate = evaluate, **{**dict(evaluate_every = 5, data = DATA, num_pos = 12), **kwargs})
+
+# numbers
+
+def test_numbers_are_logged_at_their_steps(tmp_path):
+    t = evaluated(tmp_path, num_train_steps = 12, log_every = 3)
+    t.train()
+    found = {row['step']: row['eval/spread'] for row in rows(tmp_path) if 'eval/spread' in row}
+    assert list(found) == [5, 10, 12]
+    assert sorted(row['step'] for row in rows(tmp_path)) == [3, 5, 6, 9, 10, 12]
+    assert math.isclose(found[12], spread(t.sample)['spread'], rel_tol = 1e-6)
+
+def test_it_has_no_effect_on_the_training(tmp_path):
+    def thirsty(sample):
+        torch.rand(1_000)
+        return spread(sample)
+
+    t, plain = evaluated(tmp_path / 'a', thirsty), trainer(tmp_path / 'b', data = DATA, num_pos = 12)
+    t.train()
+    plain.train()
+    assert torch.equal(weights(t), weights(plain))
+
+def train(folder, **kwargs):
+    t = evaluated(folder, keep_best = 'spread', ema_decay = (0.9, 0.99), save_every = 4, **kwargs)
+    t.train()
+    best, = (path for path in (folder / 'checkpoints').glob('best-*'))
+    manifest = json.loads((best / 'manifest.json').read_text())
+    averages = [flat_parameters(ema.ema_model).tolist() for ema in t.emas.values()]
+    return weights(t).tolist(), averages, best.name, manifest['best']
+
+def train_half(folder):
+    return train(folder, num_train_steps = 12)
+
+def train_resumed(folder):
+    return train(folder, resume_from_checkpoint = 'latest')
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_a_resumed_run_finds_the_same_best(tmp_path, world):
+    straight = launch(train, world, tmp_path / 'a')
+    launch(train_half, world, tmp_path / 'b')
+    assert launch(train_resumed, world, tmp_path / 'b') == straight
+    evaluations = [[row for row in rows(tmp_path / name) if row['step'] in (5, 10, 15, 20)] for name in 'ab']
+    assert evaluations[0] == evaluations[1]
+
+# the best
+
+@pytest.mark.parametrize('keep_best, numbers, best', [
+    ('fid', (4., 2., 3., 2.), 10),
+    ('max:fid', (4., 2., 3., 2.), 5),
+    ('fid', (4., 3., 2., 1.), 20),
+])
+def test_the_best_checkpoint_stays(tmp_path, keep_best, numbers, best):
+    t = evaluated(tmp_path, Scripted(*numbers), keep_best = keep_best, save_every = 10, keep_checkpoints = 1)
+    t.train()
+    assert checkpoint_names(tmp_path) == [f'best-{best:08d}', 'step-00000020']
+
+    manifest = json.loads((tmp_path / 'checkpoints' / f'best-{best:08d}' / 'manifest.json').read_text())
+    value = numbers[best // 5 - 1]
+    assert manifest['best'] == dict(value = value, step = best, ema_decay = t.settings.ema_decay)
+    settings = dict(data = DATA, num_pos = 12, save_every = 0)
+    from_best = trainer(tmp_path, resume_from_checkpoint = tmp_path / 'checkpoints' / f'best-{best:08d}', **settings)
+    assert from_best.step == best
+
+# several averages
+
+def test_each_average_is_that_of_a_run_of_its_own(tmp_path):
+    several = trainer(tmp_path / 'several', ema_decay = (0.9, 0.99), data = DATA, num_pos = 12)
+    several.train()
+    for i, decay in enumerate((0.9, 0.99)):
+        alone = trainer(tmp_path / str(i), ema_decay = decay, data = DATA, num_pos = 12)
+        alone.train()
+        assert torch.equal(flat_parameters(several.emas[decay].ema_model), averaged_weights(alone))
+    assert several.ema is several.emas[0.9]
+
+def test_the_best_average_is_sampled_and_exported(tmp_path):
+    t = evaluated(
+        tmp_path, Scripted(3., 2., 4., 1., 5., 6.), model = picture_generator(), keep_best = 'fid',
+        ema_decay = (0.5, 0.9, 0.99), num_train_steps = 10, data = pictures(), num_pos = 4
+    )
+    t.train()
+    names = [name for name in rows(tmp_path)[-1] if name.startswith('eval/')]
+    assert names == ['eval/fid/0.5', 'eval/fid/0.9', 'eval/fid/0.99']
+    assert t.best == dict(value = 1., step = 10, ema_decay = 0.5)
+    assert t.ema is t.emas[0.5]
+
+    t.save_pretrained(tmp_path / 'model')
+    saved = DriftingGenerator.from_pretrained(tmp_path / 'model')
+    assert torch.equal(flat_parameters(saved), averaged_weights(t))
+
+def pictures():
+    images = torch.rand(60, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.utils.data.TensorDataset(images, torch.arange(60) % 3)
+
+# refusals
+
+@pytest.mark.parametrize('kwargs, says', [
+    (dict(evaluate = None), 'evaluate_every needs evaluate, a function'),
+    (dict(keep_best = 'fid', evaluate_every = 0), 'keep_best needs evaluate_every'),
+    (dict(keep_best = 7), 'keep_best must be str | None, got 7'),
+    (dict(ema_decay = ()), 'ema_decay is empty'),
+    (dict(ema_decay = (0.9, 1.1)), 'ema_decay[1] must be a number in 0 .. 1, got 1.1'),
+    (dict(ema_decay = '0.9'), 'ema_decay must be'),
+])
+def test_settings_that_do_not_fit(tmp_path, kwargs, says):
+    with raises_one_line(says):
+        evaluated(tmp_path, **kwargs)
+
+@pytest.mark.parametrize('evaluate, keep_best, says', [
+    (lambda sample: 1., None, 'evaluate must return {name: number}, it returned 1.0'),
+    (lambda sample: dict(fid = 'low'), None, "could not convert string to float: 'low'"),
+    (lambda sample: dict(fid = 1.), 'kid', "keep_best is 'kid', evaluate returned ['fid']"),
+])
+def test_what_evaluate_returns(tmp_path, evaluate, keep_best, says):
+    with raises_one_line(says):
+        evaluated(tmp_path, evaluate, keep_best = keep_best).train()
