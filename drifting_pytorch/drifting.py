@@ -169,7 +169,7 @@ def each(fn, value):
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y], overwritten."""
     if can_read(logits):
-        # both from one exponential, 2 to 4 times faster, unless a row or column would vanish
+        # both from one exponential, faster, unless a row or column would vanish
         kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
         over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
         if over_y.min() > 1e-21 and over_x.min() > 1e-21:
@@ -450,7 +450,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
     output_conv_dim: width of two convolutions against seams between patches. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
-    checkpointing: compute blocks again in the backward pass instead of keeping what is inside.
+    checkpointing: compute blocks again in the backward pass, in less memory.
 
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
     """
@@ -659,9 +659,9 @@ def sample(self, labels = None, **kwargs):
 Generator.sample = sample
 
 class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
-    """A one-step generator of convolutions, for small pictures, smaller and quicker than DriftingGenerator.
+    """A one-step generator of convolutions for small pictures, quicker than DriftingGenerator.
 
-    image_size: a multiple of 4 up to 32, or of 8 up to 64; samples [b channels image_size image_size] in [-1, 1].
+    image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
     dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See also DriftingGenerator.
     The condition acts on every layer, or the samples of a class would be more alike.
     """
@@ -1009,7 +1009,7 @@ class FeatureDriftLoss(Module):
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
             function = getattr(part, 'func', part)
-            held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # of a method, of a partial
+            held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # method, partial
             if inspect.isfunction(function):
                 found = inspect.getclosurevars(function)
                 held += [*found.nonlocals.values(), *found.globals.values()]
@@ -1081,7 +1081,7 @@ class FeatureDriftLoss(Module):
     ) -> tuple[Float[Tensor, ''], Breakdown]:
         """The loss of a step, and its Breakdown. Gradients flow to gen, through the encoder.
 
-        Raises ValueError for samples that do not fit, alpha below 1, and all that drift_loss refuses.
+        Raises ValueError as drift_loss does, and for alpha below 1.
         """
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, **samples)
@@ -1100,7 +1100,7 @@ class FeatureDriftLoss(Module):
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
 
-        # chunks of groups: the encoder sees them three times, for S, for lambda, and for the loss
+        # chunks: the encoder sees them three times, for S, for lambda, and for the loss
         chunks = [chunk for _, chunk in chunked((gen, samples), self.group_chunk_size)]
         scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
         stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
@@ -1335,7 +1335,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.to_pixels = nn.Conv2d(dim, channels * patch_size ** 2, 1)
         self.to_logits = nn.Linear(dims[4], num_classes) if exists(num_classes) else None
 
-        # flax's lecun_normal: of variance 1 / fan_in, cut at two deviations and widened to keep it
+        # flax's lecun_normal: variance 1 / fan_in, cut at two deviations and widened
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 std = p[0].numel() ** -0.5 / 0.87962566103423978
@@ -1455,7 +1455,7 @@ class PixelInput(Module):
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
-    """Drifting features of any vision backbone, as one of timm with weights of SimCLR or DINO.
+    """Drifting features of any vision backbone, as one of timm.
 
     backbone: images -> maps [b d h w] or tokens [b n d] (of a square map), one, a list, or a dict.
     num_prefix_tokens: class and register tokens, in front, left out. feature_sets: see map_features.
@@ -1546,7 +1546,7 @@ class ImageFolder(Dataset):
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     They are read upright (Exif), over white where transparent, the first one of an animation.
-    Raises ValueError for folders that hold none, or class folders too, and for unreadable images.
+    Raises ValueError for folders without images or with both, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1813,7 +1813,7 @@ def interruptions():
         signal.signal(number, handlers[number])
 
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # in the background of a script
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup
             handlers[number] = signal.signal(number, remember)
     try:
         yield received
@@ -1884,13 +1884,13 @@ class LoopSettings:
     sample_every: int = free(1_000)  # steps: grids of images, into samples/
     save_every: int = free(1_000)  # steps: into checkpoints/
     evaluate_every: int = free(0)  # steps
-    keep_best: str | None = free(None)  # a name that evaluate returns, less is better, or 'max:name'
+    keep_best: str | None = free(None)  # 'name' of evaluate's numbers, the least, or 'max:name'
     keep_checkpoints: int = free(3)  # the newest
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
     resume_from_checkpoint: str | Path | None = free(None)  # a folder, or 'latest', if there is any
-    overwrite: bool = free(False)  # remove an earlier run from the folder; or else it is refused
+    overwrite: bool = free(False)  # remove an earlier run; or else it is refused
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -1903,7 +1903,7 @@ class LoopSettings:
                 check_number(*BOUNDS.get(name, (0, 1e20)), **{name: value})
 
 class BaseTrainer:
-    """The training loop of any model: AdamW, warmup, average, metrics, pictures, checkpoints.
+    """The training loop of any model.
 
     A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
     returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
@@ -1925,7 +1925,7 @@ class BaseTrainer:
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
         if not exists(precision):
             on_gpu = torch.cuda.is_available() and not settings.cpu
-            precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(False) else 'no'  # not emulated
+            precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(False) else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
 
         self.accelerator = accelerator = Accelerator(
@@ -2071,7 +2071,7 @@ class BaseTrainer:
         return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Weights stay broken, so not every step has to ask, but every one before they are saved."""
+        """Weights stay broken: not every step has to ask, but before they are saved."""
         norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
@@ -2118,7 +2118,7 @@ class BaseTrainer:
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
-        ask_every = 1 if self.world == 1 else 10  # several processes tell each other of signals
+        ask_every = 1 if self.world == 1 else 10  # processes tell each other of signals
         self.clock = time.perf_counter(), self.step
 
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
@@ -2259,7 +2259,7 @@ class BaseTrainer:
                 folder.rename(aside)
         path = self.results_folder / 'metrics.jsonl'
         if path.is_file():
-            rows = re.finditer(rb'\{"step": (\d+), [ -~]*\}\n', path.read_bytes())  # not what a crash cut short
+            rows = re.finditer(rb'\{"step": (\d+), [ -~]*\}\n', path.read_bytes())  # whole lines
             trimmed = path.with_suffix('.trimmed')
             trimmed.write_bytes(b''.join(row[0] for row in rows if int(row[1]) <= self.step))
             trimmed.replace(path)
@@ -2317,7 +2317,7 @@ class BaseTrainer:
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
 
-    num_groups: int = 64  # class groups, or rows with a condition, of all processes per step
+    num_groups: int = 64  # class groups, or rows with a condition, per step
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
     num_uncond: int = 16  # unconditional samples per group
@@ -2364,8 +2364,7 @@ class Trainer(BaseTrainer):
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
-    evaluate: sample -> {name: number}, every evaluate_every steps; by one of them keep_best chooses the average that
-        is sampled, and a checkpoint that stays.
+    evaluate: sample -> {name: number}, every evaluate_every steps; see keep_best.
     settings: see GeneratorSettings and LoopSettings.
 
     Several processes share the groups; each has a queue of the real samples that it reads.
@@ -2419,7 +2418,7 @@ class Trainer(BaseTrainer):
         self.resume()
 
     def before_training(self, batches):
-        """Read until every class has enough positives in every process, one epoch at most."""
+        """Read until every class has enough positives, one epoch at most."""
         if not self.queues:
             return
         # open: nothing is said of steps before the queues are full
@@ -2449,7 +2448,7 @@ class Trainer(BaseTrainer):
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
             check_range('real samples', samples, -math.inf)
             each(lambda t: check_range('the condition', t, -math.inf), labels)
-            if hasattr(self.unwrapped, 'checked_condition'):  # here, as a cpu sees the numbers
+            if hasattr(self.unwrapped, 'checked_condition'):  # a cpu sees them
                 self.unwrapped.checked_condition(labels, len(samples))
             if self.num_uncond > 0:
                 self.queues['unconditional'].push(rearrange(positives, 'n p ... -> (n p) ...'))
@@ -2524,7 +2523,7 @@ class Trainer(BaseTrainer):
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
-        share = len(alpha) * self.world / settings.num_groups  # processes may have unequal numbers
+        share = len(alpha) * self.world / settings.num_groups  # numbers may be unequal
         share = share / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
@@ -2575,7 +2574,7 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def evaluate_averages(self):
-        """The best average is sampled and exported from now on, and its checkpoint stays."""
+        """The best average is sampled from now on, and its checkpoint stays."""
         wanted, chosen, previous = default(self.settings.keep_best, ''), self.ema, self.best
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         for decay, ema in self.emas.items():
@@ -2705,7 +2704,7 @@ def from_pretrained(cls, name, *, revision = None):
     """
     kind, published = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
     folder = Path(name)
-    is_release = bool(published) and (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
+    is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
 
     if folder.is_dir():
@@ -2714,11 +2713,7 @@ def from_pretrained(cls, name, *, revision = None):
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
-        try:
-            config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
-        except OSError as error:
-            reason, *_ = f'{error}\n'.splitlines()
-            raise OSError(f'{name} is no folder, and not found as {repository} on the hub: {reason}') from error
+        config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
 
     if is_release:
         from drifting_pytorch import release
@@ -2732,7 +2727,7 @@ def from_pretrained(cls, name, *, revision = None):
 
         # blocks and tokens cost time and memory even without their weights
         blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
-        tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2  # without patches none
+        tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2
         tokens += arguments.get('num_register_tokens', 0)
         numbers = sum(t.numel() for t in state_dict.values())
         fits = blocks <= len(state_dict) and tokens <= numbers // arguments.get('dim', 1)
