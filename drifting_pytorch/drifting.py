@@ -687,7 +687,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
             up = nn.Upsample(scale_factor = 2, mode = 'bilinear')
             self.layers.append(nn.Sequential(conv, up, nn.GroupNorm(8, dim_out)))
         to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1), nn.PixelShuffle(2)
-        mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # of 2x2: no checkerboard
+        mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # no checkerboard
         self.to_image = nn.Sequential(*to_pixels, *mean, nn.Tanh())
 
         # the condition, and from it what every layer is scaled and shifted by
@@ -777,7 +777,7 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cache, half a GiB of a GPU
+PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cache, half a GiB
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
