@@ -24,7 +24,6 @@ import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from functools import partial
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -426,7 +425,7 @@ class Generator(Module, PyTorchModelHubMixin):
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
         check_range('noise', noise, -math.inf)
-        b, like = len(noise), next(self.parameters())
+        b, like = noise.shape[0], next(self.parameters())
         check(like.dtype.itemsize >= 4, f'the model is {like.dtype}: keep it in float32, under torch.autocast')
         alpha = as_tensor('alpha', alpha).to(noise.device)
         alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
@@ -566,8 +565,8 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
         noise, given, alpha = self.checked_inputs(noise, labels, alpha)
-        styles = styles if exists(styles) else self.draw_styles(len(noise))
-        style_shape = len(noise), self.num_style_tokens
+        styles = styles if exists(styles) else self.draw_styles(noise.shape[0])
+        style_shape = noise.shape[0], self.num_style_tokens
         styles = checked_labels(styles, self.style_codebook_size, *style_shape, name = 'styles').to(noise.device)
         cond = self.condition(given.get('labels'), alpha, styles, given.get('vector'))  # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
@@ -630,13 +629,12 @@ def sample_from(
     generator = torch.Generator()
     generator.manual_seed(int(default(seed, generator.seed())))
     seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(rows * k)
-    inputs = [each(lambda t: t.repeat_interleave(k, dim = 0), t) for t in (labels, alpha.expand(rows))]
 
     device, samples = next(model.parameters()).device, []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for batch, *inputs_of_batch in chunked((seeds, *inputs), batch_size):
+        for batch, index in chunked((seeds, torch.arange(rows * k) // k), batch_size):
             noise, styles = [], []
             for seed in batch.tolist():
                 generator.manual_seed(seed)
@@ -644,8 +642,9 @@ def sample_from(
                 if hasattr(model, 'draw_styles'):
                     styles.append(model.draw_styles(1, generator))
 
-            inputs_of_batch = stack(noise), *inputs_of_batch, cat(styles) if styles else None
-            samples.append(model(*(each(lambda t: t.to(device), t) for t in inputs_of_batch)))
+            given = [each(operator.itemgetter(index), t) for t in (labels, alpha.expand(rows))]
+            inputs = stack(noise), *given, cat(styles) if styles else None
+            samples.append(model(*(each(lambda t: t.to(device), t) for t in inputs)))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -853,7 +852,7 @@ class DriftProblems:
         """x [b g d], y [b y d], centred on x, or distances lose digits."""
         if self.placed[0] != part:
             center = self.gen[part].mean(dim = 1, keepdim = True)
-            y = cat([t[part] for t in self.sets.values()], dim = 1).sub_(center)
+            y = cat([t[part].to(center) for t in self.sets.values()], dim = 1).sub_(center)
             x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
             self.placed = part, x, y
         return self.placed[1:]
@@ -950,6 +949,7 @@ class DriftProblems:
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, stats):
         """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
+        check(tuple(stats.drift_rms) == self.temperatures, 'stats are of other temperatures')
         unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
@@ -1395,8 +1395,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     def reconstruct(self, x, mask):
         """Samples [b ch h w] from what a mask [b h w] leaves, and the encoder's last map."""
         check_shape('mask', mask, self.mask_shape(x), ', one number per mask patch')
-        fits = not can_read(mask) or ((mask == 0) | (mask == 1)).all()
-        check(fits, 'mask must be 1 where a patch is dropped, and 0 elsewhere')
         maps = self.maps(self.fold(x * (1 - self.dropped(mask.to(x)))))
         y = F.relu(self.bridge(maps['layer4']))
         for up, skip in zip(self.ups.values(), ('layer3', 'layer2', 'layer1', 'conv1'), strict = True):
@@ -1557,7 +1555,7 @@ class ImageFolder(Dataset):
         _, folders, files = next(os.walk(root))
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
-        mixed = self.classes and any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files)
+        mixed = self.classes and any(name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.' for name in files)
         check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
@@ -1698,6 +1696,7 @@ class SeededDataset(Dataset):
         is_pair = isinstance(item, (tuple, list)) and len(item) == 2
         check(is_pair, f'{name} must be (sample, label), got {type(item).__name__}')
         sample, label = item
+        label = torch.from_numpy(label) if isinstance(label, np.ndarray) else label
         check_floating(name, sample)
         self.sample_shape = default(self.sample_shape, tuple(sample.shape))
         check_shape(name, sample, self.sample_shape, ' like the first one')
@@ -1954,7 +1953,6 @@ class BaseTrainer:
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         decays = settings.ema_decay if isinstance(settings.ema_decay, (tuple, list)) else [settings.ema_decay]
         check_number(0, 1, **{f'ema_decay[{i}]': decay for i, decay in enumerate(decays)})
-        check(len(decays) > 0, 'ema_decay is empty')
         averages = [deepcopy(model) for _ in decays]
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
@@ -1976,8 +1974,7 @@ class BaseTrainer:
         """Against another run at the same time. A process that died holds no lock."""
         try:
             self.results_folder.mkdir(parents = True, exist_ok = True)
-            with suppress(NotImplementedError):  # a file system without locks
-                self.lock.acquire()
+            self.lock.acquire()
         except OSError as error:
             raise OSError(f'{self.results_folder} is in use, or not writable: {error}') from error
 
@@ -2134,10 +2131,12 @@ class BaseTrainer:
                 if self.logs_this_step or saves or self.step % 10 == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 self.in_step = False
-                if self.logs_this_step:
-                    self.log(bar, *result)
-                if saves:
-                    self.save()
+                try:
+                    if self.logs_this_step:
+                        self.log(bar, *result)
+                finally:  # an evaluation may fail
+                    if saves:
+                        self.save()
                 if self.is_due(settings.sample_every, self.step):
                     self.save_pictures()
 
@@ -2213,7 +2212,7 @@ class BaseTrainer:
         manifest = dict(
             step = self.step, samples_read = self.samples_read, best = self.best,
             num_processes = self.world, device = str(self.device), config = self.record(),
-            versions = {name: version(name) for name in ('torch', 'accelerate', 'x-transformers')},
+            torch = torch.__version__,
             sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
         )
         config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
@@ -2275,6 +2274,8 @@ class BaseTrainer:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
 
         average, others, model, moments = (load_file(folder / name) for name in SHARED_FILES)
+        fits = before['ema_decay'] == now['ema_decay'] or not others and len(self.emas) == 1
+        check(fits, f'the checkpoint has averages of ema_decay = {before["ema_decay"]}, got {now["ema_decay"]}')
         modules, averages = [ema.ema_model for ema in self.emas.values()], [average]
         for i in range(len(modules) - 1):
             found = {name.removeprefix(f'{i}.'): t for name, t in others.items() if name.startswith(f'{i}.')}
@@ -2293,7 +2294,8 @@ class BaseTrainer:
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
-        self.step, self.samples_read, self.best = manifest['step'], manifest['samples_read'], manifest['best']
+        self.step, self.samples_read = manifest['step'], manifest['samples_read']
+        self.best = manifest['best'] if before['keep_best'] == now['keep_best'] else None
         if exists(self.best):
             self.ema = self.emas.get(self.best['ema_decay'], self.ema)
 
@@ -2364,7 +2366,7 @@ class Trainer(BaseTrainer):
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
-    evaluate: sample -> {name: number}, every evaluate_every steps; see keep_best.
+    evaluate: sample -> {name: number}, every evaluate_every steps, in each process; see keep_best.
     settings: see GeneratorSettings and LoopSettings.
 
     Several processes share the groups; each has a queue of the real samples that it reads.
@@ -2505,8 +2507,6 @@ class Trainer(BaseTrainer):
         alpha = repeat(alpha, 'c -> (c g)', g = g)
         gen = self.model(rearrange(noise, 'c g ... -> (c g) ...'), labels, alpha, styles)
         check_shape('what the generator returns', gen, (c * g, *self.sample_shape), ' like the dataset')
-        has_gradient = gen.requires_grad or not torch.is_grad_enabled()
-        check(has_gradient, 'the generator returns samples without a gradient: detached, or all frozen')
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     @torch.no_grad()
@@ -2579,13 +2579,14 @@ class Trainer(BaseTrainer):
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         for decay, ema in self.emas.items():
             self.ema = ema
-            given, *_ = together(partial(self.evaluate, self.sample), self.is_main or self.is_sharded)
+            given, *_ = together(partial(self.evaluate, self.sample))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
             numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
-            if wanted and (not exists(self.best) or sign * numbers[name] < sign * self.best['value']):
+            is_best = not exists(self.best) or sign * numbers.get(name, 0) < sign * self.best['value']
+            if wanted and is_best and math.isfinite(numbers[name]):
                 self.best, chosen = dict(value = numbers[name], step = self.step, ema_decay = decay), ema
 
         self.ema = chosen

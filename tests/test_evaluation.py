@@ -135,7 +135,6 @@ def pictures():
     (dict(evaluate = None), 'evaluate_every needs evaluate, a function'),
     (dict(keep_best = 'fid', evaluate_every = 0), 'keep_best needs evaluate_every'),
     (dict(keep_best = 7), 'keep_best must be str | None, got 7'),
-    (dict(ema_decay = ()), 'ema_decay is empty'),
     (dict(ema_decay = (0.9, 1.1)), 'ema_decay[1] must be a number in 0 .. 1, got 1.1'),
     (dict(ema_decay = '0.9'), 'ema_decay must be'),
 ])

@@ -84,7 +84,7 @@ def test_digits_of_two_processes_are_judged_once(tmp_path):
     text = launched('train_digits.py', '--results-folder', tmp_path, *SHORT)
     assert text.count('recognised as their class') == text.count('samples.png') == 1
     manifest = json.loads((tmp_path / 'checkpoints' / 'step-00000008' / 'manifest.json').read_text())
-    assert manifest['num_processes'] == 2 and manifest['versions']['torch'] == torch.__version__
+    assert manifest['num_processes'] == 2 and manifest['torch'] == torch.__version__
     assert json.loads((tmp_path / 'metrics.json').read_text())['samples']['frechet_ratio'] > 1
 
 def test_digit_metrics_know_copies_and_collapse(examples):

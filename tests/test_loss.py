@@ -618,6 +618,7 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, got 'laplace'"),
     (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a number in 0 .. 1, got nan'),
     (lambda: drift_loss(X, X, min_scale = -1.), 'min_scale must be a number in 0 .. 1000000, got -1.0'),
+    (lambda: drift_loss(X, X, stats = drift_loss(X, X, temperatures = 1.)[1]), 'stats are of other temperatures'),
     (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),
     (lambda: drift_loss(X * 1e30, X), 'gen has values up to'),
     (lambda: FeatureDriftLoss(lambda x: dict(a = 1e25 * x[:, None]))(X, X), "gen of feature 'a' has values up to"),
