@@ -1,5 +1,6 @@
 """Frechet distance, precision and recall, and an Evaluation of a trainer's samples."""
 
+import json
 import sys
 
 import numpy as np
@@ -53,10 +54,17 @@ def test_evaluation_of_images(features):
 def test_evaluation_of_a_trainer(tmp_path, num_classes):
     images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 3
     model = ConvGenerator(image_size = 8, channels = 1, num_classes = num_classes, dim = 16)
-    trainer = Trainer(model, None, TensorDataset(images, labels), results_folder = tmp_path, cpu = True, push_size = 8)
     evaluation = Evaluation(images, means, labels = labels if num_classes else None, num_samples = 30)
+    settings = dict(num_train_steps = 1, num_groups = 2, num_gen = 4, num_pos = 4, alpha_range = (1., 1.), push_size = 8)
+    trainer = Trainer(
+        model, None, TensorDataset(images, labels), results_folder = tmp_path, cpu = True,
+        evaluate = evaluation, evaluate_every = 1, keep_best = 'frechet', **settings
+    )
+    trainer.train()
     found = evaluation(trainer.sample)
     assert found.keys() == {'frechet', 'precision', 'recall'} and found == evaluation(trainer.sample)
+    row = json.loads((tmp_path / 'metrics.jsonl').read_text())
+    assert [row[f'eval/{name}'] for name in found] == pytest.approx(list(found.values()), rel = 1e-5)
 
     def sample(labels = None, num_samples = None, **kwargs):
         assert num_samples == 30 if num_classes is None else labels.tolist() == [0] * 11 + [1] * 10 + [2] * 9
