@@ -443,6 +443,7 @@ def test_images_go_on_as_if_they_had_not_been_interrupted(tmp_path, monkeypatch,
 
     steps = json.loads((resumed / 'plan.json').read_text())['steps']
     assert steps['generator'] == 4 and not (resumed / 'model').exists()
+    assert (resumed / 'checkpoints' / 'step-00000002').exists()
     metrics = train_images(monkeypatch, folder, resumed, '--resume', '--steps', 9)         # the number stays
     assert metrics['samples'] == expected['samples'] and metrics['steps'] == steps
 

@@ -55,10 +55,11 @@ def test_evaluation_of_a_trainer(tmp_path, num_classes):
     images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 3
     model = ConvGenerator(image_size = 8, channels = 1, num_classes = num_classes, dim = 16)
     evaluation = Evaluation(images, means, labels = labels if num_classes else None, num_samples = 30)
-    settings = dict(num_train_steps = 1, num_groups = 2, num_gen = 4, num_pos = 4, alpha_range = (1., 1.), push_size = 8)
+    sizes = dict(num_groups = 2, num_gen = 4, num_pos = 4, push_size = 8)
     trainer = Trainer(
         model, None, TensorDataset(images, labels), results_folder = tmp_path, cpu = True,
-        evaluate = evaluation, evaluate_every = 1, keep_best = 'frechet', **settings
+        num_train_steps = 1, alpha_range = (1., 1.), **sizes,
+        evaluate = evaluation, evaluate_every = 1, keep_best = 'frechet'
     )
     trainer.train()
     found = evaluation(trainer.sample)
