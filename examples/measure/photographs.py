@@ -25,14 +25,11 @@ def main():
     parser.add_argument('--size', type = int, default = 32, help = 'pixels of a side, made from 64 to 128')
     args = parser.parse_args()
     rng, data = np.random.default_rng(0), load_sample_images()
-
     for name, pixels in zip(data.filenames, data.images, strict = True):
         left, right = np.split(pixels, [pixels.shape[1] // 3], axis = 1)
-
         for part, suffix, num in (right, '', args.crops), (left, '-apart', args.crops // 4):
             folder = args.folder.with_name(args.folder.name + suffix) / Path(name).stem
             folder.mkdir(parents = True, exist_ok = True)
-
             for i in tqdm(range(num), desc = str(folder)):
                 side = rng.integers(64, 129)
                 y, x = (rng.integers(size - side + 1) for size in part.shape[:2])
