@@ -17,6 +17,7 @@ from torch import cat, nn
 
 from drifting_pytorch import LatentMAE, MAETrainer
 from drifting_pytorch.drifting import image_grid, map_features
+from drifting_pytorch.metrics import coverage, frechet_distance
 
 # scripts
 
@@ -106,20 +107,6 @@ def train_classifier(images, labels, epochs = 12):
         return features.double().numpy(), head(features)
 
     return classify
-
-def frechet_distance(a, b):
-    """Between the Gaussians fitted to a [n d] and b [m d]."""
-    cov_a, cov_b = np.cov(a, rowvar = False), np.cov(b, rowvar = False)
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min = 0))        # their sum: trace of the matrix root
-    between_means = ((a.mean(axis = 0) - b.mean(axis = 0)) ** 2).sum()
-    return float(between_means + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
-
-def coverage(a, b, k = 3):
-    """The share of a that lies within the k-th neighbour distance of some b (Kynkaanniemi et al.)."""
-    from scipy.spatial.distance import cdist
-
-    radius = np.sort(cdist(b, b), axis = 1)[:, k]           # the nearest is itself
-    return float((cdist(a, b) <= radius).any(axis = 1).mean())
 
 class Judge:
     """A classifier of real digits, and what it says of samples: judge(images, labels).
@@ -212,7 +199,7 @@ def pretrain_encoder(kind, dataset, folder, sizes, *, num_steps, seed, preset = 
     own_folder = folder / 'encoders' / f'{kind}-{preset}-{num_steps}-seed{seed}'
 
     trainer = MAETrainer(
-        LatentMAE(channels = 1, num_classes = num_classes, **sizes),
+        LatentMAE(**{'channels': 1, **sizes}, num_classes = num_classes),
         dataset,
         num_train_steps = num_steps,
         finetune_steps = finetune_steps,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from drifting_pytorch import LatentMAE
+from drifting_pytorch import BackboneFeatures, ConvGenerator, LatentMAE, Trainer
 from helpers import ROOT, run, run_example
 
 EXAMPLES = ROOT / 'examples'
@@ -387,8 +387,121 @@ def test_gpu_report_samples_in_every_way(examples, monkeypatch):
     outs = [make()() for make in makers.values()]
     assert all(out.shape == (3, *model.noise_shape) and not out.requires_grad for out in outs)
 
+def folder_of_images(folder, classes = ('',), num = 40, grey = False):
+    """Of small pictures of two sizes, and how many channels they should have."""
+    for i in range(num):
+        pixels = np.random.default_rng(i).integers(0, 256, (10 + i % 2, 12, 3), dtype = np.uint8)
+        path = folder / classes[i % len(classes)] / f'{i}.png'
+        path.parent.mkdir(parents = True, exist_ok = True)
+        Image.fromarray(pixels[..., :1].repeat(3, -1) if grey else pixels).save(path)
+
+    return folder
+
+def train_images(monkeypatch, folder, results, *args):
+    settings = ('--steps', 4, '--image-size', 8, '--threads', 1)
+    run_here(monkeypatch, 'train_images.py', folder, '--results-folder', results, *settings, *args)
+    return json.loads((results / 'metrics.json').read_text())
+
+@pytest.mark.parametrize('classes, grey', [(('a', 'b'), False), (('',), False), (('',), True)])
+def test_images(tmp_path, monkeypatch, examples, capsys, classes, grey):
+    results = tmp_path / 'results'
+    metrics = train_images(monkeypatch, folder_of_images(tmp_path / 'cats', classes, grey = grey), results)
+    printed = capsys.readouterr().out
+    assert '40 images, ' in printed and 'held out: 16' in printed and '12x10 to 12x11' in printed
+    assert ('grey' in printed) == grey and ('2 classes (a 12, b 12)' in printed) == (len(classes) > 1)
+    assert metrics['samples']['frechet'] > metrics['real']['frechet'] > 0
+    assert ('recognised' in metrics['samples']) == (len(classes) > 1)
+
+    model = ConvGenerator.from_pretrained(results / 'model')
+    assert model.num_classes == (2 if len(classes) > 1 else None)
+    card = (results / 'model' / 'README.md').read_text()
+    assert '# cats' in card and str(tmp_path) not in card and f'{metrics["samples"]["frechet"]:.3f}' in card
+    code, = re.findall(r'```python\n(.*?)```', card, flags = re.DOTALL)
+    monkeypatch.chdir(results / 'model')
+    exec(code, namespace := {})
+    assert namespace['samples'].shape == (4, 1 if grey else 3, 8, 8)
+
+    assert Image.open(results / 'training.gif').n_frames == 4
+    assert all((results / name).exists() for name in ('samples.png', 'neighbors.png', 'curves.png', 'plan.json'))
+
+    with pytest.raises(SystemExit, match = 'holds an earlier run: pass --resume'):
+        train_images(monkeypatch, tmp_path / 'cats', results)
+
+def test_images_go_on_as_if_they_had_not_been_interrupted(tmp_path, monkeypatch, examples):
+    folder, straight, resumed = folder_of_images(tmp_path / 'cats', 'ab'), tmp_path / 'straight', tmp_path / 'resumed'
+    expected = train_images(monkeypatch, folder, straight)
+    train_step = Trainer.train_step
+
+    def interrupted(trainer, batches):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+        return train_step(trainer, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, 'train_step', interrupted)
+        train_images(patch, folder, resumed)
+
+    steps = json.loads((resumed / 'plan.json').read_text())['steps']
+    assert steps['generator'] == 4 and not (resumed / 'model').exists()
+    assert (resumed / 'checkpoints' / 'step-00000002').exists()
+    metrics = train_images(monkeypatch, folder, resumed, '--resume', '--steps', 9)         # the number stays
+    assert metrics['samples'] == expected['samples'] and metrics['steps'] == steps
+
+    for name in ('model/model.safetensors', 'judge.safetensors', 'samples.png', 'neighbors.png', 'training.gif'):
+        assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
+
+def test_images_with_other_networks(tmp_path, monkeypatch, examples):
+    folder = folder_of_images(tmp_path / 'cats')
+    train_images(monkeypatch, folder, tmp_path / 'results', '--encoder', 'mae', '--image-size', 16, '--steps', 2)
+    assert list((tmp_path / 'results' / 'encoders').iterdir())
+
+    import train_images as script
+
+    args = argparse.Namespace(size = 'small', image_size = 32, generator = 'transformer', seed = 0)
+    pictures = script.Pictures(torch.zeros(4, 1, 32, 32, dtype = torch.uint8), torch.tensor([0, 1, 0, 1]))
+    generator = script.Run(args, pictures, ['a', 'b']).generator()
+    assert generator.patch_size == 4 and generator.sample([0, 1]).shape == (2, 1, 32, 32)
+
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+
+    for encoder in ('convnext', 'dinov2'):
+        with pytest.raises(SystemExit, match = r'drifting-pytorch\[convnext\]'):
+            train_images(monkeypatch, folder, tmp_path / encoder, '--encoder', encoder)
+
+def test_patch_tokens_of_a_transformer(examples):
+    from transformers import Dinov2Config, Dinov2Model
+
+    from encoders import PatchTokens
+
+    sizes = dict(hidden_size = 8, num_hidden_layers = 1, num_attention_heads = 2, patch_size = 14, image_size = 28)
+    tokens = PatchTokens(Dinov2Model(Dinov2Config(**sizes)))
+    features = BackboneFeatures(tokens, num_prefix_tokens = 1, image_size = 28).features(torch.rand(2, 3, 32, 32))
+    assert features['layer1'].shape == (2, 4, 8) and features['layer1_mean'].shape == (2, 1, 8)
+
+def test_images_fill_the_time(tmp_path, monkeypatch, examples):
+    settings = ('--image-size', 8, '--threads', 1, '--minutes', 0.02)
+    folder = folder_of_images(tmp_path / 'cats', 'ab')
+    run_here(monkeypatch, 'train_images.py', folder, '--results-folder', tmp_path / 'results', *settings)
+    plan = json.loads((tmp_path / 'results' / 'plan.json').read_text())
+    rows = (tmp_path / 'results' / 'metrics.jsonl').read_text().splitlines()
+    assert json.loads(rows[-1])['step'] == plan['steps']['generator'] >= 10 and min(plan['steps'].values()) >= 10
+
+def test_broken_images_are_named(tmp_path, monkeypatch, examples, capsys):
+    folder = folder_of_images(tmp_path / 'cats')
+    (folder / '7.png').write_bytes(b'no picture')
+
+    with pytest.raises(SystemExit, match = r'cats/7.png cannot be read as an image .* --skip-broken'):
+        train_images(monkeypatch, folder, tmp_path / 'results')
+
+    assert not (tmp_path / 'results').exists()
+    metrics = train_images(monkeypatch, folder, tmp_path / 'results', '--skip-broken', '--encoder', 'none')
+    assert '39 images' in metrics['data'] and '7.png' in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match = 'has 12 images that can be read, at least 32'):
+        train_images(monkeypatch, folder_of_images(tmp_path / 'few', num = 12), tmp_path / 'other')
+
 SCRIPTS = [
-    'train_digits.py', 'train_toy.py', 'train_mnist.py', 'train_restore.py',
+    'train_digits.py', 'train_toy.py', 'train_mnist.py', 'train_images.py', 'train_restore.py',
     'measure/benchmark.py', 'measure/ablations.py', 'measure/compare_mnist.py', 'measure/gpu.py', 'export.py'
 ]
 
