@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from itertools import islice
@@ -1870,7 +1870,7 @@ class LoopSettings:
     betas: tuple | list = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = 2.  # None: no clipping
-    ema_decay: float | tuple | list = 0.999  # of the averaged weights; of several evaluate chooses
+    ema_decay: float | tuple | list = 0.999  # of the averaged weights; several: see evaluate
 
     gradient_accumulation_steps: int = 1
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
@@ -2366,7 +2366,7 @@ class Trainer(BaseTrainer):
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
-    evaluate: sample -> {name: number}, every evaluate_every steps, in each process; see keep_best.
+    evaluate: sample -> {name: number}, every evaluate_every steps, in all processes.
     settings: see GeneratorSettings and LoopSettings.
 
     Several processes share the groups; each has a queue of the real samples that it reads.
@@ -2377,7 +2377,6 @@ class Trainer(BaseTrainer):
 
     def __init__(self, model, loss_fn, dataset, *, to_image = None, evaluate = None, **settings):
         super().__init__(model, dataset, GeneratorSettings(**settings), to_image, evaluate)
-        self.evaluated = {}
         settings, num, chunk = self.settings, self.settings.num_groups, self.settings.group_chunk_size
         self.has_conditions, shape = self.dataset.has_conditions, self.sample_shape
         self.samples_per_process = num // self.world if self.has_conditions else settings.push_size
@@ -2387,7 +2386,7 @@ class Trainer(BaseTrainer):
             check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
-        self.loss_fn = default(loss_fn, FeatureDriftLoss())
+        self.loss_fn, self.evaluated = default(loss_fn, FeatureDriftLoss()), {}
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import DriftingGenerator, drift_loss
 from helpers import (
     DATA,
     averaged_weights,
@@ -150,3 +150,39 @@ def test_settings_that_do_not_fit(tmp_path, kwargs, says):
 def test_what_evaluate_returns(tmp_path, evaluate, keep_best, says):
     with raises_one_line(says):
         evaluated(tmp_path, evaluate, keep_best = keep_best).train()
+
+# after errors, and on resuming otherwise
+
+def test_an_evaluation_that_fails_costs_no_checkpoint(tmp_path):
+    t = evaluated(tmp_path, Scripted(1.), num_train_steps = 10, save_every = 10)
+    with pytest.raises(IndexError):
+        t.train()
+    assert checkpoint_names(tmp_path) == ['step-00000010']
+
+def test_nan_is_not_the_best(tmp_path):
+    t = evaluated(tmp_path, Scripted(math.nan, 3., 4., math.inf), keep_best = 'fid')
+    t.train()
+    assert t.best['value'] == 3. and t.best['step'] == 10
+
+def test_resumed_with_other_settings(tmp_path):
+    settings = dict(ema_decay = (0.9, 0.5), save_every = 10, num_train_steps = 10)
+    evaluated(tmp_path, Scripted(1., 2., 3., 4.), keep_best = 'fid', **settings).train()
+    settings['resume_from_checkpoint'] = 'latest'
+    assert evaluated(tmp_path, keep_best = 'max:fid', **settings).best is None
+    assert evaluated(tmp_path, keep_best = 'fid', **settings).best['value'] == 1.
+    with raises_one_line('the checkpoint has averages of ema_decay = [0.9, 0.5], got [0.5, 0.9]'):
+        evaluated(tmp_path, **{**settings, 'ema_decay': (0.5, 0.9)})
+
+def drift(sample):
+    """All processes take part in the loss."""
+    loss, stats = drift_loss(sample(LABELS, seed = 0)[None], DATA.tensors[0][None])
+    return dict(drift = stats.drift_rms[0.2])
+
+def train_with_drift(folder):
+    t = evaluated(folder, drift, num_train_steps = 5)
+    t.train()
+    return t.evaluated['eval/drift']
+
+def test_the_loss_is_an_evaluation_too(tmp_path):
+    a, b = launch(train_with_drift, 2, tmp_path)
+    assert a == b > 0

@@ -708,3 +708,11 @@ def test_modules_inside_of_functions_are_frozen(around):
 def test_global_modules_inside_of_functions_are_frozen():
     FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
     assert not GLOBAL.training and not GLOBAL.weight.requires_grad
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_negatives_of_half_precision(dtype):
+    gen, pos, neg = X.to(dtype), (X + 1).to(dtype), X.flip(0).to(dtype)
+    options = dict(field = SinkhornField(), temperatures = (0.1,))
+    loss, _ = drift_loss(gen, pos, neg = neg, **options)
+    expected, _ = drift_loss(gen.float(), pos.float(), neg = neg.float(), **options)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)

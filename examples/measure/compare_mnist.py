@@ -241,7 +241,7 @@ class Drifting:
 
     def __init__(
         self, images, labels, folder,
-        num_groups = 4, num_gen = 32, num_pos = 64, encoder_steps = 600, with_encoder = True,
+        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True,
         learning_rate = 4e-3, decay_start = 200, ema_decay = 1.
     ):
         self.dataset = TensorDataset(images, labels)
