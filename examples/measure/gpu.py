@@ -186,7 +186,9 @@ def mnist_trainer(judge, args, folder):
         encoder.train_on(images, labels, 4 if args.quick else 600)
 
     return Trainer(
-        ConvGenerator(), FeatureDriftLoss(encoder, affinity_floor = 0.), TensorDataset(judge.images, judge.labels),
+        ConvGenerator(image_size = 28, channels = 1, num_classes = 10),
+        FeatureDriftLoss(encoder, affinity_floor = 0.),
+        TensorDataset(judge.images, judge.labels),
         num_groups = 10, num_gen = 8 if args.quick else 64, num_pos = 16 if args.quick else 128,
         push_size = 16, class_queue_size = 400, alpha_range = (1., 1.),
         learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200, ema_decay = 0.999,
