@@ -16,7 +16,7 @@ import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -316,6 +316,7 @@ def simulate(model, loss_fn, settings, half = True):
 
 # a run: what a preset trains, with which encoders
 
+@lru_cache
 def make_run(preset, checkpointing):
     """Generator, loss and settings of train_generator.py. checkpointing: of 'none', of the 'encoder', or of 'both'."""
     generator = 'B/2' if preset == 'ablation' else preset
@@ -333,7 +334,7 @@ def make_run(preset, checkpointing):
     model.checkpointing, encoders[0].checkpointing = checkpointing == 'both', checkpointing != 'none'
     return model, FeatureDriftLoss(encoders), GeneratorSettings(**TRAINER_PRESETS[preset])
 
-@lru_cache(maxsize = None)
+@lru_cache
 def simulated(preset, num_groups, chunk, checkpointing):
     model, loss_fn, settings = make_run(preset, checkpointing)
     return simulate(model, loss_fn, replace(settings, num_groups = num_groups, group_chunk_size = chunk))
@@ -344,9 +345,11 @@ def peak_of(preset, num_groups, chunk, checkpointing):
         return simulated(preset, *sizes, checkpointing).peak
 
     if chunk is not None:
-        small, per_group = peak(8, 4), (peak(12, 4) - peak(8, 4)) / 4
-        per_group_of_chunk = (peak(16, 8) - small - 8 * per_group) / 4
-        return small + (num_groups - 8) * per_group + (chunk - 4) * per_group_of_chunk
+        model, _, settings = make_run(preset, checkpointing)
+        num_samples = 4 * settings.num_gen + settings.num_pos + settings.num_uncond         # noise, two gradients
+        per_group = 4 * math.prod(model.noise_shape) * num_samples
+        per_group_of_chunk = (peak(16, 8) - peak(8, 4)) / 4 - 2 * per_group
+        return peak(8, 4) + (num_groups - 8) * per_group + (chunk - 4) * per_group_of_chunk
 
     if num_groups <= 16:
         return peak(num_groups, None)
@@ -465,19 +468,16 @@ def needs(preset, gpus, args):
 def activations(preset, checkpointing, free):
     result = simulated(preset, 2, None, checkpointing)
     kept = {record['part']: record['kept'] / 2e9 for record in result.records}
-    peak = partial(peak_of, preset, chunk = None, checkpointing = checkpointing)
-    too_many = (num for num in (*range(17, 4096), math.inf) if num == math.inf or peak(num) > free)
-    most = next(too_many) - 1
-    if most == 16:                                      # or fewer
-        most = next((num for num in range(16, 0, -1) if peak(num) <= free), 0)
+    few, many = result.peak, peak_of(preset, 16, None, checkpointing)
+    per_group = (many - few) / 14                       # between two and 16 groups, and beyond
 
     return {
         'computed again': checkpointing,
         'GB of the generator': kept['generator'],
         'GB of the encoder': kept['encoder of generated'],
         'GB of features of real samples': kept['encoder of real'],
-        'GB at the peak, per group': result.peak / 2e9,
-        'most groups': most,
+        'GB at the peak, per group': per_group / 1e9,
+        'most groups': max(0, int((free - few) // per_group) + 2),
         'TFLOP': sum(record['flops'] for record in result.records) / 2e12
     }
 
