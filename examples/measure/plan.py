@@ -346,7 +346,7 @@ def peak_of(preset, num_groups, chunk, checkpointing):
 
     if chunk is not None:
         model, _, settings = make_run(preset, checkpointing)
-        num_samples = 4 * settings.num_gen + settings.num_pos + settings.num_uncond         # noise, two gradients
+        num_samples = 3 * settings.num_gen + settings.num_pos + settings.num_uncond         # noise and gradient too
         per_group = 4 * math.prod(model.noise_shape) * num_samples
         per_group_of_chunk = (peak(16, 8) - peak(8, 4)) / 4 - 2 * per_group
         return peak(8, 4) + (num_groups - 8) * per_group + (chunk - 4) * per_group_of_chunk
@@ -409,14 +409,14 @@ def collectives(model, result, gpus, args):
     return rows
 
 def fitting(preset, num_groups, free):
-    """(chunk, checkpointing) with the fewest operations that fit into so many bytes, or (None, None)."""
+    """(chunk, checkpointing) with the fewest operations that fit into so many bytes, or what needs least."""
     for chunks in ([None], range(num_groups - 1, 0, -1)):
         for checkpointing in ('none', 'both'):
             for chunk in chunks:
                 if peak_of(preset, num_groups, chunk, checkpointing) <= free:
                     return chunk, checkpointing
 
-    return None, None
+    return 1 if num_groups > 1 else None, 'both'
 
 def needs(preset, gpus, args):
     """What a run needs, in one row; and the rows of its tables."""
@@ -431,15 +431,17 @@ def needs(preset, gpus, args):
     free = args.memory * 1e9 * (1 - args.margin) - on_gpu
     chunk, checkpointing = fitting(preset, num_groups, free)
 
-    flops = flops_of(preset, num_groups, chunk, checkpointing or 'none')
+    sizes = num_groups, chunk, checkpointing
+
+    peak, flops = peak_of(preset, *sizes), flops_of(preset, *sizes)
     calls = collectives(model, simulated(preset, 2, None, 'none'), gpus, args)
     ms_of_calls = sum(call['ms'] for call in calls)
     seconds = sum(flops.values()) / (args.tflops * 1e12 * args.utilisation) + ms_of_calls / 1e3
     row = {
         'preset': preset, 'GPUs': gpus, 'groups per GPU': num_groups,
         '`--group-chunk-size`': chunk or '',
-        '`--checkpointing`': {'none': '', 'both': 'yes', None: 'does not fit'}[checkpointing],
-        'GB per GPU': (on_gpu + peak_of(preset, num_groups, chunk, checkpointing or 'both')) / 1e9,
+        '`--checkpointing`': 'yes' if checkpointing == 'both' else '',
+        'GB per GPU': f'{(on_gpu + peak) / 1e9:.1f}{"" if peak <= free else ", too many"}',
         'GB per process on the host': on_host / 1e9,
         'TFLOP per GPU and step': sum(flops.values()) / 1e12,
         'calls per step': round(sum(call['calls'] for call in calls)),
