@@ -67,7 +67,7 @@ def options(argv):
     )
     parser.add_argument(
         '--checkpointing', action = 'store_true',
-        help = 'recompute the residual blocks of the encoder in the backward pass: less memory, more time'
+        help = 'recompute the blocks of generator and encoder in the backward pass: less memory, more time'
     )
     parser.add_argument(
         '--group-chunk-size', type = int, default = None,
@@ -117,7 +117,7 @@ def main(argv = None):
         f'the encoder {args.encoder} reads samples of {mae.channels} channels, '
         f'those of the preset {args.preset} have {len(sample)}: pass an encoder of the same space'
     )
-    mae.checkpointing = args.checkpointing
+    model.checkpointing = mae.checkpointing = args.checkpointing
 
     encoders = [mae]
 

@@ -1,0 +1,173 @@
+"""examples/measure/plan.py: what it computes on the meta device against steps that were taken on the CPU."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils import flop_counter
+
+from drifting_pytorch import FeatureDriftLoss, LatentMAE, drifting
+from drifting_pytorch.drifting import GeneratorSettings
+from helpers import ROOT
+
+sys.path[:0] = [str(ROOT / 'examples'), str(ROOT / 'examples' / 'measure')]
+
+import benchmark
+import plan
+
+CPU = argparse.Namespace(device = torch.device('cpu'))
+WIDE = dict(image_size = 16, channels = 4, patch_size = 2, dim = 256, depth = 2, heads = 4)
+
+# 100 to 370 MiB: a generator is most of the first, the second has wide features, the third works in chunks
+
+SIZES = dict(
+    deep = dict(
+        generator = 'tiny', encoder = dict(dim = 16, layers = (1, 2, 2, 1)),
+        settings = dict(num_groups = 4, num_gen = 16, num_pos = 16, num_uncond = 8)
+    ),
+    wide = dict(
+        generator = WIDE, encoder = dict(dim = 64, layers = (1, 1, 1, 1)), checkpointing = True,
+        settings = dict(num_groups = 4, num_gen = 16, num_pos = 16, num_uncond = 8)
+    ),
+    chunks = dict(
+        generator = 'tiny', encoder = dict(dim = 32, layers = (1, 1, 1, 1)),
+        settings = dict(num_groups = 2, num_gen = 24, num_pos = 16, num_uncond = 8, group_chunk_size = 1)
+    )
+)
+
+class NoModules:
+    """torch's counter follows modules, and fails where a block is checkpointed: totals do without."""
+    parents = {'Global'}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+def attention_on_a_cpu():
+    """The counter knows attention on a GPU alone."""
+    def formula(kind, *args, **kwargs):
+        return flop_counter.flop_registry[getattr(torch.ops.aten, f'_scaled_dot_product_flash_attention{kind}')](
+            *args, **kwargs
+        )
+
+    mapping = {}
+
+    for kind in ('', '_backward'):
+        on_a_cpu = getattr(torch.ops.aten, f'_scaled_dot_product_flash_attention_for_cpu{kind}')
+        mapping[on_a_cpu] = partial(formula, kind)
+        mapping[on_a_cpu]._get_raw = True
+
+    return mapping
+
+def measured(trainer, batches):
+    """Operations of a step, and the most bytes that torch holds in it."""
+    with patch.object(flop_counter, 'ModuleTracker', NoModules):
+        with flop_counter.FlopCounterMode(display = False, custom_mapping = attention_on_a_cpu()) as counter:
+            trainer.train_step(batches)
+
+    trainer.optimizer.zero_grad()
+    return counter.get_total_flops(), benchmark.peak_mib(partial(trainer.train_step, batches), CPU.device) * 2 ** 20
+
+def simulated(size, **settings):
+    with torch.device('meta'):
+        model = benchmark.make_generator(size['generator'], num_classes = 10).to('meta')
+        encoder = LatentMAE(**size['encoder'], num_classes = None)
+
+    model.checkpointing = encoder.checkpointing = 'checkpointing' in size
+    settings = GeneratorSettings(**{**size['settings'], **settings})
+    loss_fn = FeatureDriftLoss(encoder)
+
+    with patch.dict(drifting.PART_NUMBERS, meta = drifting.PART_NUMBERS['cpu']):
+        return model, loss_fn, settings, plan.simulate(model, loss_fn, settings, half = False)
+
+def bytes_of(tensors):
+    return sum(t.nbytes for t in tensors)
+
+@pytest.mark.parametrize('name', SIZES)
+def test_plan_is_what_a_step_on_the_cpu_needs(name, tmp_path):
+    size = SIZES[name]
+    trainer, batches = benchmark.make_trainer(CPU, tmp_path, size, size['settings']['num_groups'])
+    trainer.unwrapped.checkpointing = trainer.loss_fn.encoders[0].checkpointing = 'checkpointing' in size
+    flops, peak = measured(trainer, batches)
+    model, loss_fn, settings, result = simulated(size)
+    print(f'\n{name}: measured {peak / 2 ** 20:.1f} MiB, planned {result.peak / 2 ** 20:.1f} MiB')
+    assert sum(record['flops'] for record in result.records) == flops
+    assert abs(result.peak / peak - 1) < 0.05
+    assert len(result.sums) == 2 * len(trainer.loss_fn.features(torch.zeros(1, *model.noise_shape)))
+
+    planned = {what: on_gpu for what, (on_gpu, _) in plan.held(model, loss_fn, settings, 1).items()}
+    states = trainer.optimizer.optimizer.state.values()
+    moments = [state[name] for state in states for name in ('exp_avg', 'exp_avg_sq')]
+    assert planned['weights'] == bytes_of(plan.tensors_of(trainer.unwrapped))
+    assert planned['averages'] == bytes_of(plan.tensors_of(trainer.ema.ema_model))
+    assert planned['optimizer'] == bytes_of(moments)
+    assert planned['encoders'] == bytes_of(plan.tensors_of(trainer.loss_fn))
+    assert planned['queues of real samples'] == bytes_of(queue.samples for queue in trainer.queues.values())
+
+def test_half_precision_and_checkpointing_need_less():
+    size = SIZES['deep']
+    model, loss_fn, settings, whole = simulated(size)
+    *_, again = simulated(dict(size, checkpointing = True))
+    half = plan.simulate(model, loss_fn, settings)
+    assert again.peak < whole.peak and half.peak < whole.peak
+
+    def flops(result):
+        return sum(record['flops'] for record in result.records)
+
+    assert flops(half) == flops(whole) < flops(again)
+
+@pytest.fixture
+def small_ablation():
+    """In place of the preset's networks and groups."""
+    for cached in (plan.simulated, plan.make_run):
+        cached.cache_clear()
+
+    settings = dict(num_groups = 18, num_gen = 8, num_pos = 8, num_uncond = 4)
+    encoder = dict(dim = 8, layers = (1, 1, 1, 1))
+
+    with (
+        patch.dict(drifting.PRESETS, {'B/2': benchmark.TINY}), patch.dict(plan.ENCODERS, ablation = encoder),
+        patch.dict(drifting.TRAINER_PRESETS, ablation = settings)
+    ):
+        yield
+
+    for cached in (plan.simulated, plan.make_run):
+        cached.cache_clear()
+
+def test_few_groups_tell_of_many(small_ablation):
+    """Memory is on a straight line, operations in proportion to the groups."""
+    for sizes in ((18, None, 'both'), (10, 5, 'none')):
+        num_groups, chunk, checkpointing = sizes
+        model, loss_fn, settings = plan.make_run('ablation', checkpointing)
+        exact = plan.simulate(model, loss_fn, replace(settings, num_groups = num_groups, group_chunk_size = chunk))
+        assert abs(plan.peak_of('ablation', *sizes) / exact.peak - 1) < 0.05
+        assert sum(plan.flops_of('ablation', *sizes).values()) == sum(record['flops'] for record in exact.records)
+
+def test_buckets_are_those_of_torch():
+    with torch.device('meta'):
+        model = benchmark.make_generator('B/2')
+
+    parameters = list(reversed(list(model.parameters())))
+    found, _ = torch.distributed._compute_bucket_assignment_by_size(parameters, [2 ** 20, 25 * 2 ** 20])
+    assert plan.num_buckets(model) == len(found)
+
+def test_the_command(small_ablation, tmp_path, capsys):
+    def run(*options):
+        plan.main(['--preset', 'ablation', '--output', str(tmp_path / 'plan.json'), *options])
+        return json.loads((tmp_path / 'plan.json').read_text())
+
+    result = run('--gpus', '2')
+    (whole,) = result['runs']
+    assert (whole['groups per GPU'], whole['`--group-chunk-size`'], whole['`--checkpointing`']) == (9, '', '')
+    assert whole['calls per step'] == sum(row['calls'] for row in result['tables']['Collective calls of a step']) // 1
+    assert 'Computed, not measured' in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match = 'cannot share the 18 groups'):
+        run('--gpus', '19')
