@@ -170,6 +170,7 @@ def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     assert all(torch.equal(a, b) for a, b in zip(straight, gone_on, strict = True))
     assert any(not torch.equal(a, b) for a, b in zip(straight, start, strict = True))
 
+@pytest.mark.slow
 def test_restore(tmp_path):
     text = run_example('train_restore.py', '--quick', '--results-folder', tmp_path)
     record = json.loads((tmp_path / 'metrics.json').read_text())

@@ -90,7 +90,9 @@ def simulated(size, **settings):
 def bytes_of(tensors):
     return sum(t.nbytes for t in tensors)
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks = () if name == 'deep' else pytest.mark.slow) for name in SIZES
+])
 def test_plan_is_what_a_step_on_the_cpu_needs(name, tmp_path):
     size = SIZES[name]
     trainer, batches = benchmark.make_trainer(CPU, tmp_path, size, size['settings']['num_groups'])
@@ -141,6 +143,7 @@ def small_ablation():
     for cached in (plan.simulated, plan.make_run):
         cached.cache_clear()
 
+@pytest.mark.slow
 def test_few_groups_tell_of_many(small_ablation):
     """Memory is on a straight line, operations in proportion to the groups."""
     for sizes in ((18, None, 'both'), (10, 5, 'none')):
