@@ -409,10 +409,10 @@ class Generator(Module, PyTorchModelHubMixin):
     def checked_condition(self, labels, b):
         """Those that it has of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
         names = list(self.condition_shapes)
-        given = dict(labels) if isinstance(labels, dict) else existing(**dict.fromkeys(names[:1] or ['labels'], labels))
+        name, *_ = *names, 'labels'
+        given = dict(labels) if isinstance(labels, dict) else existing(**{name: labels})
         wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
-        found = f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}'
-        check(given.keys() == set(names), found)
+        check(given.keys() == set(names), f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}')
         for name in given.keys() - {'labels'}:
             check_shape(name, given[name], (b, *self.condition_shapes[name]))
             check_range(name, given[name], -math.inf)
@@ -438,6 +438,12 @@ class Generator(Module, PyTorchModelHubMixin):
         if 'image' in given:
             given['image'] = F.interpolate(given['image'], self.image_size, mode = 'bilinear', antialias = True)
         return noise.to(like.dtype), given, alpha
+
+    def embedded(self, cond, labels, vector):
+        """cond [b d], plus labels and vectors."""
+        for embed, value in (self.class_embed, labels), (self.vector_embed, vector):
+            cond = cond + embed(value) if exists(value) else cond
+        return cond
 
 class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
@@ -545,9 +551,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         tables = self.style_stride * torch.arange(self.num_style_tokens, device = styles.device)
         cond = reduce(self.style_embed(styles + tables), 'b s d -> b d', 'sum')
         cond = cond + 0.02 * self.alpha_embed(sinusoidal(alpha, 256).to(cond.dtype))
-        for embed, value in (self.class_embed, labels), (self.vector_embed, vector):
-            cond = cond + embed(value) if exists(value) else cond
-        return cond
+        return self.embedded(cond, labels, vector)
 
     def cut(self, x):
         p = self.patch_size
@@ -661,7 +665,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
     """A one-step generator of convolutions for small pictures, quicker than DriftingGenerator.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
-    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See also DriftingGenerator.
+    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See DriftingGenerator.
     The condition acts on every layer, or the samples of a class would be more alike.
     """
     def __init__(
@@ -675,7 +679,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         fits = image_size % 2 ** num_ups == 0 and 8 <= image_size <= 64
         check(fits, f'image_size must be a multiple of 4 from 8 to 32, or of 8 up to 64, got {image_size}')
 
-        # layers: from noise to a vector, to a map, and to maps of twice the side
+        # layers: from noise to a vector, to a map, to maps of twice the side
         size, widths = image_size // 2 ** num_ups, [dim] * (num_ups - 1) + [dim // 2]
         first_map = nn.Linear(4 * dim, dim // 4 * size ** 2), nn.Unflatten(1, (dim // 4, size, size))
         conv = nn.Conv2d(dim // 4, dim, 3, padding = 1)
@@ -698,7 +702,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         nn.init.normal_(self.to_scale_shift.weight, std = 0.3 / dim ** 0.5)
         nn.init.zeros_(self.to_scale_shift.bias)
 
-        # a picture joins every map, its patches as channels
+        # a picture joins every map, patches as channels
         self.image_embeds = ModuleList()
         for i, width in enumerate(widths if exists(condition_channels) else ()):
             dim_patch = condition_channels * (image_size // size // 2 ** i) ** 2
@@ -711,9 +715,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         """Noise to samples. labels, alpha, errors: see DriftingGenerator."""
         x, given, alpha = self.checked_inputs(noise, labels, alpha)
         cond = self.alpha_embed(sinusoidal(alpha, 256).to(x.dtype))  # b d
-        for name, embed in dict(labels = self.class_embed, vector = self.vector_embed).items():
-            if name in given:
-                cond = cond + embed(given[name])
+        cond = self.embedded(cond, given.get('labels'), given.get('vector'))
         scales_shifts = self.to_scale_shift(cond).split(self.sizes, dim = -1)
 
         for i, (layer, scale_shift) in enumerate(zip(self.layers, scales_shifts, strict = True)):
@@ -841,8 +843,8 @@ class DriftProblems:
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
-        self.newest = None, None  # the newest part, its W
-        self.placed = None, None, None  # the newest part, its x, its y
+        self.newest = None, None  # newest part, its W
+        self.placed = None, None, None  # newest part, its x, its y
 
     def check_values(self, result):
         check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
@@ -1543,8 +1545,8 @@ class ImageFolder(Dataset):
 
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    They are read upright (Exif), over white where transparent, the first one of an animation.
-    Raises ValueError for folders without images or with both, and for unreadable images.
+    Read upright (Exif), over white where transparent, the first one of an animation.
+    Raises ValueError for folders without images or with both, and unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1559,8 +1561,8 @@ class ImageFolder(Dataset):
         check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
-            walk = os.walk(self.root / name)
-            paths = [os.path.relpath(os.path.join(at, file), root) for at, _, files in walk for file in files]
+            top = os.path.join(root, '')
+            paths = [os.path.join(at, file)[len(top):] for at, _, files in os.walk(top + name) for file in files]
             visible = (path for path in paths if f'{os.sep}.' not in f'{os.sep}{path}')
             found = sorted(path for path in visible if path.lower().endswith(IMAGE_EXTENSIONS))
             check(found, f'{self.root / name} has no images ({", ".join(IMAGE_EXTENSIONS)})')
@@ -2057,7 +2059,7 @@ class BaseTrainer:
         norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.optimizer.step()  # accelerate's is slower
         for ema in self.emas.values():
-            for part in ema.ema_model.modules():
+            for part in ema.ema_model.modules() if self.is_sharded else ():
                 if isinstance(part, FSDPModule):  # pictures may leave it whole
                     part.reshard()
             ema.update()
@@ -2198,7 +2200,8 @@ class BaseTrainer:
         queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
         states = {f'queue-{self.rank}.safetensors': queues}
         if self.is_main:
-            found = average, flat(dict(enumerate(others))), model, flat(optimizer['state'])
+            by_name = {name: {i: other[name] for i, other in enumerate(others)} for name in average}
+            found = average, flat(by_name), model, flat(optimizer['state'])
             states |= zip(SHARED_FILES, found, strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
@@ -2276,11 +2279,9 @@ class BaseTrainer:
         average, others, model, moments = (load_file(folder / name) for name in SHARED_FILES)
         fits = before['ema_decay'] == now['ema_decay'] or not others and len(self.emas) == 1
         check(fits, f'the checkpoint has averages of ema_decay = {before["ema_decay"]}, got {now["ema_decay"]}')
-        modules, averages = [ema.ema_model for ema in self.emas.values()], [average]
-        for i in range(len(modules) - 1):
-            found = {name.removeprefix(f'{i}.'): t for name, t in others.items() if name.startswith(f'{i}.')}
-            averages.append(found)
-        for module, state_dict in zip((self.unwrapped, *modules), (model, *averages), strict = True):
+        modules, by_name = [ema.ema_model for ema in self.emas.values()], nested(others)
+        others = [{name: t[f'{i}'] for name, t in by_name.items()} for i in range(len(modules) - 1)]
+        for module, state_dict in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
             check_fits(module.state_dict(), state_dict)
             dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
 
@@ -2321,7 +2322,7 @@ class GeneratorSettings(LoopSettings):
 
     num_groups: int = 64  # class groups, or rows with a condition, per step
     num_gen: int = 64  # generated samples per group
-    num_pos: int = 64  # real samples per group; with a condition those of its row, often 1
+    num_pos: int = 64  # real samples per group; with a condition its row's, often 1
     num_uncond: int = 16  # unconditional samples per group
     group_chunk_size: int | None = None  # groups at a time: less memory, but slower
 
@@ -2395,11 +2396,11 @@ class Trainer(BaseTrainer):
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
 
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
-        num_classes, size = default(self.num_classes, 1), settings.class_queue_size
         if not self.has_conditions:
-            self.queues['positives'] = SampleQueue(num_classes, size = size, **options)
+            size = settings.class_queue_size
+            self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = size, **options)
 
-        # without a condition, or at alpha = 1 throughout, there is nothing to guide away from
+        # without a condition, or at alpha = 1, there is nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
@@ -2475,12 +2476,11 @@ class Trainer(BaseTrainer):
             turns = [torch.randperm(num, generator = generator) for _ in range(turns)]
             labels = newest[cat(turns)[:c]]
             pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
-        drawn = [labels, alpha, pos, None]
+        uncond = None
         if self.num_uncond > 0:
-            all_of_one = torch.zeros(c, dtype = torch.long)
-            drawn[-1] = self.queues['unconditional'].draw(all_of_one, self.num_uncond, generator)
+            uncond = self.queues['unconditional'].draw(torch.zeros(c).long(), self.num_uncond, generator)
         to_device = partial(Tensor.to, device = self.device, non_blocking = True)
-        labels, alpha, *sets = (each(to_device, value) for value in drawn)
+        labels, alpha, *sets = (each(to_device, value) for value in (labels, alpha, pos, uncond))
         return labels, alpha, *(each(Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
@@ -2573,8 +2573,8 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def evaluate_averages(self):
-        """The best average is sampled from now on, and its checkpoint stays."""
-        wanted, chosen, previous = default(self.settings.keep_best, ''), self.ema, self.best
+        """The best average is sampled from now on, its checkpoint stays."""
+        wanted, chosen = default(self.settings.keep_best, ''), self.ema
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         for decay, ema in self.emas.items():
             self.ema = ema
@@ -2584,12 +2584,12 @@ class Trainer(BaseTrainer):
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
-            is_best = not exists(self.best) or sign * numbers.get(name, 0) < sign * self.best['value']
-            if wanted and is_best and math.isfinite(numbers[name]):
-                self.best, chosen = dict(value = numbers[name], step = self.step, ema_decay = decay), ema
+            value = numbers.get(name, math.nan)
+            if wanted and math.isfinite(value) and (not exists(self.best) or sign * value < sign * self.best['value']):
+                self.best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
 
         self.ema = chosen
-        if self.best is not previous:
+        if exists(self.best) and self.best['step'] == self.step:
             self.save('best')
 
     def log(self, bar, loss, details, norms):
