@@ -78,7 +78,7 @@ class Pictures(Dataset):
         return len(self.pixels)
 
     def __getitem__(self, index):
-        image = self.pixels[index].float() / 127.5 - 1
+        image = self.batch(index)
         return image.flip(-1) if self.flip and random.random() < 0.5 else image, int(self.labels[index])
 
     def batch(self, index):

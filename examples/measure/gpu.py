@@ -39,7 +39,7 @@ from benchmark import (
     synchronize,
 )
 from common import Judge, crop, frechet_distance, load_mnist, make_parser, split
-from compare_mnist import Classifier, ConvGenerator
+from compare_mnist import Classifier, conv_generator
 from drifting_pytorch import FeatureDriftLoss, Trainer
 
 def with_options(args, **options):
@@ -186,7 +186,7 @@ def mnist_trainer(judge, args, folder):
         encoder.train_on(images, labels, 4 if args.quick else 600)
 
     return Trainer(
-        ConvGenerator(image_size = 28, channels = 1, num_classes = 10),
+        conv_generator(),
         FeatureDriftLoss(encoder, affinity_floor = 0.),
         TensorDataset(judge.images, judge.labels),
         num_groups = 10, num_gen = 8 if args.quick else 64, num_pos = 16 if args.quick else 128,
