@@ -24,7 +24,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -318,6 +318,7 @@ def plain_drift_loss(
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
     'L/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 1024, depth = 24, heads = 16),
+    'L/2-512': dict(image_size = 64, channels = 4, patch_size = 4, dim = 1024, depth = 24, heads = 16),  # open
     'B/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 768, depth = 12, heads = 12),  # pixel
     'L/16': dict(image_size = 256, channels = 3, patch_size = 16, dim = 1024, depth = 24, heads = 16),
 }
@@ -752,11 +753,6 @@ def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> F
     x_sq, y_sq = (torch.linalg.vector_norm(t, dim = -1, keepdim = True).square_() for t in (x, y))
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
-def sum_over_processes(t):
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(t)
-    return t
-
 class KnownGradient(torch.autograd.Function):
     """A loss, () or one per row of x, of known gradient: grad is that of its mean by x."""
     @staticmethod
@@ -784,8 +780,13 @@ class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
 
     S and lambda are means over all problems: hence three rounds, sum_distances, sum_drift and loss.
-    Between them the caller adds the sums of other processes and chunks.
+    Between them `two_rounds` adds the sums of other chunks and processes.
     """
+    # release
+    self_distance = 100.  # of a sample to itself, in units of S
+    min_scale = 1e-3  # of S and of S / sqrt(d)
+    min_dist_sq, min_drift_sq = 1e-8, 1e-8  # the latter of the mean of V^2
+
     def __init__(
         self,
         gen: Float[Tensor, 'b g d'],
@@ -797,24 +798,16 @@ class DriftProblems:
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
         field = DRIFT_FIELD,  # Algorithm 2
         affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
-        self_distance = 100.,  # release, of a sample to itself, in units of S
-        min_scale = 1e-3,  # release, of S and of S / sqrt(d)
-        min_dist_sq = 1e-8,  # release
-        min_drift_sq = 1e-8,  # release, of the mean of V^2
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
         sets = dict(pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, gen = gen, **sets)
         check_shape('gen', gen, ('problems', 'samples', 'features'))
         check_number(0, 1, affinity_floor = affinity_floor)
-        check_number(0, 10 ** 6, self_distance = self_distance, min_scale = min_scale)
-        check_number(0, 10 ** 6, min_dist_sq = min_dist_sq, min_drift_sq = min_drift_sq)
         check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
         check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
         self.temperatures = checked_temperatures(temperatures)
-        self.field, self.affinity_floor = field, affinity_floor
-        self.self_distance, self.diagnostics = self_distance, diagnostics
-        self.min_scale, self.min_dist_sq, self.min_drift_sq = min_scale, min_dist_sq, min_drift_sq
+        self.field, self.affinity_floor, self.diagnostics = field, affinity_floor, diagnostics
 
         self.x = full_precision(gen)  # the gradient flows to it
         self.gen = self.x.detach()
@@ -903,28 +896,23 @@ class DriftProblems:
         products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
         return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
 
-    # round 1: S
-    def sum_distances(self):
+    # round 1: S. Features are in units of S / sqrt(d)
+    def sum_distances(self, part):
         """[distances times weights, weights], both summed."""
-        total = 0.
-        for part in self.parts:
-            sums = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
-            total = total + (sums * self.weight[part]).sum()
-        return stack((total, self.weight.sum() * self.g))
+        sums = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
+        weight = self.weight[part]
+        return stack(((sums * weight).sum(), weight.sum() * self.g))
 
-    def scale(self, sums):
-        return (sums[0] / sums[1]) ** (1 / self.field.scale_power)
+    def scale(self, distances):
+        return (distances[0] / distances[1]) ** (1 / self.field.scale_power)
 
     def unit(self, scale):
-        """Features are in units of S / sqrt(d)."""
         return (scale / self.d ** 0.5).clamp(min = self.min_scale)
 
     # round 2: lambda, and where the drift comes from
-    def sum_drift(self, scale):
+    def sum_drift(self, part, distances):
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
-        return sum(self.sum_drift_of(part, scale) for part in self.parts)
-
-    def sum_drift_of(self, part, scale):
+        scale = self.scale(distances)
         W = self.coefficients(part, scale)
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
@@ -942,23 +930,15 @@ class DriftProblems:
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
-    def stats(self, scale, sums):
-        V_sq, *diagnosed = sums[:-1] / sums[-1]
-        means = [(V_sq.clamp(min = 0) / self.d).sqrt() / self.unit(scale), *diagnosed]
-        found = [dict(zip(self.temperatures, mean, strict = True)) for mean in means]
-        return DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
-
     # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
-    def loss(self, stats):
+    def loss(self, scale, rms):
         """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
-        check(tuple(stats.drift_rms) == self.temperatures, 'stats are of other temperatures')
-        unit, rms = self.unit(stats.scale), stack(list(stats.drift_rms.values()))
+        unit = self.unit(scale)
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
         fields_of = self.coefficients if self.in_coefficients else self.vectors
         for part in self.parts:
-            # n: coefficients or dimensions
-            fields = rearrange(fields_of(part, stats.scale), 'b t g n -> b t (g n)')
+            fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')  # n: coefficients or dimensions
             V = factors.expand(len(fields), 1, -1) @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
@@ -967,27 +947,54 @@ class DriftProblems:
             losses.append(V.square_().mean(dim = (1, 2, 3)))
         return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
 
-    def solve(self, stats = None):
+    def solve(self, distances, drifts):
+        """The loss of each problem [b], and DriftStats."""
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
-            if not exists(stats):
-                scale = self.scale(sum_over_processes(self.sum_distances()))  # round 1: S
-                stats = self.stats(scale, sum_over_processes(self.sum_drift(scale)))  # round 2: lambda
-            loss, grad = self.loss(stats)  # round 3
+            scale = self.scale(distances)
+            V_sq, *diagnosed = drifts[:-1] / drifts[-1]
+            rms = (V_sq.clamp(min = 0) / self.d).sqrt() / self.unit(scale)
+            found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
+            stats = DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
+            loss, grad = self.loss(scale, rms)
             self.check_values(loss)
         return KnownGradient.apply(self.x, loss, grad), stats
 
-def drift_loss(gen, pos, uncond = None, *, stats = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
+@torch.no_grad()
+def two_rounds(parts):
+    """The sums of S and of lambda, {feature: sums} each, over parts(), all {feature: DriftProblems}, and processes."""
+    rounds = []
+    for sums_of in (DriftProblems.sum_distances, DriftProblems.sum_drift):
+        totals = {}
+        for features in parts():
+            for name, problems in features.items():
+                known = [totals_before[name] for totals_before in rounds]
+                with torch.autocast(problems.gen.device.type, enabled = False):
+                    sums = sum(sums_of(problems, part, *known) for part in problems.parts)
+                problems.check_values(sums)
+                totals[name] = totals.get(name, 0) + sums
+            del features, problems  # or those of two parts are held
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            joined = cat([sums.flatten() for sums in totals.values()])
+            torch.distributed.all_reduce(joined)  # one call for all
+            for sums in totals.values():
+                own, joined = joined.tensor_split((sums.numel(),))
+                sums.copy_(own.view_as(sums))
+        rounds.append(totals)
+    return rounds
+
+def drift_loss(gen, pos, uncond = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
     """The drifting loss on one feature (A.6): mean |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
     gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class. b: independent problems (class group
-    x location), which share the statistics, with all processes.
-    stats: S and lambda, if taken over more than these problems. options: see DriftProblems.
+    x location), which share the statistics, with all processes. options: see DriftProblems.
 
     Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units. As each
     field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
     Raises ValueError for empty sets, unfit shapes, non-finite values, negative weights.
     """
-    return DriftProblems(gen, pos, uncond, **options).solve(stats)
+    problems = DriftProblems(gen, pos, uncond, **options)
+    distances, drifts = two_rounds(lambda: [{'': problems}])
+    return problems.solve(distances[''], drifts[''])
 
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), guided by unconditional negatives (A.7).
@@ -996,7 +1003,7 @@ class FeatureDriftLoss(Module):
     decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass.
     raw: add the flattened sample itself, before any decoder, as 'global' (release: always).
     group_chunk_size: class groups at a time: the same in less memory, by three encoder passes.
-    drift_loss_kwargs: temperatures, field, affinity_floor and the other clamps.
+    drift_loss_kwargs: temperatures, field, affinity_floor.
     """
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
@@ -1054,23 +1061,27 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """(feature, DriftProblems), one for every location of every group."""
+        """In parts no larger than the largest feature, {feature: DriftProblems}: a problem per location and group."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
             joined = cat(list(others.values()), dim = 1)
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
 
+        sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
+        part = {}
         for name, t in gen_features.items():
+            if sum(sizes_of[other] for other in (*part, name)) > max(sizes_of.values()):
+                yield part
+                part = {}
             points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
-            arguments = dict(zip(others, points, strict = True))
-            arguments['gen'] = rearrange(t, '(c g) f d -> (c f) g d', c = c)
+            arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
-            problems = DriftProblems(**arguments, **options)
-            problems.name = f' of feature {name!r}'
-            yield name, problems
-            del arguments, points, problems  # or two features are held
+            part[name] = DriftProblems(**arguments, **options)
+            part[name].name = f' of feature {name!r}'
+            del arguments, points
+        yield part
 
     def forward(
         self,
@@ -1104,44 +1115,29 @@ class FeatureDriftLoss(Module):
 
         # chunks: the encoder sees them three times, for S, for lambda, and for the loss
         chunks = [chunk for _, chunk in chunked((gen, samples), self.group_chunk_size)]
-        scales = self.over_chunks(chunks, options, DriftProblems.sum_distances, DriftProblems.scale)
-        stats = self.over_chunks(chunks, options, DriftProblems.sum_drift, DriftProblems.stats, scales)
+        sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for chunk in chunks))
         losses, grad, total = {}, torch.empty_like(gen), 0
         for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
             x, share = chunk['gen'].detach().requires_grad_(), len(part) / len(gen)
             with torch.enable_grad():
-                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, stats)
+                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, sums)
 
             part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
-        return KnownGradient.apply(gen, total, grad), Breakdown(losses, stats)
+        return KnownGradient.apply(gen, total, grad), Breakdown(losses, breakdown.stats)
 
-    def loss_of(self, samples, options, stats = None):
+    def loss_of(self, samples, options, sums = None):
         """The sum over features (Eq. 14), and its Breakdown."""
-        losses, found, stats = {}, {}, default(stats, {})
-        for name, problems in self.problems(options, **samples):
-            loss, found[name] = problems.solve(stats.get(name))
-            losses[name] = loss.mean()
-            del problems
-        return sum(losses.values()), Breakdown(losses, found)
-
-    @torch.no_grad()
-    def over_chunks(self, chunks, options, sums_of, result_of, *found):
-        """{feature: result_of(problems, *found, sums)}, of sums over chunks and processes."""
-        totals, results = {}, {}
-        for i, chunk in enumerate(chunks, 1):
-            for name, problems in self.problems(options, **chunk):
-                arguments = [values[name] for values in found]
-                with torch.autocast(problems.gen.device.type, enabled = False):
-                    sums = sums_of(problems, *arguments)
-                problems.check_values(sums)
-                totals[name] = totals.get(name, 0) + sums
-                if i == len(chunks):
-                    results[name] = result_of(problems, *arguments, sum_over_processes(totals[name]))
-                del problems  # or two features are held
-        return results
+        losses, stats = {}, {}
+        for part in self.problems(options, **samples):
+            distances, drifts = sums or two_rounds(lambda part = part: [part])
+            for name, problems in part.items():
+                loss, stats[name] = problems.solve(distances[name], drifts[name])
+                losses[name] = loss.mean()
+            del part, problems
+        return sum(losses.values()), Breakdown(losses, stats)
 
 # ── 7. fields of later work ───────────────────────────────
 
@@ -2178,6 +2174,10 @@ class BaseTrainer:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
                 grid.save(folder / f'step-{self.step:08d}.png')
+                pixels, extra = np.array(grid.convert('RGB')), dict(tensorboard = {'dataformats': 'NHWC'}, wandb = {})
+                for tracker in self.accelerator.trackers:
+                    if tracker.name in extra:
+                        tracker.log_images({'samples': pixels[None]}, self.step, **extra[tracker.name])
 
         if exists(to_image):  # a sharded model needs every process
             together(draw, self.is_main or self.is_sharded)

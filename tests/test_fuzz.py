@@ -114,7 +114,6 @@ def encoder():
 POINTS = dict(x = floats(4, 2), y_pos = floats(5, 2), y_neg = floats(3, 2), temperature = 0.5)
 WEIGHTED = dict(uncond = floats(2, 2, 4), uncond_weight = torch.ones(2, 2))
 FEATURES = dict(gen = floats(2, 3, 4), pos = floats(2, 5, 4) + 1, **WEIGHTED, temperatures = (0.1, 0.5))
-CLAMPS = dict(affinity_floor = 1e-6, self_distance = 100., min_scale = 1e-3, min_dist_sq = 1e-8, min_drift_sq = 1e-8)
 SAMPLES = dict(gen = floats(2, 3, 1, 8, 8), pos = floats(2, 4, 1, 8, 8) + 1, uncond = floats(2, 2, 1, 8, 8))
 GUIDED = dict(SAMPLES, alpha = torch.tensor([1., 2.]))
 NOISE = dict(noise = floats(2, 1, 8, 8), labels = labels(), alpha = torch.ones(2), styles = labels(4).view(2, 2))
@@ -230,14 +229,17 @@ TARGETS = {
     ),
     'drift_loss': (
         6, with_gradient(drift_loss),
-        dict(FEATURES, **CLAMPS, field = DriftField(), diagnostics = True)
+        dict(FEATURES, affinity_floor = 1e-6, field = DriftField(), diagnostics = True)
     ),
     'drift_loss, own negatives': (
         6, with_gradient(drift_loss), dict(FEATURES, field = SinkhornField(), neg = floats(2, 3, 4) + 2)
     ),
     'FeatureDriftLoss(...)': (
         6, then(FeatureDriftLoss, with_loss),
-        dict(CLAMPS, encoder = [encode], decoder = torch.tanh, raw = True, group_chunk_size = 2, temperatures = [0.1])
+        dict(
+            affinity_floor = 1e-6, encoder = [encode], decoder = torch.tanh, raw = True, group_chunk_size = 2,
+            temperatures = [0.1]
+        )
     ),
     'FeatureDriftLoss.forward': (
         6, with_gradient(FeatureDriftLoss(encode)), dict(GUIDED, neg = floats(2, 3, 1, 8, 8), diagnostics = True)

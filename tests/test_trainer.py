@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -93,6 +94,35 @@ def test_images_of_the_averaged_model(tmp_path):
 def image_trainer(folder, **kwargs):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
     return trainer(folder, picture_generator(), data, **{**dict(num_train_steps = 4, sample_every = 2), **kwargs})
+
+class Tracker(GeneralTracker):
+    requires_logging_directory = False
+    tracker = None
+
+    def __init__(self, name):
+        self.name = name
+        self.images = []
+        super().__init__()
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step, **kwargs):
+        pass
+
+    def log_images(self, values, step, **kwargs):
+        (name, images), = values.items()
+        self.images.append((name, images.shape, step, kwargs))
+
+def test_trackers_see_the_pictures(tmp_path):
+    trackers = [Tracker(name) for name in ('tensorboard', 'wandb', 'mlflow')]
+    t = image_trainer(tmp_path, log_with = trackers)
+    t.train()
+    shape = 1, 180, 600, 3                          # the files have these sides
+    of_tensorboard, of_wandb, of_others = (tracker.images for tracker in trackers)
+    assert of_tensorboard == [('samples', shape, step, dict(dataformats = 'NHWC')) for step in (2, 4)]
+    assert of_wandb == [('samples', shape, step, {}) for step in (2, 4)]
+    assert of_others == []                          # which take no arrays
 
 @pytest.mark.parametrize('to_image, says', [
     (lambda x: x[:, 0], 'what to_image returns has shape (30, 8, 8), expected (30, channels, height, width)'),

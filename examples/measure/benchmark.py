@@ -636,13 +636,9 @@ def parts_of_step(trainer, batches, args):
 
         u = uncond.shape[1]
         weight = ((alpha - 1) * (gen.shape[1] - 1) / u)[:, None].expand(-1, u)
-        options = dict(loss_fn.drift_loss_kwargs, diagnostics = False)
-        loss = 0.
-
-        for _, problem in loss_fn.problems(options, gen, weight, pos = pos, uncond = uncond):
-            loss = loss + problem.solve()[0].mean()
-            del problem                                 # or two features are held
-            watch.mark('loss')
+        samples = dict(gen = gen, pos = pos, uncond = uncond, uncond_weight = weight)
+        loss, _ = loss_fn.loss_of(samples, dict(loss_fn.drift_loss_kwargs, diagnostics = False))
+        watch.mark('loss')
 
     accelerator.backward(loss)
     watch.mark('backward of generator')
