@@ -938,7 +938,8 @@ class DriftProblems:
         losses, grad = [], torch.empty_like(self.gen)
         fields_of = self.coefficients if self.in_coefficients else self.vectors
         for part in self.parts:
-            fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')  # n: coefficients or dimensions
+            # n: coefficients or dimensions
+            fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
             V = factors.expand(len(fields), 1, -1) @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
@@ -956,12 +957,11 @@ class DriftProblems:
             found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
             stats = DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
             loss, grad = self.loss(scale, rms)
-            self.check_values(loss)
         return KnownGradient.apply(self.x, loss, grad), stats
 
 @torch.no_grad()
 def two_rounds(parts):
-    """The sums of S and of lambda, {feature: sums} each, over parts(), all {feature: DriftProblems}, and processes."""
+    """Sums of S and of lambda, {feature: sums}, over processes and parts(), each {feature: DriftProblems}."""
     rounds = []
     for sums_of in (DriftProblems.sum_distances, DriftProblems.sum_drift):
         totals = {}
