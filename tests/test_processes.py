@@ -328,10 +328,13 @@ def die_once(folder, at):
 @pytest.mark.slow
 @pytest.mark.parametrize('at', [2, 7])
 def test_torchrun_starts_anew(tmp_path, at):
-    """Killed before and after the first checkpoint: this module as a script, see the end of it."""
+    """Killed before and after the first checkpoint: this module as a script, see the end of it.
+
+    torch's default, one store for all attempts, lets the second one look for the addresses of the first.
+    """
     straight = launch(train, 2, tmp_path / 'straight')
     torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     run(*torchrun, '--max-restarts', 1, __file__, tmp_path, at, timeout = 200, env = environment)
     assert (tmp_path / 'run' / 'died').exists()
 
@@ -342,7 +345,8 @@ def test_torchrun_starts_anew(tmp_path, at):
     assert rows(tmp_path / 'run') == rows(tmp_path / 'straight')
 
 if __name__ == '__main__':      # started by torchrun
-    place, torch_threads = Path(sys.argv[1]), torch.set_num_threads(1)
+    torch.set_num_threads(1)
+    place = Path(sys.argv[1])
     own_result, _ = train(
         place / 'run', die_once(place / 'run', int(sys.argv[2])), resume_from_checkpoint = 'latest'
     )
