@@ -175,3 +175,32 @@ def test_the_command(small_ablation, tmp_path, capsys):
 
     with pytest.raises(ValueError, match = 'cannot share the 18 groups'):
         run('--gpus', '19')
+
+@pytest.mark.skipif('L/2-512' not in drifting.PRESETS, reason = 'without this preset')
+def test_512_pixels_need_as_many_tokens_and_features_as_256():
+    assert 'L/2-512' in plan.ENCODERS
+    large, small = (plan.make_run(preset, 'none') for preset in ('L/2-512', 'L/2'))
+    (model, loss_fn, _), (small_model, small_loss_fn, _) = large, small
+    assert model.noise_shape == (4, 64, 64) and small_model.noise_shape == (4, 32, 32)
+    encoder, small_encoder = loss_fn.encoders[0], small_loss_fn.encoders[0]
+    assert model.noise_shape[-1] // encoder.patch_size == small_model.noise_shape[-1] // small_encoder.patch_size
+
+def test_every_preset_is_planned():
+    assert set(plan.ENCODERS) == {'ablation', *drifting.PRESETS}
+
+def test_what_many_processes_share_in_numbers():
+    """Of every class a process reads num_pos at least; among many it passes over more rows."""
+    assert 10 * 4 <= plan.rows_to_fill(10, 4) < 4 * 10 * 4
+    assert plan.ms_to_find_rows(8, 7, 4, 1) < plan.ms_to_find_rows(4096, 7, 64, 1)
+
+@pytest.mark.slow
+def test_the_simulation(tmp_path, capsys):
+    plan.main(['--simulate', '4', '16', '--output', str(tmp_path / 'plan.json')])
+    result = json.loads((tmp_path / 'plan.json').read_text())
+    assert [(row['processes'], row['rank']) for row in result['runs']] == [
+        (4, 0), (4, 1), (4, 3), (16, 0), (16, 1), (16, 15)
+    ]
+    assert len({(row['calls per step'], row['MB in them']) for row in result['runs']}) == 1
+    few, many = result['tables']['What grows']
+    assert many['GB of queues in a checkpoint'] == pytest.approx(4 * few['GB of queues in a checkpoint'])
+    assert 'Counted in a fake process group' in capsys.readouterr().out

@@ -2,33 +2,46 @@
 
 python examples/measure/plan.py --preset L/2 --gpus 64      one run, a table for each part
 python examples/measure/plan.py --all                       all presets on 1, 8 and 64 GPUs, a line each
+python examples/measure/plan.py --simulate 8 64 1024        small steps of some of so many processes, on this machine
 
 The Trainer's own step runs on the meta device: shapes without numbers. Every tensor that is allocated there is counted
 until it is freed, and every product. What torch, the driver and the libraries need besides is --margin. The speed of
 the GPU and of the network are not known here: they are options. Processes are replicated, not sharded.
+
+--simulate takes real steps of a tiny model in torch's fake process group: one process runs, the others are taken to do
+what it does. Calls, bytes and memory are counted.
+
 Writes --output, a json file, and prints the same as tables.
 """
 
 import json
 import math
+import os
 import sys
+import tempfile
+import time
+import tracemalloc
 import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from accelerate.state import AcceleratorState
+from torch import Tensor, distributed
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import BatchSampler, Dataset
 from torch.utils.flop_counter import flop_registry
 
-from benchmark import show
+from benchmark import peak_mib, show
 from drifting_pytorch import ConvNeXtFeatures, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer, drifting
 from drifting_pytorch.drifting import PRESETS, TRAINER_PRESETS, GeneratorSettings, check
 
@@ -45,8 +58,11 @@ PIXEL_640 = dict(dim = 640, channels = 3, patch_size = 8)
 
 ENCODERS = {
     'ablation': dict(dim = 256), 'B/2': LATENT_640, 'L/2': LATENT_640,
+    'L/2-512': dict(LATENT_640, patch_size = 2),        # maps as large as those of L/2
     'B/16': PIXEL_640, 'L/16': PIXEL_640
 }
+
+ENCODERS = {preset: encoder for preset, encoder in ENCODERS.items() if preset in ('ablation', *PRESETS)}
 
 def tensors_of(*modules):
     return [t for module in modules for t in (*module.parameters(), *module.buffers())]
@@ -332,7 +348,7 @@ def make_run(preset, checkpointing):
             encoders.append(ConvNeXtFeatures(ConvNextV2Model(base)).to('meta'))
 
     model.checkpointing, encoders[0].checkpointing = checkpointing == 'both', checkpointing != 'none'
-    return model, FeatureDriftLoss(encoders), GeneratorSettings(**TRAINER_PRESETS[preset])
+    return model, FeatureDriftLoss(encoders), GeneratorSettings(**TRAINER_PRESETS.get(preset, TRAINER_PRESETS['L/2']))
 
 @lru_cache
 def simulated(preset, num_groups, chunk, checkpointing):
@@ -495,6 +511,172 @@ def loss_by_feature(preset):
 
     return sorted(rows, key = lambda row: -row['GB while it works'])
 
+# many processes: one of them runs here, in torch's fake process group
+
+IMAGENET = 1_281_167            # images
+
+SMALL = dict(
+    generator = dict(image_size = 16, channels = 4, patch_size = 2, dim = 64, depth = 2, heads = 4),
+    encoder = dict(dim = 8, layers = (1, 1, 1, 1)), settings = dict(num_gen = 8, num_pos = 8, num_uncond = 4)
+)
+
+@contextmanager
+def one_of(world, rank):
+    """As one of so many processes, on a CPU. What is summed or gathered is as if all of them held the same."""
+    all_reduce, names = distributed.all_reduce, ('WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'RANK', 'LOCAL_RANK')
+
+    def multiplied(t, *args, **kwargs):
+        all_reduce(t, *args, **kwargs)
+        return t.mul_(world)
+
+    AcceleratorState._reset_state(reset_partial_state = True)
+    environment = dict(zip(names, map(str, (world, world, rank, rank)), strict = True))
+    distributed.init_process_group('fake', store = FakeStore(), rank = rank, world_size = world)
+
+    try:
+        with patch.dict(os.environ, environment), patch.object(distributed, 'all_reduce', multiplied):
+            yield
+    finally:
+        distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state = True)
+
+def averaged(world, bucket):
+    """What DistributedDataParallel does with a bucket of gradients, in a way that the fake group can answer."""
+    distributed.all_reduce(bucket.buffer().div_(world))
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+class Calls(TorchDispatchMode):
+    """Collective calls: part of the run, step, kind, and bytes that go in and come out."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer, self.part, self.found = trainer, 'between', []
+
+    def __torch_dispatch__(self, func, types, args = (), kwargs = None):
+        if func.namespace == 'c10d':
+            size = sum(t.nbytes for t in tree_leaves(args) if torch.is_tensor(t))
+            self.found.append((self.part, self.trainer.step, func.overloadpacket.__name__, size))
+        return func(*args, **(kwargs or {}))
+
+    def name(self, method, part):
+        """Calls of this method of the trainer are of that part."""
+        inner = getattr(self.trainer, method)
+
+        def named(*args):
+            before, self.part = self.part, part
+            result = inner(*args)
+            self.part = before
+            return result
+
+        setattr(self.trainer, method, named)
+
+    def of(self, part, step = None):
+        """[[kind, bytes]] of a part, in one step or in all."""
+        return [call for name, at, *call in self.found if name == part and step in (None, at)]
+
+class Rows(Dataset):
+    """As many as the images of ImageNet, and ten classes."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def __len__(self):
+        return IMAGENET
+
+    def __getitem__(self, index):
+        return torch.full(self.shape, index / IMAGENET), index % 10
+
+def small_trainer(world, folder):
+    """Of ten steps, with two groups for each process."""
+    model = DriftingGenerator(**SMALL['generator'], num_classes = 10)
+    loss_fn = FeatureDriftLoss(LatentMAE(**SMALL['encoder'], num_classes = None))
+    return Trainer(
+        model, loss_fn, Rows(model.noise_shape), **SMALL['settings'], num_groups = 2 * world,
+        num_train_steps = 10, log_every = 10, save_every = 10, sample_every = 0, lr_warmup_steps = 0,
+        results_folder = folder, cpu = True, progress_bar = False
+    )
+
+def calls_of_run(trainer):
+    """Its calls from the start to a checkpoint."""
+    calls = Calls(trainer)
+    trainer.model.register_comm_hook(trainer.world, averaged)
+
+    for method, part in dict(before_training = 'start', train_step = 'step', save = 'checkpoint').items():
+        calls.name(method, part)
+
+    with calls:
+        trainer.train()
+
+    return calls
+
+def held_by(trainer):
+    """Bytes of tensors between two steps: weights, averages, gradients, moments, encoder, queues."""
+    states = trainer.optimizer.optimizer.state.values()
+    tensors = [t for state in states for t in state.values()] + [queue.samples for queue in trainer.queues.values()]
+    tensors += [p.grad for p in trainer.unwrapped.parameters()]
+    return nbytes(trainer.unwrapped, trainer.ema.ema_model, trainer.loss_fn) + sum(t.nbytes for t in tensors)
+
+def ms_to_find_rows(world, rank, num, repeats = 10):
+    """Of a step, in the order that all processes share: each passes over the rows of the others."""
+    places = enumerate(drifting.endless_shuffle(IMAGENET, seed = 0))
+    batches = islice(BatchSampler(places, num, drop_last = False), rank, None, world)
+    next(batches)
+    start = time.process_time()
+
+    for _ in range(repeats):
+        next(batches)
+
+    return (time.process_time() - start) / repeats * 1e3
+
+def rows_to_fill(num_classes = NUM_CLASSES, num_pos = GeneratorSettings.num_pos):
+    """That a process reads until it has num_pos of every class, where labels are uniform."""
+    labels = torch.randint(num_classes, (4 * num_classes * num_pos,), generator = torch.Generator().manual_seed(0))
+    counts, order = labels.bincount(minlength = num_classes), labels.argsort(stable = True)
+    return order[counts.cumsum(dim = 0) - counts + num_pos - 1].max().item() + 1
+
+def simulate_process(world, rank):
+    """Two rows of what one of so many processes needs: that stays the same, and that grows."""
+    with one_of(world, rank), tempfile.TemporaryDirectory() as folder:
+        tracemalloc.start()
+        trainer = small_trainer(world, folder)
+        calls = calls_of_run(trainer)
+        _, objects = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+        batches = trainer.batches()
+        peak = peak_mib(partial(trainer.train_step, batches), trainer.device)
+        batches.close()
+
+    def of(*part):
+        found = calls.of(*part)
+        return len(found), sum(size for _, size in found)
+
+    num, size = of('step', 8)
+    queues = sum(held(*make_run('L/2', 'none'), world)['queues of real samples'])
+    always = {
+        'processes': world, 'rank': rank, 'calls per step': num, 'MB in them': size / 1e6,
+        'MB of tensors between steps': held_by(trainer) / 1e6, 'MB that a step adds': peak * 2 ** 20 / 1e6,
+        'MB of Python objects': objects / 1e6
+    }
+    grows = {
+        'processes': world,
+        'KB at every tenth step': of('between', 10)[1] / 1e3, 'KB at a checkpoint': of('checkpoint')[1] / 1e3,
+        'KB per read while queues fill': calls.of('start')[0][1] / 1e3,
+        'ms to find the rows of a step': ms_to_find_rows(world, rank, trainer.samples_per_process),
+        'epochs read before the first step': rows_to_fill() * world / IMAGENET,
+        'GB of queues in a checkpoint': queues * world / 1e9
+    }
+    return always, grows
+
+def simulate_processes(worlds):
+    """Rows of the first two processes and of the last one, and a table of what grows, of the last one."""
+    simulate_process(2, 0)          # what is made once is not counted
+    found = {world: [simulate_process(world, rank) for rank in (0, 1, world - 1)] for world in worlds}
+    rows = [always for processes in found.values() for always, _ in processes]
+    return rows, {'What grows': [processes[-1][1] for processes in found.values()]}
+
 # the command
 
 def options(argv):
@@ -502,6 +684,10 @@ def options(argv):
     parser.add_argument('--preset', choices = tuple(ENCODERS), default = 'ablation', help = 'column of Table 8')
     parser.add_argument('--gpus', type = int, default = 8, help = 'processes, one on each GPU')
     parser.add_argument('--all', action = 'store_true', help = 'every preset on 1, 8 and 64 GPUs')
+    parser.add_argument(
+        '--simulate', type = int, nargs = '+', metavar = 'PROCESSES',
+        help = 'instead: what some of so many processes need in ten steps of a tiny model'
+    )
     parser.add_argument('--memory', type = float, default = 80., help = 'GB of a GPU')
     parser.add_argument(
         '--margin', type = float, default = 0.1,
@@ -516,15 +702,20 @@ def options(argv):
 
 def main(argv = None):
     args = options(argv)
-    runs = [(preset, gpus) for preset in ENCODERS for gpus in (1, 8, 64)] if args.all else [(args.preset, args.gpus)]
-    rows, tables = zip(*(needs(*run, args) for run in runs), strict = True)
 
-    for title, table in tables[0].items():
+    if args.simulate:
+        rows, tables = simulate_processes(args.simulate)
+    else:
+        every = [(preset, gpus) for preset in ENCODERS for gpus in (1, 8, 64)]
+        runs = every if args.all else [(args.preset, args.gpus)]
+        rows, (tables, *_) = zip(*(needs(*run, args) for run in runs), strict = True)
+
+    for title, table in tables.items():
         if table:
             show(title, table[:8])
 
-    show('Computed, not measured', rows)
-    results = dict(options = vars(args), runs = rows, tables = tables[0])
+    show('Counted in a fake process group' if args.simulate else 'Computed, not measured', rows)
+    results = dict(options = vars(args), runs = rows, tables = tables)
     args.output.parent.mkdir(parents = True, exist_ok = True)
     args.output.write_text(json.dumps(results, indent = 1, default = str))
 
