@@ -66,8 +66,9 @@ SHARES = dict(judge = 0.08, encoder = 0.12, generator = 0.75)   # of the time; t
 LEAST = 32          # images in the folder
 HELD_OUT = 16       # of them, or more: half of these choose the model, half judge it
 
-EVALUATIONS = dict(times = 10, num_samples = 250, seed = 1)     # of other noise than that of the last samples
-WINDOWS = (10, 3, 30)       # the weights are averaged over the last tenth of the steps, third and thirtieth
+EVALUATIONS = 10                                # in the training
+CHOOSING = dict(num_samples = 250, seed = 1)    # of other noise than that of the samples that are judged
+WINDOWS = (10, 30, 100)                         # averages of the weights: over the last tenth of the steps, and so on
 
 # data
 
@@ -222,16 +223,14 @@ class Run:
         return DriftingGenerator(**self.images, **patches, **size['transformer'])
 
     def evaluation(self, judge, pictures, **options):
-        """Of samples, against pictures."""
+        """Of samples, against these pictures."""
         features = inception_features() if self.args.features == 'inception' else judge.forward
         labels = pictures.labels if self.images['num_classes'] else None
         return Evaluation(pictures, features, labels = labels, **options)
 
-    def trainer(self, judge, encoder, num_steps, folder, **settings):
-        """With the recipe for small data. The best average of the best step is kept."""
+    def trainer(self, evaluation, encoder, num_steps, folder, **settings):
+        """With the recipe for small data."""
         is_conv = self.args.generator == 'conv'
-        options = {name: EVALUATIONS[name] for name in ('num_samples', 'seed')}
-        evaluation = self.evaluation(judge, self.choosing, **options)
         decays = [max(0., round(1 - window / num_steps, 7)) for window in WINDOWS]
 
         return Trainer(
@@ -272,7 +271,8 @@ class Run:
             return max((times[1] - times[0]) / 20, 1e-3), result
 
         def train_generator(*args, **kwargs):
-            trainer = self.trainer(judge, encoder, *args, log_every = 0, sample_every = 0, save_every = 0, **kwargs)
+            quiet = dict(log_every = 0, sample_every = 0, save_every = 0)
+            trainer = self.trainer(evaluation, encoder, *args, **quiet, **kwargs)
             trainer.train()
             return trainer
 
@@ -280,12 +280,13 @@ class Run:
         seconds = self.args.minutes * 60
         times, steps = {}, {}
         times['judge'], judge = seconds_per_step(partial(self.classifier, 'judge'))
+        evaluation = self.evaluation(judge, self.choosing, **CHOOSING)
         times['encoder'], (encoder, _) = seconds_per_step(self.encoder)
         times['generator'], trainer = seconds_per_step(train_generator)
 
         start = time.perf_counter()
         trainer.evaluate_averages()
-        of_evaluations = EVALUATIONS['times'] * (time.perf_counter() - start)
+        of_evaluations = EVALUATIONS * (time.perf_counter() - start)
 
         for name, most in MOST_STEPS.items():
             steps[name] = max(10, min(most, int(seconds * SHARES[name] / times[name])))
@@ -487,10 +488,11 @@ def main():
     def every(share):
         return max(1, steps['generator'] // share)
 
+    evaluation = run.evaluation(judge, choosing, **CHOOSING)
     trainer = run.trainer(
-        judge, encoder, steps['generator'], folder, resume_from_checkpoint = 'latest', keep_checkpoints = 2,
+        evaluation, encoder, steps['generator'], folder, resume_from_checkpoint = 'latest', keep_checkpoints = 2,
         log_every = every(200), sample_every = every(30), save_every = every(10),
-        evaluate_every = every(EVALUATIONS['times']), keep_best = 'frechet'
+        evaluate_every = every(EVALUATIONS), keep_best = 'frechet'
     )
     trainer.train()
     load_best(trainer)
