@@ -452,18 +452,18 @@ def test_images_that_choose_do_not_judge(tmp_path, monkeypatch, examples):
 def test_images_the_best_average_of_the_best_step_is_the_model(tmp_path, monkeypatch, examples):
     from drifting_pytorch.metrics import Evaluation
 
-    numbers = [9., 8., 7., 2., 5., 3., 4., 6.]              # of two averages at each of four steps
+    numbers = [9., 8., 7., 4., 5., 2.] + [3.] * 14          # of two averages, every second step
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, '__call__', lambda self, sample: dict(frechet = numbers.pop(0)))
-        metrics = train_images(patch, folder_of_images(tmp_path / 'cats'), tmp_path / 'results')
+        metrics = train_images(patch, folder_of_images(tmp_path / 'cats'), tmp_path / 'results', '--steps', 20)
 
-    assert not numbers and metrics['chosen'] == dict(value = 2., step = 2, ema_decay = 0.25)
-    best = tmp_path / 'results' / 'checkpoints' / 'best-00000002'
+    assert not numbers and metrics['chosen'] == dict(value = 2., step = 6, ema_decay = 0.)
+    best = tmp_path / 'results' / 'checkpoints' / 'best-00000006'
     averages, model = load_file(best / 'averages.safetensors'), load_file(tmp_path / 'results/model/model.safetensors')
     assert all(torch.equal(t, averages[f'{name}.0']) for name, t in model.items())
     card = (tmp_path / 'results' / 'model' / 'README.md').read_text()
-    assert 'of step 2, averaged with a decay of 0.25' in card and 'distance, 2.000, to 8 of the images held out' in card
+    assert 'of step 6, averaged with a decay of 0.' in card and 'distance, 2.000, to 8 of the images held out' in card
 
 def test_images_go_on_as_if_they_had_not_been_interrupted(tmp_path, monkeypatch, examples):
     folder, straight, resumed = folder_of_images(tmp_path / 'cats', 'ab'), tmp_path / 'straight', tmp_path / 'resumed'
