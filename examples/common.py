@@ -221,6 +221,13 @@ def pretrain_encoder(kind, dataset, folder, sizes, *, num_steps, seed, preset = 
 
     return trainer.ema.ema_model, own_folder
 
+# trainings
+
+def load_best(trainer):
+    """The checkpoint that keep_best kept, into a trainer that has ended. Its best average is sampled and exported."""
+    if trainer.best is not None:
+        trainer.load(trainer.checkpoints / f'best-{trainer.best["step"]:08d}')
+
 # pictures
 
 def class_rows(images, num):
@@ -243,6 +250,12 @@ def plot_curves(path, folder, encoder_folder = None):
         ('gradient norm', rows, ['grad_norm'], 'log')
     ]
 
+    evaluated = [row for row in rows if any(name.startswith('eval/frechet') for name in row)]
+
+    if evaluated:
+        names = [name for name in evaluated[0] if name.startswith('eval/frechet')]
+        panels.append(('Frechet distance', evaluated, names, 'log'))
+
     if encoder_folder is not None:
         names = ['reconstruction', 'classification', 'accuracy']
         panels.append(('encoder', read_metrics(encoder_folder), names, 'linear'))
@@ -254,7 +267,7 @@ def plot_curves(path, folder, encoder_folder = None):
         steps = [row['step'] for row in rows]
 
         for name in names:
-            label = name.replace('drift/', 'temperature ')
+            label = name.replace('drift/', 'temperature ').replace('eval/frechet/', 'decay ')
             axis.plot(steps, [row[name] for row in rows], linewidth = 1, label = label)
 
         axis.set(title = title, xlabel = 'step', yscale = scale)

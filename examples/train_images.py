@@ -6,10 +6,12 @@ python examples/train_images.py FOLDER --resume                   # go on, exact
 python examples/train_images.py FOLDER --encoder dinov2 --size base     # on a GPU
 
 Reads the folder, says what it found and chose, keeps a part of the images apart, trains a judge (which only measures),
-an encoder and a generator, and measures the samples against the images kept apart. All steps are chosen at the start,
-so that the training takes about --minutes. Writes into --results-folder: samples.png (a row per class), neighbors.png
-(samples, and the training images nearest to them), training.gif, curves.png, metrics.json, plan.json (what was chosen),
-model/ (the generator, for from_pretrained, and a model card) and what the trainer writes.
+an encoder and a generator. Half of the images kept apart choose: about ten times in the training, several averages of
+the weights are measured against them, and the best one is the model. The other half, which had no part in this choice,
+judges the model at the end. All steps are chosen at the start, so that the training takes about --minutes, evaluations
+included. Writes into --results-folder: samples.png (a row per class), neighbors.png (samples, and the training images
+nearest to them), training.gif, curves.png, metrics.json, plan.json (what was chosen), model/ (the generator, for
+from_pretrained, and a model card) and what the trainer writes.
 """
 
 import json
@@ -29,7 +31,7 @@ from torch import cat, stack
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import EncoderFeatures, make_parser, num_parameters, plot_curves, pretrain_encoder
+from common import EncoderFeatures, load_best, make_parser, num_parameters, plot_curves, pretrain_encoder
 from drifting_pytorch import ConvGenerator, DriftingGenerator, FeatureDriftLoss, ImageFolder, Trainer
 from drifting_pytorch.drifting import check, image_grid, seed_for, seeded
 from drifting_pytorch.metrics import Evaluation, inception_features
@@ -62,7 +64,11 @@ MOST_STEPS = dict(judge = 1_000, encoder = 2_000)               # small networks
 SHARES = dict(judge = 0.08, encoder = 0.12, generator = 0.75)   # of the time; the rest is for numbers and pictures
 
 LEAST = 32          # images in the folder
-HELD_OUT = 16       # of them, or more
+HELD_OUT = 16       # of them, or more: half of these choose the model, half judge it
+
+EVALUATIONS = 10                                # in the training
+CHOOSING = dict(num_samples = 250, seed = 1)    # of other noise than that of the samples that are judged
+WINDOWS = (10, 30, 100)                         # averages of the weights: over the last tenth of the steps, and so on
 
 # data
 
@@ -120,7 +126,7 @@ def read(root, args, channels = None):
 def split(labels):
     """Which are held out, bool [n]: about a tenth, always the same, and of every class its share."""
     n = len(labels)
-    num = max(HELD_OUT, min(1_000, n // 10))
+    num = max(HELD_OUT, min(2_000, n // 10))
     shuffled = torch.randperm(n, generator = seeded('held out'))
     by_class = shuffled[labels[shuffled].argsort(stable = True)]
     is_held_out = torch.zeros(n, dtype = torch.bool)
@@ -128,7 +134,7 @@ def split(labels):
     return is_held_out
 
 def load_data(args):
-    """Pictures to train on, pictures held out, the names of the classes, and a line about them."""
+    """Pictures to train on, two halves of those held out, the names of the classes, and a line about them."""
     pixels, labels, classes, sizes = read(args.folder, args, 3 if args.encoder in PRETRAINED else None)
 
     if args.held_out:
@@ -150,14 +156,20 @@ def load_data(args):
     colour = 'grey' if pixels.shape[1] == 1 else 'in colour'
     smallest, largest = (f'{width}x{height}' for width, height in (min(sizes, key = min), max(sizes, key = min)))
     about = f'{len(pixels):,} images, {colour}, {smallest} to {largest}, held out: {len(unseen):,}, {of_classes}'
-    return trained, unseen, classes, about
+
+    by_class = unseen.labels.argsort(stable = True)
+    halves = [Pictures(unseen.pixels[half], unseen.labels[half]) for half in (by_class[::2], by_class[1::2])]
+    return trained, *halves, classes, about
 
 # what is trained, each the same for the same seed and number of steps
 
 class Run:
-    def __init__(self, args, pictures, classes):
+    """pictures: to train on. choosing: those held out by which the best weights are chosen."""
+
+    def __init__(self, args, pictures, classes, choosing = None):
         self.args = args
         self.pictures = pictures
+        self.choosing = choosing
         self.on_gpu = torch.cuda.is_available()
         channels = pictures.pixels.shape[1]
         self.images = dict(image_size = args.image_size, channels = channels, num_classes = len(classes) or None)
@@ -210,9 +222,16 @@ class Run:
         patches = dict(patch_size = self.args.image_size // size['tokens'], output_conv_dim = 32)      # against seams
         return DriftingGenerator(**self.images, **patches, **size['transformer'])
 
-    def trainer(self, encoder, num_steps, folder, **settings):
+    def evaluation(self, judge, pictures, **options):
+        """Of samples, against these pictures."""
+        features = inception_features() if self.args.features == 'inception' else judge.forward
+        labels = pictures.labels if self.images['num_classes'] else None
+        return Evaluation(pictures, features, labels = labels, **options)
+
+    def trainer(self, evaluation, encoder, num_steps, folder, **settings):
         """With the recipe for small data."""
         is_conv = self.args.generator == 'conv'
+        decays = [max(0., round(1 - window / num_steps, 7)) for window in WINDOWS]
 
         return Trainer(
             self.generator(),
@@ -228,7 +247,8 @@ class Run:
             learning_rate = 4e-3 if is_conv else 1e-3,
             lr_warmup_steps = 0 if is_conv else 50,
             lr_decay_start = 200,
-            ema_decay = max(0., 1 - 10 / num_steps),                # over the last tenth of the steps
+            ema_decay = list(dict.fromkeys(decays)),                # of a few steps some are the same
+            evaluate = lambda sample: evaluation(lambda **asked: sample(**asked).clamp(-1, 1)),
             seed = self.args.seed,
             results_folder = folder,
             **settings
@@ -252,20 +272,27 @@ class Run:
 
         def train_generator(*args, **kwargs):
             quiet = dict(log_every = 0, sample_every = 0, save_every = 0)
-            self.trainer(encoder, *args, **quiet, **kwargs).train()
+            trainer = self.trainer(evaluation, encoder, *args, **quiet, **kwargs)
+            trainer.train()
+            return trainer
 
         print('timing a few steps')
         seconds = self.args.minutes * 60
         times, steps = {}, {}
-        times['judge'], _ = seconds_per_step(partial(self.classifier, 'judge'))
+        times['judge'], judge = seconds_per_step(partial(self.classifier, 'judge'))
+        evaluation = self.evaluation(judge, self.choosing, **CHOOSING)
         times['encoder'], (encoder, _) = seconds_per_step(self.encoder)
-        times['generator'], _ = seconds_per_step(train_generator)
+        times['generator'], trainer = seconds_per_step(train_generator)
+
+        start = time.perf_counter()
+        trainer.evaluate_averages()
+        of_evaluations = EVALUATIONS * (time.perf_counter() - start)
 
         for name, most in MOST_STEPS.items():
             steps[name] = max(10, min(most, int(seconds * SHARES[name] / times[name])))
 
         trained = ['judge'] if self.args.encoder in ('none', *PRETRAINED) else list(MOST_STEPS)
-        left = seconds * sum(SHARES.values()) - sum(steps[name] * times[name] for name in trained)
+        left = seconds * sum(SHARES.values()) - of_evaluations - sum(steps[name] * times[name] for name in trained)
         return dict(steps, generator = max(10, int(left / times['generator'])))
 
 # pictures and the model card
@@ -292,6 +319,8 @@ tags: [image-generation, drifting-models]
 
 A one-step generator of images, trained by drifting-pytorch on {num:,} images of the folder `{name}`.
 Found there: {about}.
+The weights are those of step {step:,}, averaged with a decay of {ema_decay:g}. Of all that were tried, they had the
+least Frechet distance, {value:.3f}, to {choosing:,} of the images held out.
 
 ```python
 from drifting_pytorch import {kind}
@@ -304,10 +333,10 @@ samples = model.sample({asked}, seed = 0)        # in [-1, 1]
 | --- | --- | --- |
 {table}
 
-Frechet distance (smaller is better), precision and recall against the images held out, in features of {judge}. For
-comparison, those of as many real training images. nearest: the distance of pixels to the nearest training image, in
-that of images held out; copies have 0. recognised: the share of samples, or of images held out, in which the judge sees
-the class that they should have.
+Frechet distance (smaller is better), precision and recall against the other {judged:,} images held out, in features of
+{judge}. For comparison, those of as many real training images. nearest: the distance of pixels to the nearest training
+image, in that of images held out; copies have 0. recognised: the share of samples, or of images held out, in which the
+judge sees the class that they should have.
 
 Classes:
 
@@ -323,8 +352,7 @@ Settings:
 def finish(run, trainer, judge, unseen, about, classes, steps):
     """Numbers, pictures, and the model with its card. Returns a table."""
     args, folder, pictures = run.args, Path(run.args.results_folder), run.pictures
-    features = inception_features() if args.features == 'inception' else judge.forward
-    evaluation = Evaluation(unseen, features, labels = unseen.labels if classes else None)
+    evaluation = run.evaluation(judge, unseen)
     samples = trainer.sample(**evaluation.asked, **evaluation.options).cpu().clamp(-1, 1)
     some = torch.randperm(len(pictures), generator = seeded('real'))[:len(samples)]
     metrics = dict(samples = evaluation.compare(samples), real = evaluation.compare(pictures.batch(some)))
@@ -361,12 +389,14 @@ def finish(run, trainer, judge, unseen, about, classes, steps):
     settings = dict(vars(args), folder = name, held_out = args.held_out and Path(args.held_out).name)
     settings = {key: value for key, value in settings.items() if key not in ('results_folder', 'resume', 'threads')}
     table = [f'| {key} | {value:.3f} | {metrics["real"][key]:.3f} |' for key, value in metrics['samples'].items()]
-    result = dict(metrics, data = about, steps = steps, parameters = num_parameters(model), settings = settings)
+    result = dict(metrics, chosen = trainer.best, data = about, steps = steps, parameters = num_parameters(model))
+    result['settings'] = settings
     (folder / 'metrics.json').write_text(json.dumps(result, indent = 1))
 
     trainer.save_pretrained(folder / 'model')
     (folder / 'model' / 'README.md').write_text(CARD.format(
         name = name, num = len(pictures), kind = type(model).__name__, about = about, table = '\n'.join(table),
+        **trainer.best, choosing = len(run.choosing), judged = len(unseen),
         asked = '[0, 0, 0, 0]' if classes else 'num_samples = 4',
         labels = '\n'.join(f'- {i}: {name}' for i, name in enumerate(classes)) or 'none',
         judge = 'Inception' if args.features == 'inception' else 'a small classifier',
@@ -432,10 +462,10 @@ def main():
         args = Namespace(**{**plan['settings'], 'threads': args.threads, 'results_folder': args.results_folder})
 
     torch.set_num_threads(args.threads)
-    pictures, unseen, classes, about = load_data(args)
+    pictures, choosing, unseen, classes, about = load_data(args)
     check(plan is None or plan['data'] == about, f'the run was started with other data: now {about}')
     args.groups = args.groups or min(4, max(1, len(classes)))
-    run = Run(args, pictures, classes)
+    run = Run(args, pictures, classes, choosing)
 
     print(f'data: {about}')
     print(f'size: {args.image_size}x{args.image_size} (--size, --image-size)')
@@ -458,11 +488,14 @@ def main():
     def every(share):
         return max(1, steps['generator'] // share)
 
+    evaluation = run.evaluation(judge, choosing, **CHOOSING)
     trainer = run.trainer(
-        encoder, steps['generator'], folder, resume_from_checkpoint = 'latest', keep_checkpoints = 2,
-        log_every = every(200), sample_every = every(30), save_every = every(10)
+        evaluation, encoder, steps['generator'], folder, resume_from_checkpoint = 'latest', keep_checkpoints = 2,
+        log_every = every(200), sample_every = every(30), save_every = every(10),
+        evaluate_every = every(EVALUATIONS), keep_best = 'frechet'
     )
     trainer.train()
+    load_best(trainer)
     table = finish(run, trainer, judge, unseen, about, classes, steps)
     plot_curves(folder / 'curves.png', folder, encoder_folder)
     print('\n'.join(('', '| measure | samples | real images |', '| --- | --- | --- |', *table)))

@@ -7,12 +7,14 @@ import os
 import re
 import runpy
 import sys
+import time
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from drifting_pytorch import BackboneFeatures, ConvGenerator, LatentMAE, Trainer
 from helpers import ROOT, run, run_example
@@ -410,7 +412,7 @@ def test_images(tmp_path, monkeypatch, examples, capsys, classes, grey):
     printed = capsys.readouterr().out
     assert '40 images, ' in printed and 'held out: 16' in printed and '12x10 to 12x11' in printed
     assert ('grey' in printed) == grey and ('2 classes (a 12, b 12)' in printed) == (len(classes) > 1)
-    assert metrics['samples']['frechet'] > metrics['real']['frechet'] > 0
+    assert metrics['samples']['frechet'] > 0 and metrics['real']['frechet'] > 0
     assert ('recognised' in metrics['samples']) == (len(classes) > 1)
 
     model = ConvGenerator.from_pretrained(results / 'model')
@@ -427,6 +429,41 @@ def test_images(tmp_path, monkeypatch, examples, capsys, classes, grey):
 
     with pytest.raises(SystemExit, match = 'holds an earlier run: pass --resume'):
         train_images(monkeypatch, tmp_path / 'cats', results)
+
+def images_of(folder, monkeypatch, *args):
+    """The script, its options, and what it reads: pictures to train on, to choose, and to judge."""
+    import train_images as script
+
+    settings = ('--image-size', 8, '--threads', 1, *args)
+    monkeypatch.setattr(sys, 'argv', [*map(str, ('train_images.py', folder, *settings))])
+    args = script.options()
+    return script, args, *script.load_data(args)[:3]
+
+def test_images_that_choose_do_not_judge(tmp_path, monkeypatch, examples):
+    folder, apart = folder_of_images(tmp_path / 'cats', 'ab', 60), folder_of_images(tmp_path / 'apart', 'ab', 40)
+
+    for args, sizes in (((), (44, 8, 8)), (('--held-out', apart), (60, 20, 20))):
+        _, _, *parts = images_of(folder, monkeypatch, *args)
+        found = [{image.numpy().tobytes() for image in pictures.pixels} for pictures in parts]
+        assert tuple(map(len, found)) == sizes
+        assert not found[1] & found[2] and (args or not found[0] & (found[1] | found[2]))
+        assert all(pictures.labels.bincount().diff() == 0 for pictures in parts)        # as many of both classes
+
+def test_images_the_best_average_of_the_best_step_is_the_model(tmp_path, monkeypatch, examples):
+    from drifting_pytorch.metrics import Evaluation
+
+    numbers = [9., 8., 7., 4., 5., 2.] + [3.] * 14          # of two averages, every second step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, '__call__', lambda self, sample: dict(frechet = numbers.pop(0)))
+        metrics = train_images(patch, folder_of_images(tmp_path / 'cats'), tmp_path / 'results', '--steps', 20)
+
+    assert not numbers and metrics['chosen'] == dict(value = 2., step = 6, ema_decay = 0.)
+    best = tmp_path / 'results' / 'checkpoints' / 'best-00000006'
+    averages, model = load_file(best / 'averages.safetensors'), load_file(tmp_path / 'results/model/model.safetensors')
+    assert all(torch.equal(t, averages[f'{name}.0']) for name, t in model.items())
+    card = (tmp_path / 'results' / 'model' / 'README.md').read_text()
+    assert 'of step 6, averaged with a decay of 0.' in card and 'distance, 2.000, to 8 of the images held out' in card
 
 def test_images_go_on_as_if_they_had_not_been_interrupted(tmp_path, monkeypatch, examples):
     folder, straight, resumed = folder_of_images(tmp_path / 'cats', 'ab'), tmp_path / 'straight', tmp_path / 'resumed'
@@ -486,6 +523,17 @@ def test_images_fill_the_time(tmp_path, monkeypatch, examples):
     plan = json.loads((tmp_path / 'results' / 'plan.json').read_text())
     rows = (tmp_path / 'results' / 'metrics.jsonl').read_text().splitlines()
     assert json.loads(rows[-1])['step'] == plan['steps']['generator'] >= 10 and min(plan['steps'].values()) >= 10
+
+def test_images_time_of_evaluations_is_planned(tmp_path, monkeypatch, examples):
+    folder = folder_of_images(tmp_path / 'cats')
+    options = ('--minutes', 0.2, '--groups', 1, '--encoder', 'none')
+    script, args, pictures, choosing, _ = images_of(folder, monkeypatch, *options)
+
+    def steps(seconds):
+        monkeypatch.setattr(Trainer, 'evaluate_averages', lambda self: time.sleep(seconds))
+        return script.Run(args, pictures, [], choosing).plan()['generator']
+
+    assert steps(0) > steps(1.2) == 10                      # ten times: no time is left for more
 
 def test_broken_images_are_named(tmp_path, monkeypatch, examples, capsys):
     folder = folder_of_images(tmp_path / 'cats')

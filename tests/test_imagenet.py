@@ -353,6 +353,37 @@ def test_training_from_encoder_to_generator(request, images, tmp_path, space, pr
         with pytest.raises(ValueError, match = 'reads samples of 3 channels, those of the preset ablation have 4'):
             generate(data, tmp_path / 'other', preset, tmp_path / 'of-pixels')
 
+@pytest.mark.parametrize('space, features', [('latent', 'inception'), ('pixel', 'encoder')])
+def test_the_best_evaluation_is_exported(request, monkeypatch, images, tmp_path, space, features):
+    data, channels = (request.getfixturevalue('latents'), 4) if space == 'latent' else (images, 3)
+    encoder, seen = tmp_path / 'encoder', []
+    sizes = dict(channels = channels, patch_size = dict(latent = 1, pixel = 8)[space])
+    LatentMAE(dim = 8, layers = (1, 1, 1, 1), **sizes).save_pretrained(encoder)
+
+    def looks(images):
+        seen.append(images)
+        return images.mean(dim = (2, 3))
+
+    monkeypatch.setattr(train_generator, 'inception_features', lambda weights: looks)
+    found = generate(
+        data, tmp_path / 'run', dict(latent = 'ablation', pixel = 'B/16')[space], encoder, '--steps', '2',
+        '--evaluate-every', '1', '--evaluate-samples', '12', '--evaluate-features', features,
+        '--keep-best', 'max:frechet', '--ema-decay', '0.5', '0.9'
+    )
+
+    assert all(x.shape == (12, 3, 64, 64) for x in seen)    # decoded
+    assert len(seen) == (1 + 2 * 2 if features == 'inception' else 0)
+    rows = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+    values = {(row['step'], decay): row[f'eval/frechet/{decay}'] for row in rows for decay in (0.5, 0.9)}
+    best, = (tmp_path / 'run' / 'checkpoints').glob('best-*')
+    manifest = json.loads((best / 'manifest.json').read_text())['best']
+    step, decay = max(values, key = values.get)             # of all, so not always the last one
+    assert manifest == dict(value = pytest.approx(values[step, decay]), step = step, ema_decay = decay)
+    averages = load_file(best / 'averages.safetensors')
+    first = load_file(best / 'ema.safetensors')
+    expected = first if decay == 0.5 else {name: averages[f'{name}.0'] for name in first}
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
 @pytest.mark.parametrize('space, preset, default', [('latent', 'B/2', 'flip'), ('pixel', 'B/16', 'crop')])
 def test_real_samples_are_augmented_as_in_the_release(request, monkeypatch, tmp_path, space, preset, default):
     class Read(Exception):

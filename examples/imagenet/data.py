@@ -155,14 +155,14 @@ def latent_decoder(name, scaling_factor, batch_size = 8):
 
 # what both trainings share
 
-def load_dataset(args, space, augment):
-    """The dataset, and what turns its samples into images in [0, 1]: None if they are images, or none are wanted."""
+def load_dataset(args, space, augment, decodes):
+    """The dataset, and what turns its samples into images in [0, 1]: None if they are images, or not decodes."""
     if space == 'pixel':
         return ClassFolders(args.data, args.image_size, augment), None
 
     dataset = LatentDataset(args.data, augment)
 
-    if args.sample_every == 0:
+    if not decodes:
         return dataset, None
 
     vae = args.vae if args.vae is not None else dataset.manifest['vae']

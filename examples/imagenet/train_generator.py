@@ -5,21 +5,24 @@ accelerate launch examples/imagenet/train_generator.py DATA --preset L/2 --encod
 DATA is the folder that encode_latents.py wrote (ablation, B/2, L/2), or the folder of class folders of images (B/16,
 L/16). ENCODER is the folder encoder/ that train_mae.py wrote for the same space, or that of a published encoder. Writes
 into --results-folder: generator/ (the averaged weights, for DriftingGenerator.from_pretrained), metrics.jsonl, samples/
-(a grid, a row for each of the first ten classes), checkpoints/.
+(a grid, a row for each of the first ten classes), checkpoints/. With --evaluate-every, --keep-best frechet and several
+--ema-decay, generator/ is the best average of the best evaluation.
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from data import AUGMENTS, add_run_options, given, load_dataset, run_settings
 from drifting_pytorch import ConvNeXtFeatures, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
 from drifting_pytorch.drifting import check
+from drifting_pytorch.metrics import Evaluation, inception_features
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import make_parser
+from common import load_best, make_parser
 
 SPACES = {'ablation': 'latent', 'B/2': 'latent', 'L/2': 'latent', 'B/16': 'pixel', 'L/16': 'pixel'}
 
@@ -74,6 +77,25 @@ def options(argv):
         help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once'
     )
 
+    parser.add_argument('--evaluate-every', type = int, default = 0, help = 'steps between evaluations, 0 for none')
+    parser.add_argument(
+        '--evaluate-samples', type = int, default = 2_000,
+        help = 'of an evaluation, by every process. Numbers of few samples compare checkpoints of this run alone'
+    )
+    parser.add_argument(
+        '--evaluate-features', choices = ('inception', 'encoder'), default = 'inception',
+        help = "inception: of images, decoded by the VAE, needs the extra [eval]; encoder: the last layer's mean"
+    )
+    parser.add_argument('--inception-weights', default = None, help = 'a file, None to download it')
+    parser.add_argument(
+        '--keep-best', default = None,
+        help = 'frechet, max:precision or max:recall: the best is generator/, and its checkpoint stays. None: the last'
+    )
+    parser.add_argument(
+        '--ema-decay', type = float, nargs = '+', default = None,
+        help = "of the averaged weights, several for --keep-best to choose from; None for the preset's"
+    )
+
     for name, kind, what in (*MODEL, *TRAINER):
         flag = name.replace('num_train_', '').replace('_', '-')
         parser.add_argument(
@@ -90,6 +112,28 @@ def options(argv):
 
     return args
 
+def make_evaluation(args, space, encoder, to_image):
+    """Of samples, against real ones from all over the data. Every process computes it, on its own device."""
+    data, _ = load_dataset(args, space, 'center', False)
+    num = min(args.evaluate_samples, len(data))
+    real, labels = zip(*(data[i * len(data) // num] for i in range(num)), strict = True)
+    device = PartialState(cpu = args.cpu).device
+    encoder.to(device)
+    inception = None
+
+    if args.evaluate_features == 'inception':
+        inception = inception_features(args.inception_weights)
+
+    def features(x):
+        x = x.to(device)
+
+        if inception is None:
+            return encoder.features(x)['layer4_mean'][:, 0]
+
+        return inception(to_image(x) * 2 - 1 if space == 'latent' else x)
+
+    return Evaluation(torch.stack(real), features, labels = labels, num_samples = args.evaluate_samples)
+
 def main(argv = None):
     args = options(argv)
     space = SPACES[args.preset]
@@ -99,7 +143,8 @@ def main(argv = None):
     )
 
     torch.manual_seed(args.seed)
-    dataset, to_image = load_dataset(args, space, args.augment)
+    of_images = args.evaluate_every > 0 and args.evaluate_features == 'inception'
+    dataset, to_image = load_dataset(args, space, args.augment, args.sample_every > 0 or of_images)
     sample = dataset[0][0]
 
     generator = 'B/2' if args.preset == 'ablation' else args.preset             # the ablation trains the B/2 generator
@@ -124,15 +169,22 @@ def main(argv = None):
     if args.convnext is not None:
         encoders.append(ConvNeXtFeatures.from_pretrained(args.convnext))
 
+    evaluation = None
+
+    if args.evaluate_every > 0:
+        evaluation = make_evaluation(args, space, mae, to_image)
+
     trainer = Trainer.from_preset(
         args.preset, model, FeatureDriftLoss(encoders), dataset,
         group_chunk_size = args.group_chunk_size,
         to_image = to_image,
-        **given(args, [name for name, *_ in TRAINER]),
+        evaluate = evaluation,
+        **given(args, ['evaluate_every', 'keep_best', 'ema_decay', *(name for name, *_ in TRAINER)]),
         **run_settings(args)
     )
 
     trainer.train()
+    load_best(trainer)
 
     folder = Path(args.results_folder) / 'generator'
     trainer.save_pretrained(folder)

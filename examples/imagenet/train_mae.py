@@ -65,7 +65,7 @@ def options(argv):
 def main(argv = None):
     args = options(argv)
     torch.manual_seed(args.seed)
-    dataset, to_image = load_dataset(args, args.space, 'crop')
+    dataset, to_image = load_dataset(args, args.space, 'crop', args.sample_every > 0)
 
     channels, patch_size = (4, 1) if args.space == 'latent' else (3, 8)
 
