@@ -13,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import cat, nn
 
-from drifting_pytorch import LatentMAE, MAETrainer
-from drifting_pytorch.drifting import image_grid, map_features
+from drifting_pytorch import DriftingGenerator, LatentMAE, MAETrainer
+from drifting_pytorch.drifting import check, image_grid, map_features
 from drifting_pytorch.metrics import coverage, frechet_distance
 
 # scripts
@@ -224,9 +225,28 @@ def pretrain_encoder(kind, dataset, folder, sizes, *, num_steps, seed, preset = 
 # trainings
 
 def load_best(trainer):
-    """The checkpoint that keep_best kept, into a trainer that has ended. Its best average is sampled and exported."""
-    if trainer.best is not None:
-        trainer.load(trainer.checkpoints / f'best-{trainer.best["step"]:08d}')
+    """The checkpoint that keep_best kept, into a trainer that has ended. Its best average is sampled and exported.
+
+    A run that went on from before its best one, and did not find it again, keeps its last weights.
+    """
+    kept = [*trainer.checkpoints.glob('best-*')]
+
+    if trainer.best is not None and kept:
+        trainer.load(kept[0])
+
+def load_checkpoint(folder):
+    """The DriftingGenerator of a checkpoint, in eval mode: the best of its averages, by keep_best, or the first."""
+    manifest, config = (json.loads((folder / name).read_text()) for name in ('manifest.json', 'config.json'))
+    check(config, f'{folder} does not say which DriftingGenerator it is of: its config.json is empty')
+    state_dict, best, decays = load_file(folder / 'ema.safetensors'), manifest['best'], manifest['config']['ema_decay']
+
+    if best is not None and best['ema_decay'] != (decays[0] if isinstance(decays, list) else decays):
+        others = load_file(folder / 'averages.safetensors')
+        state_dict = {name: others[f'{name}.{decays.index(best["ema_decay"]) - 1}'] for name in state_dict}
+
+    model = DriftingGenerator(**config)
+    model.load_state_dict(state_dict)
+    return model.eval()
 
 # pictures
 

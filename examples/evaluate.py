@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import cat, nn, stack
 from tqdm.auto import tqdm
 
-from common import LATENT_CHANNELS, autocast, load_vae, make_parser, sha256, to_uint8
+from common import LATENT_CHANNELS, autocast, load_checkpoint, load_vae, make_parser, sha256, to_uint8
 from drifting_pytorch import DriftingGenerator
 from drifting_pytorch.drifting import check, image_grid, seeded
 
@@ -315,15 +315,6 @@ def find_models(args):
         return {folder.name: partial(DriftingGenerator.from_pretrained, args.model, revision = args.revision)}
 
     return {checkpoint.name: partial(load_checkpoint, checkpoint) for checkpoint in checkpoints}
-
-def load_checkpoint(checkpoint):
-    path = checkpoint / 'config.json'
-    config = json.loads(path.read_text()) if path.is_file() else None
-    check(config, f'{checkpoint} does not say which DriftingGenerator it is of: it has no config.json')
-
-    model = DriftingGenerator(**config)
-    model.load_state_dict(load_file(checkpoint / 'ema.safetensors'))
-    return model.eval()
 
 def installed(package):
     try:

@@ -9,32 +9,24 @@ training, of which the averaged weights are taken. Needs the extra [onnx]. The i
 The file does not check their ranges, as the model does. To load it: onnxruntime.InferenceSession('out.onnx').
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from common import make_parser
+from common import load_checkpoint, make_parser
 from drifting_pytorch import DriftingGenerator
 from drifting_pytorch.drifting import check
 
 def load(name, revision = None):
     """The generator in eval mode, and of a checkpoint the averaged one."""
-    averaged = Path(name) / 'ema.safetensors'
+    if (Path(name) / 'ema.safetensors').is_file():
+        return load_checkpoint(Path(name))
 
-    if not averaged.is_file():
-        return DriftingGenerator.from_pretrained(name, revision = revision)
-
-    config = json.loads((Path(name) / 'config.json').read_text())
-    check(config, f'{name} does not say which DriftingGenerator it is of: its config.json is empty')
-    model = DriftingGenerator(**config)
-    model.load_state_dict(load_file(averaged))
-    return model.eval()
+    return DriftingGenerator.from_pretrained(name, revision = revision)
 
 class Call(nn.Module):
     """The model with the inputs that it has, and nothing that is optional."""

@@ -74,6 +74,7 @@ def place(tmp_path_factory):
         checkpoint.mkdir(parents = True)
         save_file(model.state_dict(), checkpoint / 'ema.safetensors')
         (checkpoint / 'config.json').write_text(json.dumps(CONFIG))
+        (checkpoint / 'manifest.json').write_text(json.dumps(dict(best = None, config = dict(ema_decay = 0.9))))
 
     return folder
 

@@ -1,6 +1,8 @@
 """A generator outside of Python: torch.export, and ONNX where the extra [onnx] is installed."""
 
+import json
 import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -35,9 +37,17 @@ def test_checkpoints_are_exported_with_their_average(script, tmp_path):
     inputs = script.Call(model).draw(2)
     assert torch.equal(script.load(tmp_path)(*inputs), model(*inputs))
 
-    average = awake(model)
-    save_file(average.state_dict(), tmp_path / 'ema.safetensors')
-    assert torch.equal(script.load(tmp_path)(*inputs), average(*inputs))
+    averages = [deepcopy(awake(model)) for _ in range(3)]
+    first, *others = (average.state_dict() for average in averages)
+    save_file(first, tmp_path / 'ema.safetensors')
+    named = {f'{name}.{i}': t for i, other in enumerate(others) for name, t in other.items()}
+    save_file(named, tmp_path / 'averages.safetensors')
+
+    for best, expected in ((None, 0), (0.9, 0), (0.99, 1), (0.999, 2)):
+        best = best and dict(value = 1., step = 1, ema_decay = best)
+        manifest = dict(best = best, config = dict(ema_decay = [0.9, 0.99, 0.999]))
+        (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+        assert torch.equal(script.load(tmp_path)(*inputs), averages[expected](*inputs))
 
     (tmp_path / 'config.json').write_text('null')
     with raises_one_line('does not say which DriftingGenerator it is of'):
