@@ -1074,7 +1074,7 @@ class FeatureDriftLoss(Module):
             if sum(sizes_of[other] for other in (*part, name)) > max(sizes_of.values()):
                 yield part
                 part = {}
-            points = rearrange(other_features[name], '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
+            points = rearrange(other_features.pop(name), '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
             arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
