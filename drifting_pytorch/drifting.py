@@ -155,7 +155,7 @@ def check_values(result, **points):
             largest = t.abs().max()
             check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
             check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
-        raise ValueError('the field is not finite: extreme temperatures, weights or factors')
+        raise ValueError('the field is not finite: extreme temperatures, or other chunks or processes')
 
 def each(fn, value):
     """fn of a tensor, or of every tensor of a dict. None stays None."""
@@ -785,7 +785,7 @@ class DriftProblems:
     # release
     self_distance = 100.  # of a sample to itself, in units of S
     min_scale = 1e-3  # of S and of S / sqrt(d)
-    min_dist_sq, min_drift_sq = 1e-8, 1e-8  # the latter of the mean of V^2
+    min_dist_sq, min_drift_sq = 1e-8, 1e-8  # the latter of mean V^2
 
     def __init__(
         self,
@@ -903,16 +903,16 @@ class DriftProblems:
         weight = self.weight[part]
         return stack(((sums * weight).sum(), weight.sum() * self.g))
 
-    def scale(self, distances):
-        return (distances[0] / distances[1]) ** (1 / self.field.scale_power)
+    def scale(self, S_sums):
+        return (S_sums[0] / S_sums[1]) ** (1 / self.field.scale_power)
 
     def unit(self, scale):
         return (scale / self.d ** 0.5).clamp(min = self.min_scale)
 
     # round 2: lambda, and where the drift comes from
-    def sum_drift(self, part, distances):
+    def sum_drift(self, part, S_sums):
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
-        scale = self.scale(distances)
+        scale = self.scale(S_sums)
         W = self.coefficients(part, scale)
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
@@ -948,11 +948,12 @@ class DriftProblems:
             losses.append(V.square_().mean(dim = (1, 2, 3)))
         return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
 
-    def solve(self, distances, drifts):
+    def solve(self, S_sums, V_sums):
         """The loss of each problem [b], and DriftStats."""
+        self.check_values(V_sums)  # here all processes stop
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
-            scale = self.scale(distances)
-            V_sq, *diagnosed = drifts[:-1] / drifts[-1]
+            scale = self.scale(S_sums)
+            V_sq, *diagnosed = V_sums[:-1] / V_sums[-1]
             rms = (V_sq.clamp(min = 0) / self.d).sqrt() / self.unit(scale)
             found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
             stats = DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
@@ -960,19 +961,18 @@ class DriftProblems:
         return KnownGradient.apply(self.x, loss, grad), stats
 
 @torch.no_grad()
-def two_rounds(parts):
-    """Sums of S and of lambda, {feature: sums}, over processes and parts(), each {feature: DriftProblems}."""
+def two_rounds(bundles):
+    """Sums of S and of lambda over processes and all bundles(), {feature: DriftProblems}."""
     rounds = []
     for sums_of in (DriftProblems.sum_distances, DriftProblems.sum_drift):
         totals = {}
-        for features in parts():
-            for name, problems in features.items():
+        for bundle in bundles():
+            for name, problems in bundle.items():
                 known = [totals_before[name] for totals_before in rounds]
                 with torch.autocast(problems.gen.device.type, enabled = False):
                     sums = sum(sums_of(problems, part, *known) for part in problems.parts)
-                problems.check_values(sums)
                 totals[name] = totals.get(name, 0) + sums
-            del features, problems  # or those of two parts are held
+            del bundle, problems  # or those of two are held
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             joined = cat([sums.flatten() for sums in totals.values()])
             torch.distributed.all_reduce(joined)  # one call for all
@@ -993,8 +993,8 @@ def drift_loss(gen, pos, uncond = None, **options) -> tuple[Float[Tensor, 'b'], 
     Raises ValueError for empty sets, unfit shapes, non-finite values, negative weights.
     """
     problems = DriftProblems(gen, pos, uncond, **options)
-    distances, drifts = two_rounds(lambda: [{'': problems}])
-    return problems.solve(distances[''], drifts[''])
+    S_sums, V_sums = two_rounds(lambda: [{'': problems}])
+    return problems.solve(S_sums[''], V_sums[''])
 
 class FeatureDriftLoss(Module):
     """The drifting loss summed over features (Eq. 13, 14, A.5), guided by unconditional negatives (A.7).
@@ -1061,7 +1061,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """In parts no larger than the largest feature, {feature: DriftProblems}: a problem per location and group."""
+        """{feature: DriftProblems}, small features together: fewer sums over processes."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
@@ -1069,19 +1069,19 @@ class FeatureDriftLoss(Module):
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
 
         sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
-        part = {}
+        bundle = {}
         for name, t in gen_features.items():
-            if sum(sizes_of[other] for other in (*part, name)) > max(sizes_of.values()):
-                yield part
-                part = {}
+            if bundle and sum(sizes_of[key] for key in (*bundle, name)) > max(sizes_of.values()) / 2:
+                yield bundle
+                bundle = {}
             points = rearrange(other_features.pop(name), '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
             arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
-            part[name] = DriftProblems(**arguments, **options)
-            part[name].name = f' of feature {name!r}'
+            bundle[name] = DriftProblems(**arguments, **options)
+            bundle[name].name = f' of feature {name!r}'
             del arguments, points
-        yield part
+        yield bundle
 
     def forward(
         self,
@@ -1131,12 +1131,12 @@ class FeatureDriftLoss(Module):
     def loss_of(self, samples, options, sums = None):
         """The sum over features (Eq. 14), and its Breakdown."""
         losses, stats = {}, {}
-        for part in self.problems(options, **samples):
-            distances, drifts = sums or two_rounds(lambda part = part: [part])
-            for name, problems in part.items():
-                loss, stats[name] = problems.solve(distances[name], drifts[name])
+        for bundle in self.problems(options, **samples):
+            S_sums, V_sums = sums or two_rounds(lambda bundle = bundle: [bundle])
+            for name, problems in bundle.items():
+                loss, stats[name] = problems.solve(S_sums[name], V_sums[name])
                 losses[name] = loss.mean()
-            del part, problems
+            del bundle, problems
         return sum(losses.values()), Breakdown(losses, stats)
 
 # ── 7. fields of later work ───────────────────────────────
@@ -2174,10 +2174,11 @@ class BaseTrainer:
                 folder = self.results_folder / 'samples'
                 folder.mkdir(exist_ok = True)
                 grid.save(folder / f'step-{self.step:08d}.png')
-                pixels, extra = np.array(grid.convert('RGB')), dict(tensorboard = {'dataformats': 'NHWC'}, wandb = {})
+                options = dict(tensorboard = dict(dataformats = 'NHWC'), wandb = {})
                 for tracker in self.accelerator.trackers:
-                    if tracker.name in extra:
-                        tracker.log_images({'samples': pixels[None]}, self.step, **extra[tracker.name])
+                    if tracker.name in options:
+                        pixels = np.array(grid.convert('RGB'))[None]
+                        tracker.log_images({'samples': pixels}, self.step, **options[tracker.name])
 
         if exists(to_image):  # a sharded model needs every process
             together(draw, self.is_main or self.is_sharded)
@@ -2574,21 +2575,20 @@ class Trainer(BaseTrainer):
     @torch.no_grad()
     def evaluate_averages(self):
         """The best average is sampled from now on, its checkpoint stays."""
-        wanted, chosen = default(self.settings.keep_best, ''), self.ema
+        wanted, chosen, best = default(self.settings.keep_best, ''), self.ema, self.best
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         for decay, ema in self.emas.items():
-            self.ema = ema
-            given, *_ = together(partial(self.evaluate, self.sample))
+            given, *_ = together(partial(self.evaluate, partial(sample_from, ema.ema_model, self.noise_shape)))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
             numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
             value = numbers.get(name, math.nan)
-            if wanted and math.isfinite(value) and (not exists(self.best) or sign * value < sign * self.best['value']):
-                self.best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
+            if wanted and math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
+                best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
 
-        self.ema = chosen
+        self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
             self.save('best')
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -85,6 +86,25 @@ def test_statistics_loss_and_gradient_of_processes_are_those_of_one(world, chunk
         assert part.keys() == stats.keys() == {'global', 'locations', 'mean'}
         for name in stats:
             assert relative(part[name], stats[name]) < 1e-5
+
+def loss_of_broken_share(chunk):
+    """What a process says of a nan in the last one, and whether they can still talk to each other."""
+    Accelerator(cpu = True)
+    gen, pos, uncond, alpha = map(share, batch())
+    rank = int(os.environ['RANK'])
+    pos[0, 0, 0] = float('nan') if rank == 1 else 0.
+
+    try:
+        FeatureDriftLoss(Encoder(), group_chunk_size = chunk)(gen, pos, uncond, alpha)
+    except ValueError as error:
+        return str(error), gather_object([rank])
+
+@pytest.mark.parametrize('chunk', [None, 1])
+def test_processes_stop_together(chunk):
+    (others, _), (own, heard) = launch(loss_of_broken_share, 2, chunk, timeout = 60)
+    assert 'the field is not finite' in others
+    assert own == "pos of feature 'global' has non-finite values (nan or inf)"
+    assert heard == [0, 1]
 
 def test_statistics_of_all_chunks_are_not_those_of_each():
     step = batch()

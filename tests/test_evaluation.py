@@ -159,6 +159,17 @@ def test_an_evaluation_that_fails_costs_no_checkpoint(tmp_path):
         t.train()
     assert checkpoint_names(tmp_path) == ['step-00000010']
 
+def test_what_a_failed_evaluation_found_is_not_the_best(tmp_path):
+    t = evaluated(
+        tmp_path, Scripted(3., 4., 1.), num_train_steps = 10, save_every = 10, ema_decay = [0.9, 0.5], keep_best = 'fid'
+    )
+
+    with pytest.raises(IndexError):
+        t.train()                                   # it has no number for the second average of step 10
+
+    assert t.best == dict(value = 3., step = 5, ema_decay = 0.9) and t.ema is t.emas[0.9]
+    assert (tmp_path / 'checkpoints' / 'best-00000005').is_dir()
+
 def test_nan_is_not_the_best(tmp_path):
     t = evaluated(tmp_path, Scripted(math.nan, 3., 4., math.inf), keep_best = 'fid')
     t.train()

@@ -407,12 +407,13 @@ def num_buckets(model):
 
     return num + (size > 0)
 
-def collectives(model, result, gpus, args):
+def collectives(model, result, chunk, gpus, args):
     """A row for each kind of call, on average of a step. Nothing is hidden behind computation."""
+    num_sums = len(result.sums) if chunk is None else 2         # chunks are summed before processes are
     num_features = sum(len(record['feature'] or ()) for record in result.records)
     logged = 4 * (8 + 11 * num_features)                # loss, scale, and three numbers for each temperature
     kinds = {
-        'sums of the loss': (len(result.sums), sum(result.sums)),
+        'sums of the loss': (num_sums, sum(result.sums)),
         'gradients': (num_buckets(model), sum(p.nbytes for p in model.parameters())),
         'every tenth step: numbers to log, signals, whether it is finite': (4 / 10, logged / 10)
     }
@@ -450,7 +451,7 @@ def needs(preset, gpus, args):
     sizes = num_groups, chunk, checkpointing
 
     peak, flops = peak_of(preset, *sizes), flops_of(preset, *sizes)
-    calls = collectives(model, simulated(preset, 2, None, 'none'), gpus, args)
+    calls = collectives(model, simulated(preset, 2, None, 'none'), chunk, gpus, args)
     ms_of_calls = sum(call['ms'] for call in calls)
     seconds = sum(flops.values()) / (args.tflops * 1e12 * args.utilisation) + ms_of_calls / 1e3
     row = {
@@ -506,8 +507,8 @@ def loss_by_feature(preset):
         if record['feature']:
             (name, sizes), *others = record['feature']              # those that are solved together
             name = f'{name} and {len(others)} more' if others else name
-            working, kept = record['working'] / 1e9, record['kept'] / 1e9
-            rows.append({'feature': name, **sizes, 'GB while it works': working, 'GB kept': kept})
+            sizes = dict.fromkeys(sizes, '') if others else sizes
+            rows.append({'feature': name, **sizes, 'GB while it works': record['working'] / 1e9})
 
     return sorted(rows, key = lambda row: -row['GB while it works'])
 
