@@ -324,7 +324,7 @@ PRESETS = {
 }
 
 def from_preset(cls, name, *args, **kwargs):
-    """By a column of Table 8, one of cls.presets; keyword arguments override it."""
+    """One of cls.presets (Table 8). Keywords override it."""
     check(name in cls.presets, f'unknown preset {name!r}, expected one of {", ".join(cls.presets)}')
     return cls(*args, **{**cls.presets[name], **kwargs})
 
@@ -2345,7 +2345,7 @@ class GeneratorSettings(LoopSettings):
         check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
-# Table 8, what differs from the ablation, by the release
+# Table 8: what differs from the ablation (release)
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
 LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
@@ -2354,7 +2354,7 @@ PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)
 TRAINER_PRESETS = {
     'ablation': {},
     'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),  # paper: num_pos = 128, one of four ema_decay
-    'L/2': {**LARGE, 'no_cfg_frac': 0.5, 'push_size': 64},
+    **dict.fromkeys(('L/2', 'L/2-512'), dict(LARGE, no_cfg_frac = 0.5, push_size = 64)),
     'B/16': {**PIXEL, 'learning_rate': 2e-4},
     'L/16': PIXEL,
 }

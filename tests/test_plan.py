@@ -199,7 +199,6 @@ def test_the_command(small_ablation, tmp_path, capsys):
     with pytest.raises(ValueError, match = 'cannot share the 18 groups'):
         run('--gpus', '19')
 
-@pytest.mark.skipif('L/2-512' not in drifting.PRESETS, reason = 'without this preset')
 def test_512_pixels_need_as_many_tokens_and_features_as_256():
     assert 'L/2-512' in plan.ENCODERS
     large, small = (plan.make_run(preset, 'none') for preset in ('L/2-512', 'L/2'))

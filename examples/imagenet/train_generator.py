@@ -2,11 +2,11 @@
 
 accelerate launch examples/imagenet/train_generator.py DATA --preset L/2 --encoder ENCODER      # or torchrun, or python
 
-DATA is the folder that encode_latents.py wrote (ablation, B/2, L/2), or the folder of class folders of images (B/16,
-L/16). ENCODER is the folder encoder/ that train_mae.py wrote for the same space, or that of a published encoder. Writes
-into --results-folder: generator/ (the averaged weights, for DriftingGenerator.from_pretrained), metrics.jsonl, samples/
-(a grid, a row for each of the first ten classes), checkpoints/. With --evaluate-every, --keep-best frechet and several
---ema-decay, generator/ is the best average of the best evaluation.
+DATA is the folder that encode_latents.py wrote (ablation, B/2, L/2, L/2-512), or the folder of class folders of images
+(B/16, L/16). ENCODER is the folder encoder/ that train_mae.py wrote for the same space, or that of a published encoder.
+Writes into --results-folder: generator/ (the averaged weights, for DriftingGenerator.from_pretrained), metrics.jsonl,
+samples/ (a grid, a row for each of the first ten classes), checkpoints/. With --evaluate-every, --keep-best frechet and
+several --ema-decay, generator/ is the best average of the best evaluation.
 """
 
 import sys
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
 from common import load_best, make_parser
 
-SPACES = {'ablation': 'latent', 'B/2': 'latent', 'L/2': 'latent', 'B/16': 'pixel', 'L/16': 'pixel'}
+SPACES = dict.fromkeys(('ablation', 'B/2', 'L/2', 'L/2-512'), 'latent') | {'B/16': 'pixel', 'L/16': 'pixel'}
 
 # of real samples, by space. The release reads pixels with use_aug: random resized crops, 0.2 to 1 of the area, bicubic,
 # and flips

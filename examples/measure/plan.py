@@ -62,8 +62,6 @@ ENCODERS = {
     'B/16': PIXEL_640, 'L/16': PIXEL_640
 }
 
-ENCODERS = {preset: encoder for preset, encoder in ENCODERS.items() if preset in ('ablation', *PRESETS)}
-
 def tensors_of(*modules):
     return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
@@ -348,7 +346,7 @@ def make_run(preset, checkpointing):
             encoders.append(ConvNeXtFeatures(ConvNextV2Model(base)).to('meta'))
 
     model.checkpointing, encoders[0].checkpointing = checkpointing == 'both', checkpointing != 'none'
-    return model, FeatureDriftLoss(encoders), GeneratorSettings(**TRAINER_PRESETS.get(preset, TRAINER_PRESETS['L/2']))
+    return model, FeatureDriftLoss(encoders), GeneratorSettings(**TRAINER_PRESETS[preset])
 
 @lru_cache
 def simulated(preset, num_groups, chunk, checkpointing):
