@@ -3,6 +3,7 @@
 python examples/measure/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
 python examples/measure/compare_mnist.py --method drifting meanflow    # some of them
 python examples/measure/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
+python examples/measure/compare_mnist.py --data photographs --method drifting meanflow flow --evaluations 1
 python examples/measure/compare_mnist.py --method flow --set ema_decay=1. uniform_times=True        # other settings,
                                                                        # in a results folder of their own
 
@@ -13,10 +14,11 @@ wgan       one evaluation of drifting's generator, trained against a critic with
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
            many steps (2210.02747)
 
-All are class-conditional, without guidance, on 4,000 MNIST images. The time is that of the process, on one thread, with
-all that is trained (encoder and critic too) and without the evaluations. Data, judge and measures are those of
-train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every evaluation), METHOD-SEED.png (samples, a row per
-class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger budget), compare.png (the curves).
+All are class-conditional, without guidance, on 4,000 MNIST images, or on 4,000 crops of two photographs. The time is
+that of the process, on one thread, with all that is trained (encoder and critic too) and without the evaluations.
+MNIST's data, judge and measures are those of train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every
+evaluation), METHOD-SEED.png (samples, a row per class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger
+budget), compare.png (the curves), samples.png (of every method, one above the other, and of real images).
 """
 
 import ast
@@ -164,6 +166,36 @@ class Classifier(nn.Module):
             optimizer.zero_grad()
             schedule.step()
 
+class Crops(TensorDataset):
+    """As encoders.Classifier wants them."""
+
+    def batch(self, index):
+        return self.tensors[0][index]
+
+    @property
+    def labels(self):
+        return self.tensors[1]
+
+class TurnsClassifier(encoders.Classifier):
+    """The encoder of drifting on photographs, where classes alone are too easy: it sees how they are turned, too."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__(32, channels, num_classes, dim = 24)
+
+    def features(self, x):
+        """Every map as one vector and its four quarters, and the last layer, {name: [b f d]}."""
+        maps = self.maps(x)
+        features = dict(vector = rearrange(self.to_vector(maps[-1]), 'b d -> b 1 d'))
+
+        for i, each in enumerate(maps):
+            features[f'map{i}'] = rearrange(each, 'b ... -> b 1 (...)')
+            features[f'quarters{i}'] = rearrange(each, 'b d (y h) (x w) -> b (y x) (d h w)', y = 2, x = 2)
+
+        return features
+
+    def train_on(self, images, labels, num_steps):
+        super().train_on(Crops(images, labels), num_steps, f'encoder {torch.initial_seed()}', progress_bar = False)
+
 class Critic(nn.Module):
     """A score [b] of images [b ch h w], of 28 or 32 pixels a side, as pictures of their classes."""
 
@@ -249,7 +281,7 @@ class Drifting:
 
     def __init__(
         self, images, labels, folder,
-        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True,
+        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
         learning_rate = 4e-3, decay_start = 200, ema_decay = 1.
     ):
         self.dataset = TensorDataset(images, labels)
@@ -257,8 +289,8 @@ class Drifting:
         self.ema_decay = ema_decay
         self.encoder = None
 
-        if with_encoder:
-            self.encoder = Classifier(**self.sizes)
+        if encoder is not None:
+            self.encoder = encoder(**self.sizes)
             self.encoder.train_on(images, labels, encoder_steps)
 
         self.settings = dict(
@@ -415,7 +447,7 @@ class MeanFlow(Flow):
 
 METHODS = {
     'drifting': Drifting,
-    'drifting-pixels': partial(Drifting, with_encoder = False),
+    'drifting-pixels': partial(Drifting, encoder = None),
     'meanflow': MeanFlow,
     'wgan': WGAN,
     'flow': Flow
@@ -474,17 +506,14 @@ class PhotographJudge(Judge):
         found = super().__call__(images, labels)
         return found | dict(frechet_distance = found['frechet_distance'] / self.unit)
 
-class Crops(TensorDataset):
-    """As encoders.Classifier wants them."""
-
-    def batch(self, index):
-        return self.tensors[0][index]
-
-    @property
-    def labels(self):
-        return self.tensors[1]
-
 DATA = dict(mnist = make_judge, photographs = PhotographJudge)
+
+# what methods do otherwise on photographs
+
+ON_PHOTOGRAPHS = {
+    'drifting': dict(encoder = TurnsClassifier, num_groups = 2),
+    'drifting-pixels': dict(num_groups = 2)
+}
 
 # the comparison
 
@@ -553,7 +582,8 @@ def run(method, seed, args, judge, path, settings):
         torch.manual_seed(seed)
         start = time.process_time()
         own_folder = dict(folder = path.with_suffix('')) if method.startswith('drifting') else {}
-        trained = METHODS[method](judge.images, judge.labels, **own_folder, **settings)
+        defaults = ON_PHOTOGRAPHS.get(method, {}) if args.data == 'photographs' else {}
+        trained = METHODS[method](judge.images, judge.labels, **own_folder, **{**defaults, **settings})
         used = time.process_time() - start
         records, done = [], 0.
 
