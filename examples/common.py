@@ -69,9 +69,9 @@ def split(images, labels, num_held_out):
     train, held_out = train_test_split(indices, test_size = num_held_out, stratify = labels.numpy(), random_state = 0)
     return (images[train], labels[train]), (images[held_out], labels[held_out])
 
-def first_of_each_class(labels, num):
-    """Places [10 num] of the first num of every digit."""
-    return cat([(labels == i).nonzero()[:num, 0] for i in range(10)])
+def first_of_each_class(labels, num, num_classes = 10):
+    """Places [classes num] of the first num of every class."""
+    return cat([(labels == i).nonzero()[:num, 0] for i in range(num_classes)])
 
 # how good generated digits are, seen by a classifier of real digits that has no part in the training
 
@@ -110,17 +110,19 @@ def train_classifier(images, labels, epochs = 12):
     return classify
 
 class Judge:
-    """A classifier of real digits, and what it says of samples: judge(images, labels).
+    """A classifier of real images, and what it says of samples: judge(images, labels).
 
     train, held_out: images and labels each. The classifier learns the first, samples are compared with the second.
     view: what the classifier is shown of them, [n 1 28 28]; by default the images as they are.
+    train_classifier: from images and labels to what gives features [n d] and logits [n classes] of images.
     """
 
-    def __init__(self, train, held_out, view = lambda images: images):
+    def __init__(self, train, held_out, view = lambda images: images, train_classifier = train_classifier):
         self.images, self.labels = train
         self.held_out, held_out_labels = held_out
         self.view = view
         self.classify = train_classifier(view(self.images), self.labels)
+        self.num_classes = int(self.labels.max()) + 1
 
         self.real, logits = self.classify(view(self.held_out))
         self.accuracy = (logits.argmax(dim = -1) == held_out_labels).double().mean().item()      # is it worth asking?
@@ -131,7 +133,7 @@ class Judge:
 
         return dict(
             accuracy = correct.mean().item(),
-            accuracy_per_class = [correct[labels == i].mean().item() for i in range(10)],
+            accuracy_per_class = [correct[labels == i].mean().item() for i in range(self.num_classes)],
             frechet_distance = frechet_distance(features, self.real),
             precision = coverage(features, self.real),
             recall = coverage(self.real, features)
@@ -250,9 +252,9 @@ def load_checkpoint(folder):
 
 # pictures
 
-def class_rows(images, num):
-    """A picture of images [(10 n) ch h w] in [0, 1], sorted by class: a row of the first num of every class."""
-    return image_grid(rearrange(images, '(c n) ... -> c n ...', c = 10)[:, :num])
+def class_rows(images, num, num_classes = 10):
+    """A picture of images [(classes n) ch h w] in [0, 1], sorted by class: a row of the first num of every class."""
+    return image_grid(rearrange(images, '(c n) ... -> c n ...', c = num_classes)[:, :num])
 
 def plot_curves(path, folder, encoder_folder = None):
     """What a training in folder logged, and that of its encoder.

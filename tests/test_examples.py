@@ -148,6 +148,36 @@ def test_compare(tmp_path, examples, monkeypatch):
         with pytest.raises(SystemExit, match = message):
             run_here(monkeypatch, *args, *other)
 
+def test_compare_on_photographs(tmp_path, examples, monkeypatch, capsys):
+    """On a few crops, and neither the judge nor the encoder of drifting is trained."""
+    import compare_mnist
+    import encoders
+    import photographs
+
+    of_any_number = photographs.crops
+    monkeypatch.setattr(photographs, 'crops', lambda part, num, *args: of_any_number(part, min(num, 150), *args))
+    monkeypatch.setattr(encoders.Classifier, 'train_on', lambda *_, **__: None)
+    args = ('measure/compare_mnist.py', '--data', 'photographs', '--results-folder', tmp_path, '--budget', 0.1)
+    args = (*args, '--points', 1, '--num-samples', 8, '--evaluations', 1)
+    small = 'num_gen=4', 'num_pos=8', 'encoder_steps=2'
+    run_here(monkeypatch, *args, '--method', 'drifting', '--set', *small)
+    run_here(monkeypatch, *args, '--method', 'flow')
+    rows = re.findall(r'^([\w-]+) +(\d+) +([\d,]+) ', capsys.readouterr().out, flags = re.MULTILINE)
+    table = {name: (int(evaluations), int(size.replace(',', ''))) for name, evaluations, size in rows}
+    evaluations = {name: num for name, (num, _) in table.items()}
+    assert evaluations == {'drifting': 1, 'flow': 50, 'flow-1': 1}
+    assert all(size <= 450_000 for _, size in table.values())
+
+    for name in table:
+        assert Image.open(tmp_path / f'{name}-0.png').size == (20 * 68, 2 * 68)
+
+    assert Image.open(tmp_path / 'samples.png').size == (12 * 68, 3 * 2 * 68 + 2 * 6)
+    record, = json.loads((tmp_path / 'flow-0.json').read_text())
+    assert record['final'] != record['flow-1'] and len(record['accuracy_per_class']) == 2
+
+    with pytest.raises(SystemExit, match = 'was trained on photographs: pass another'):
+        compare_mnist.check_same('flow-0.pt', record, 0.1, 8, 'mnist', {})
+
 @pytest.mark.parametrize('method', ['drifting', 'meanflow', 'wgan', 'flow'])
 def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     import compare_mnist

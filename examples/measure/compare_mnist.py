@@ -3,6 +3,7 @@
 python examples/measure/compare_mnist.py                               # all methods, 600 cpu seconds each: an hour
 python examples/measure/compare_mnist.py --method drifting meanflow    # some of them
 python examples/measure/compare_mnist.py --seeds 0 1 --budget 1800     # more seeds, more time
+python examples/measure/compare_mnist.py --data photographs --method drifting meanflow flow --evaluations 1
 python examples/measure/compare_mnist.py --method flow --set ema_decay=1. uniform_times=True        # other settings,
                                                                        # in a results folder of their own
 
@@ -13,10 +14,11 @@ wgan       one evaluation of drifting's generator, trained against a critic with
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
            many steps (2210.02747)
 
-All are class-conditional, without guidance, on 4,000 MNIST images. The time is that of the process, on one thread, with
-all that is trained (encoder and critic too) and without the evaluations. Data, judge and measures are those of
-train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every evaluation), METHOD-SEED.png (samples, a row per
-class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger budget), compare.png (the curves).
+All are class-conditional, without guidance, on 4,000 MNIST images, or on 4,000 crops of two photographs. The time is
+that of the process, on one thread, with all that is trained (encoder and critic too) and without the evaluations.
+MNIST's data, judge and measures are those of train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every
+evaluation), METHOD-SEED.png (samples, a row per class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger
+budget), compare.png (the curves), samples.png (of every method, one above the other, and of real images).
 """
 
 import ast
@@ -28,10 +30,12 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import cat, nn
 from torch.utils.data import TensorDataset
 
@@ -40,6 +44,7 @@ from drifting_pytorch.drifting import sinusoidal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
+import encoders
 from common import (
     Judge,
     class_rows,
@@ -50,6 +55,7 @@ from common import (
     num_parameters,
     split,
 )
+from photographs import crops, parts
 
 # networks
 
@@ -58,9 +64,13 @@ def scaled_and_shifted(x, cond):
     scale, shift = cond.reshape(len(x), 2, -1, *(1 for _ in x.shape[2:])).unbind(dim = 1)
     return x * (1 + scale) + shift
 
-def conv_generator():
-    """That of drifting and of its rival WGAN-GP, for images [b 1 28 28] of ten classes."""
-    return ConvGenerator(image_size = 28, channels = 1, num_classes = 10)
+def sizes_of(images, labels):
+    """What the networks have to know of images [n ch h w] and labels [n]."""
+    return dict(channels = images.shape[1], num_classes = int(labels.max()) + 1)
+
+def conv_generator(image_size = 28, channels = 1, num_classes = 10):
+    """That of drifting and of its rival WGAN-GP."""
+    return ConvGenerator(image_size = image_size, channels = channels, num_classes = num_classes)
 
 class ConditionedBlock(nn.Module):
     """Two convolutions, scaled and shifted by the condition in between."""
@@ -80,20 +90,20 @@ class ConditionedBlock(nn.Module):
         return self.shortcut(x) + self.conv2(F.silu(scaled_and_shifted(h, self.to_scale_shift(cond))))
 
 class UNet(nn.Module):
-    """Velocities [b 1 28 28] at z [b 1 28 28], averaged between the times r [b] and t [b], on maps of 14x14 and 7x7."""
+    """Velocities at z [b ch h w], averaged between the times r [b] and t [b], on maps of half and a quarter."""
 
-    def __init__(self, dim = 32, dim_cond = 128, depth = 2):
+    def __init__(self, channels = 1, num_classes = 10, dim = 32, dim_cond = 128, depth = 2):
         super().__init__()
-        self.class_embed = nn.Embedding(10, dim_cond)
+        self.class_embed = nn.Embedding(num_classes, dim_cond)
         self.time_embed = nn.Sequential(nn.Linear(128, dim_cond), nn.SiLU(), nn.Linear(dim_cond, dim_cond))
 
-        self.stem = nn.Conv2d(4, dim, 3, 1, 1)
+        self.stem = nn.Conv2d(4 * channels, dim, 3, 1, 1)
         self.first = ConditionedBlock(dim, dim, dim_cond)
         self.down = nn.Conv2d(dim, dim * 2, 3, 2, 1)
         self.middle = nn.ModuleList([ConditionedBlock(dim * 2, dim * 2, dim_cond) for _ in range(depth)])
         self.up = nn.ConvTranspose2d(dim * 2, dim, 4, 2, 1)
         self.last = ConditionedBlock(dim * 2, dim, dim_cond)
-        self.head = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, 4, 3, 1, 1))
+        self.head = nn.Sequential(nn.GroupNorm(8, dim), nn.SiLU(), nn.Conv2d(dim, 4 * channels, 3, 1, 1))
         nn.init.zeros_(self.head[-1].weight)
 
     def forward(self, z, labels, r, t):
@@ -115,19 +125,19 @@ class Classifier(nn.Module):
     It has no norms, so a picture without contrast does no harm.
     """
 
-    def __init__(self, dim = 32, feature_weight = 0.5):
+    def __init__(self, channels = 1, num_classes = 10, dim = 32, feature_weight = 0.5):
         super().__init__()
         self.feature_weight = feature_weight
 
         self.to_map = nn.Sequential(
             nn.PixelUnshuffle(2),
-            nn.Conv2d(4, dim, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(4 * channels, dim, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(dim, dim * 2, 3, 2, 1), nn.ReLU(),
             nn.Flatten()
         )
 
         self.to_vector = nn.Sequential(nn.Linear(dim * 32, 64), nn.ReLU())
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, num_classes)
 
     def features(self, x):
         """The 4x4 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
@@ -156,21 +166,51 @@ class Classifier(nn.Module):
             optimizer.zero_grad()
             schedule.step()
 
-class Critic(nn.Module):
-    """A score [b] of images [b 1 28 28] as pictures of their classes."""
+class Crops(TensorDataset):
+    """As encoders.Classifier wants them."""
 
-    def __init__(self, dim = 32):
+    def batch(self, index):
+        return self.tensors[0][index]
+
+    @property
+    def labels(self):
+        return self.tensors[1]
+
+class TurnsClassifier(encoders.Classifier):
+    """The encoder of drifting on photographs, where classes alone are too easy: it sees how they are turned, too."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__(32, channels, num_classes, dim = 24)
+
+    def features(self, x):
+        """Every map as one vector and its four quarters, and the last layer, {name: [b f d]}."""
+        maps = self.maps(x)
+        features = dict(vector = rearrange(self.to_vector(maps[-1]), 'b d -> b 1 d'))
+
+        for i, each in enumerate(maps):
+            features[f'map{i}'] = rearrange(each, 'b ... -> b 1 (...)')
+            features[f'quarters{i}'] = rearrange(each, 'b d (y h) (x w) -> b (y x) (d h w)', y = 2, x = 2)
+
+        return features
+
+    def train_on(self, images, labels, num_steps):
+        super().train_on(Crops(images, labels), num_steps, f'encoder {torch.initial_seed()}', progress_bar = False)
+
+class Critic(nn.Module):
+    """A score [b] of images [b ch h w], of 28 or 32 pixels a side, as pictures of their classes."""
+
+    def __init__(self, channels = 1, num_classes = 10, dim = 32):
         super().__init__()
 
         self.net = nn.Sequential(
-            nn.Conv2d(1, dim, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, dim, 4, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(dim, dim * 2, 4, 2, 1), nn.LeakyReLU(0.2),
             nn.Conv2d(dim * 2, dim * 2, 3, 2, 1), nn.LeakyReLU(0.2),
             nn.Flatten()
         )
 
         self.to_score = nn.Linear(dim * 32, 1)
-        self.class_embed = nn.Embedding(10, dim * 32)
+        self.class_embed = nn.Embedding(num_classes, dim * 32)
 
     def forward(self, x, labels):
         x = self.net(x)                                                                     # b d
@@ -241,15 +281,16 @@ class Drifting:
 
     def __init__(
         self, images, labels, folder,
-        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, with_encoder = True,
+        num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
         learning_rate = 4e-3, decay_start = 200, ema_decay = 1.
     ):
         self.dataset = TensorDataset(images, labels)
+        self.sizes = sizes_of(images, labels)
         self.ema_decay = ema_decay
         self.encoder = None
 
-        if with_encoder:
-            self.encoder = Classifier()
+        if encoder is not None:
+            self.encoder = encoder(**self.sizes)
             self.encoder.train_on(images, labels, encoder_steps)
 
         self.settings = dict(
@@ -262,7 +303,8 @@ class Drifting:
 
     def make_trainer(self, **kwargs):
         loss_fn = FeatureDriftLoss(self.encoder, affinity_floor = 0.)
-        self.trainer = Trainer(conv_generator(), loss_fn, self.dataset, **self.settings, **kwargs)
+        model = conv_generator(self.dataset.tensors[0].shape[-1], **self.sizes)
+        self.trainer = Trainer(model, loss_fn, self.dataset, **self.settings, **kwargs)
 
     def __getstate__(self):
         self.trainer.save()
@@ -297,12 +339,13 @@ class Drifting:
 class WGAN(Method):
     def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10., **kwargs):
         settings = {**dict(learning_rate = 5e-4, ema_decay = 0.995, betas = (0., 0.9)), **kwargs}
-        super().__init__(images, labels, conv_generator(), **settings)
+        sizes = sizes_of(images, labels)
+        super().__init__(images, labels, conv_generator(images.shape[-1], **sizes), **settings)
         self.batch_size = batch_size
         self.critic_steps = critic_steps
         self.penalty = penalty
 
-        self.critic = Critic()
+        self.critic = Critic(**sizes)
         self.parts.append(self.critic)
 
         learning_rate, betas = settings['learning_rate'], settings['betas']
@@ -335,7 +378,7 @@ class Flow(Method):
 
     def __init__(self, images, labels, batch_size = 64, uniform_times = False, **kwargs):
         settings = dict(learning_rate = 2e-3, ema_decay = 0.995)
-        super().__init__(images, labels, UNet(), **{**settings, **kwargs})
+        super().__init__(images, labels, UNet(**sizes_of(images, labels)), **{**settings, **kwargs})
         self.batch_size = batch_size
         self.uniform_times = uniform_times
 
@@ -357,12 +400,13 @@ class Flow(Method):
         z, v, labels = self.path(t)
         self.descend((self.model(z, labels, t, t) - v).square().mean())
 
-    def sample(self, labels):
-        z = torch.randn(len(labels), 1, 28, 28)
+    def sample(self, labels, evaluations = None):
+        num = evaluations or self.evaluations
+        z = torch.randn(len(labels), *self.images.shape[1:])
 
-        for t in torch.linspace(1, 0, self.evaluations + 1)[:-1]:
+        for t in torch.linspace(1, 0, num + 1)[:-1]:
             t = t.expand(len(labels))
-            z = z - self.averaged(z, labels, t, t) / self.evaluations
+            z = z - self.averaged(z, labels, t, t) / num
 
         return z
 
@@ -397,16 +441,78 @@ class MeanFlow(Flow):
         self.descend((error / (error.detach() + 1e-3)).mean())                              # adaptive weight
 
     def sample(self, labels):
-        noise = torch.randn(len(labels), 1, 28, 28)
+        noise = torch.randn(len(labels), *self.images.shape[1:])
         start, end = torch.zeros(len(labels)), torch.ones(len(labels))
         return noise - self.averaged(noise, labels, start, end)
 
 METHODS = {
     'drifting': Drifting,
-    'drifting-pixels': partial(Drifting, with_encoder = False),
+    'drifting-pixels': partial(Drifting, encoder = None),
     'meanflow': MeanFlow,
     'wgan': WGAN,
     'flow': Flow
+}
+
+# the data, and who judges
+
+def make_judge():
+    """That of train_mnist.py, of images [n 1 28 28]."""
+    (images, labels), (held_out, held_out_labels) = split(*load_mnist(), num_held_out = 1_000)
+    return Judge((crop(images), labels), (crop(held_out), held_out_labels))
+
+class PhotographJudge(Judge):
+    """Of images [n 3 32 32], crops of two photographs.
+
+    It has learned from which ninth of which photograph they are, how they are turned, and how blurred. Samples are
+    compared with other crops of the two thirds that are trained on, and the distance is a multiple of that of the
+    training crops to these. apart: images and labels of the third that nobody is trained on.
+    """
+
+    def __init__(self, num = 4_000, num_steps = 2_000):
+        rng = np.random.default_rng(0)
+        train, others, apart = [], [], []
+
+        for label, (_, left, right) in enumerate(parts()):
+            for part, size, rows in (right, num, train), (right, num // 2, others), (left, num // 4, apart):
+                for picture, (y, x) in crops(part, size // 2, 32, rng):
+                    rows.append((np.asarray(picture), label, label * 9 + int(y * 3) * 3 + int(x * 3)))
+
+        def tensors(rows):
+            pixels, labels, places = (torch.from_numpy(np.array(column)) for column in zip(*rows, strict = True))
+            return rearrange(pixels / 127.5 - 1, 'n h w ch -> n ch h w').contiguous(), labels, places
+
+        (images, labels, self.places), (*held_out, _), (*self.apart, _) = map(tensors, (train, others, apart))
+        self.num_steps, self.unit = num_steps, 1.
+        super().__init__((images, labels), held_out, train_classifier = self.train_classifier)
+        self.unit = self(images, labels)['frechet_distance']
+
+    def train_classifier(self, images, labels):
+        torch.manual_seed(0)
+        blurred = [F.interpolate(F.avg_pool2d(images, k), scale_factor = k, mode = 'bilinear') for k in (1, 2, 4)]
+        labels = cat([self.places + 18 * i for i in range(3)])
+        net = encoders.Classifier(image_size = 32, channels = 3, num_classes = 54)
+        net.train_on(Crops(cat(blurred), labels), self.num_steps, 'judge', progress_bar = False)
+
+        @torch.no_grad()
+        def classify(x):
+            features = net(x)
+            logits = net.head(features)[:, ::4]                                             # of upright ones
+            logits = rearrange(logits, 'n (blur label place) -> n label (blur place)', label = 2, place = 9)
+            return features.double().numpy(), logits.logsumexp(dim = -1)
+
+        return classify
+
+    def __call__(self, images, labels):
+        found = super().__call__(images, labels)
+        return found | dict(frechet_distance = found['frechet_distance'] / self.unit)
+
+DATA = dict(mnist = make_judge, photographs = PhotographJudge)
+
+# what methods do otherwise on photographs
+
+ON_PHOTOGRAPHS = {
+    'drifting': dict(encoder = TurnsClassifier, num_groups = 2),
+    'drifting-pixels': dict(num_groups = 2)
 }
 
 # the comparison
@@ -419,11 +525,6 @@ MEASURES = dict(
     novelty = 'novelty'
 )
 
-def make_judge():
-    """That of train_mnist.py, of images [n 1 28 28]."""
-    (images, labels), (held_out, held_out_labels) = split(*load_mnist(), num_held_out = 1_000)
-    return Judge((crop(images), labels), (crop(held_out), held_out_labels))
-
 def measure(judge, images, labels):
     return dict(judge(images, labels), novelty = judge.novelty(images))
 
@@ -431,17 +532,20 @@ def row(metrics):
     quality = f'{metrics["frechet_distance"]:8.1f}  {metrics["accuracy"]:8.3f}'
     return f'{quality}  {metrics["precision"]:9.3f}  {metrics["recall"]:6.3f}  {metrics["novelty"]:7.2f}'
 
-def draw(trained, num):
-    """num samples [num 1 28 28], as many of every class and always from the same noise, and their labels."""
-    labels = torch.arange(10).repeat_interleave(num // 10)
+def draw(trained, num, num_classes, **kwargs):
+    """num samples [num ch h w], as many of every class and always from the same noise, and their labels."""
+    labels = torch.arange(num_classes).repeat_interleave(num // num_classes)
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return cat([trained.sample(part) for part in labels.split(250)]).clamp(-1, 1), labels
+        return cat([trained.sample(part, **kwargs) for part in labels.split(250)]).clamp(-1, 1), labels
 
-def check_same(saved, record, budget, num_samples, settings):
+def check_same(saved, record, budget, num_samples, data, settings):
     """A run that goes on does so as it was started."""
     done, num, before = record['time'], record['num_samples'], record['settings']
+
+    if record['data'] != data:
+        raise SystemExit(f'{saved} was trained on {record["data"]}: pass another --results-folder')
 
     if done > budget:
         raise SystemExit(
@@ -457,24 +561,29 @@ def check_same(saved, record, budget, num_samples, settings):
             f'{saved} was evaluated by {num} samples: pass --num-samples {num}, or another --results-folder'
         )
 
-def run(method, seed, budget, points, num_samples, judge, path, settings):
-    """Train for budget cpu seconds, evaluate at times that double, at the end with five times as many samples too.
+def others(method, args):
+    """Other numbers of evaluations of a method, by name."""
+    return {f'{method}-{num}': num for num in args.evaluations if method == 'flow'}
+
+def run(method, seed, args, judge, path, settings):
+    """Train for the budget, evaluate at times that double, at the end with five times as many samples too.
 
     Saves after each evaluation, and goes on from where an earlier run in the same folder stopped. Returns the
-    evaluations; the last has the one of more samples as 'final'.
+    evaluations; the last has the one of more samples as 'final', and those of other steps of flow matching as 'flow-N'.
     """
     saved = path.with_suffix('.pt')
 
     if saved.exists():
         trained, used, records, random_state = torch.load(saved, weights_only = False)
-        check_same(saved, records[-1], budget, num_samples, settings)
+        check_same(saved, records[-1], args.budget, args.num_samples, args.data, settings)
         torch.set_rng_state(random_state)
         done = records[-1]['time']
     else:
         torch.manual_seed(seed)
         start = time.process_time()
         own_folder = dict(folder = path.with_suffix('')) if method.startswith('drifting') else {}
-        trained = METHODS[method](judge.images, judge.labels, **own_folder, **settings)
+        defaults = ON_PHOTOGRAPHS.get(method, {}) if args.data == 'photographs' else {}
+        trained = METHODS[method](judge.images, judge.labels, **own_folder, **{**defaults, **settings})
         used = time.process_time() - start
         records, done = [], 0.
 
@@ -482,7 +591,12 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
         torch.save((trained, used, records, torch.get_rng_state()), saved)
         path.write_text(json.dumps(records, indent = 1))
 
-    for seconds in (budget / 2 ** i for i in reversed(range(points))):
+    def evaluate(num, name = method, **kwargs):
+        samples, labels = draw(trained, num, judge.num_classes, **kwargs)
+        class_rows((samples + 1) / 2, 20, judge.num_classes).save(path.with_name(f'{name}-{seed}.png'))
+        return measure(judge, samples, labels)
+
+    for seconds in (args.budget / 2 ** i for i in reversed(range(args.points))):
         if seconds <= done:
             continue
 
@@ -491,8 +605,6 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
             trained.step()
             used += time.process_time() - start
 
-        samples, labels = draw(trained, num_samples)
-
         records.append(dict(
             method = method,
             seed = seed,
@@ -500,18 +612,21 @@ def run(method, seed, budget, points, num_samples, judge, path, settings):
             steps = trained.updates,
             parameters = [num_parameters(part) for part in trained.parts],
             evaluations = trained.evaluations,
-            num_samples = num_samples,
+            num_samples = args.num_samples,
+            data = args.data,
             settings = settings,
-            **measure(judge, samples, labels)
+            **evaluate(args.num_samples)
         ))
 
         print(f'{method:15s} {used:6.0f} s {trained.updates:6d} steps  {row(records[-1])}', flush = True)
-
         save()
-        class_rows((samples + 1) / 2, 20).save(path.with_suffix('.png'))
 
     if 'final' not in records[-1]:
-        records[-1]['final'] = measure(judge, *draw(trained, 5 * num_samples))
+        records[-1]['final'] = evaluate(5 * args.num_samples)
+
+        for name, num in others(method, args).items():
+            records[-1][name] = evaluate(5 * args.num_samples, name, evaluations = num)
+
         save()
 
     return records
@@ -539,6 +654,16 @@ def plot(results, real, path):
     figure.tight_layout()
     figure.savefig(path, dpi = 80)
 
+def stack_pictures(pictures, share):
+    """One above the other, the left share of each, with lines in between."""
+    width, heights = round(max(each.width for each in pictures) * share), [each.height + 6 for each in pictures]
+    stacked = Image.new('RGB', (width, sum(heights) - 6), 'white')
+
+    for i, picture in enumerate(pictures):
+        stacked.paste(picture, (0, sum(heights[:i])))
+
+    return stacked
+
 def report(results, real, args):
     """What main prints in the end."""
     num = 5 * args.num_samples
@@ -551,18 +676,23 @@ def report(results, real, args):
 
     for method, runs in results.items():
         last = runs[0][-1]
-        finals = [records[-1]['final'] for records in runs]
-        sizes = f'{last["evaluations"]:11d}  {sum(last["parameters"]):10,d}'
-        lines.append(f'{method:15s} {sizes}  {row(mean_of(finals))}')
+        numbers = {'final': last['evaluations']} | others(method, args)
 
-        if len(runs) > 1:
-            lines.append(f'{"":15s} {"":11s}  {"":10s}  {row(mean_of(finals, torch.std))}')
+        for key, evaluations in numbers.items():
+            name = method if key == 'final' else key
+            finals = [records[-1][key] for records in runs]
+            sizes = f'{evaluations:11d}  {sum(last["parameters"]):10,d}'
+            lines.append(f'{name:15s} {sizes}  {row(mean_of(finals))}')
+
+            if len(runs) > 1:
+                lines.append(f'{"":15s} {"":11s}  {"":10s}  {row(mean_of(finals, torch.std))}')
 
     lines.append(f'{"all real images":15s} {"":11s}  {"":10s}  {row(real)}')
     return '\n'.join(lines)
 
 def options():
     parser = make_parser(__doc__)
+    parser.add_argument('--data', choices = list(DATA), default = 'mnist', help = 'what the images are of')
     parser.add_argument(
         '--results-folder', default = 'results/compare',
         help = 'where everything is written; runs that are there already go on up to the budget'
@@ -586,8 +716,12 @@ def options():
                'uniform_times and so on'
     )
     parser.add_argument(
+        '--evaluations', type = int, nargs = '+', default = [], metavar = 'N',
+        help = 'numbers of them that flow matching is evaluated with too, at the end'
+    )
+    parser.add_argument(
         '--num-samples', type = int, default = 1_000,
-        help = 'of every evaluation, a tenth of them per class; five times as many at the end'
+        help = 'of every evaluation, as many of every class; five times as many at the end'
     )
     return parser.parse_args()
 
@@ -599,20 +733,25 @@ def main():
 
     pairs = [each.split('=') for each in args.set]
     settings = {name: ast.literal_eval(value) for name, value in pairs}
-    judge = make_judge()
+    judge = DATA[args.data]()
     methods = METHODS if 'all' in args.method else args.method
     results = {method: [] for method in methods}
 
     for method, runs in results.items():
         for seed in args.seeds:
             path = folder / f'{method}-{seed}.json'
-            runs.append(run(method, seed, args.budget, args.points, args.num_samples, judge, path, settings))
+            runs.append(run(method, seed, args, judge, path, settings))
 
-    some = first_of_each_class(judge.labels, args.num_samples // 10)
+    some = first_of_each_class(judge.labels, args.num_samples // judge.num_classes, judge.num_classes)
     plot(results, measure(judge, judge.images[some], judge.labels[some]), folder / 'compare.png')
 
+    real = class_rows((judge.images[some] + 1) / 2, 20, judge.num_classes)
+    names = [name for method in methods for name in (method, *others(method, args))]
+    pictures = [*(Image.open(folder / f'{name}-{args.seeds[0]}.png') for name in names), real]
+    stack_pictures(pictures, 12 / 20).save(folder / 'samples.png', optimize = True)
+
     print(report(results, measure(judge, judge.images, judge.labels), args))
-    print(f'\n{folder / "compare.png"}')
+    print(f'\n{folder / "compare.png"}, {folder / "samples.png"}')
 
 if __name__ == '__main__':
     main()
