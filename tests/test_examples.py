@@ -171,7 +171,7 @@ def test_compare_on_photographs(tmp_path, examples, monkeypatch, capsys):
     for name in table:
         assert Image.open(tmp_path / f'{name}-0.png').size == (20 * 68, 2 * 68)
 
-    assert Image.open(tmp_path / 'samples.png').size == (12 * 68, 3 * 2 * 68 + 2 * 6)
+    assert Image.open(tmp_path / 'samples.png').size == (9 * 68, 3 * 2 * 68 + 2 * 6)
     record, = json.loads((tmp_path / 'flow-0.json').read_text())
     assert record['final'] != record['flow-1'] and len(record['accuracy_per_class']) == 2
 

@@ -748,7 +748,7 @@ def main():
     real = class_rows((judge.images[some] + 1) / 2, 20, judge.num_classes)
     names = [name for method in methods for name in (method, *others(method, args))]
     pictures = [*(Image.open(folder / f'{name}-{args.seeds[0]}.png') for name in names), real]
-    stack_pictures(pictures, 12 / 20).save(folder / 'samples.png', optimize = True)
+    stack_pictures(pictures, 9 / 20).save(folder / 'samples.png', optimize = True)
 
     print(report(results, measure(judge, judge.images, judge.labels), args))
     print(f'\n{folder / "compare.png"}, {folder / "samples.png"}')
