@@ -148,6 +148,7 @@ def test_compare(tmp_path, examples, monkeypatch):
         with pytest.raises(SystemExit, match = message):
             run_here(monkeypatch, *args, *other)
 
+@pytest.mark.slow
 def test_compare_on_photographs(tmp_path, examples, monkeypatch, capsys):
     """On a few crops, and neither the judge nor the encoder of drifting is trained."""
     import compare_mnist
@@ -178,7 +179,9 @@ def test_compare_on_photographs(tmp_path, examples, monkeypatch, capsys):
     with pytest.raises(SystemExit, match = 'was trained on photographs: pass another'):
         compare_mnist.check_same('flow-0.pt', record, 0.1, 8, 'mnist', {})
 
-@pytest.mark.parametrize('method', ['drifting', 'meanflow', 'wgan', 'flow'])
+@pytest.mark.parametrize('method', [
+    'drifting', 'flow', *(pytest.param(name, marks = pytest.mark.slow) for name in ('meanflow', 'wgan'))
+])
 def test_compare_goes_on_as_if_it_had_not_stopped(tmp_path, examples, method):
     import compare_mnist
 
@@ -283,6 +286,7 @@ def test_ablations(tmp_path, examples, monkeypatch, capsys):
 
     assert gone.exists() and '"steps": 2' in other.read_text() and len(trained) == 4
 
+@pytest.mark.slow
 def test_every_ablation_trains(tmp_path, examples, monkeypatch):
     import ablations
 

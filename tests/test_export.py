@@ -53,7 +53,9 @@ def test_checkpoints_are_exported_with_their_average(script, tmp_path):
     with raises_one_line('does not say which DriftingGenerator it is of'):
         script.load(tmp_path)
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks = () if kind == 'everything' else pytest.mark.slow) for kind in KINDS
+])
 def test_onnx_equals_pytorch(script, tmp_path, monkeypatch, capsys, kind):
     pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
