@@ -220,6 +220,7 @@ def repeated(fn, number):
 def peak_mib(fn, device):
     """The most that torch held during a call, beyond what it held before."""
     fn()
+    gc.collect()                # or what others left is freed during the call
 
     if device.type == 'cuda':
         synchronize(device)
