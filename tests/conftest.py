@@ -1,5 +1,7 @@
 import os
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')           # small tensors: a second thread only waits
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -7,7 +9,7 @@ from accelerate.state import AcceleratorState
 os.environ['DRIFTING_TYPECHECK'] = '1'      # before the first import: shapes in signatures are checked in all tests
 pytest.register_assert_rewrite('helpers')
 
-torch.set_num_threads(1)                    # small tensors: a second thread only waits
+torch.set_num_threads(1)
 
 @pytest.fixture
 def rng():

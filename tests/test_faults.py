@@ -36,6 +36,10 @@ from helpers import (
     weights,
 )
 
+sys.path.append(str(ROOT / 'examples' / 'measure'))
+
+from benchmark import peak_mib
+
 # killed while a checkpoint is written
 
 def short(folder, model = None, **kwargs):
@@ -515,8 +519,7 @@ def test_collapse_is_told(tmp_path):
 
 # memory
 
-def peak_mib(folder, num_groups, chunk):
-    """The most that torch held during one step, beyond what it held before."""
+def peak_of_step(folder, num_groups, chunk):
     torch.manual_seed(0)
     model = DriftingGenerator(
         image_size = 16, channels = 1, patch_size = 2, dim = 64, depth = 4, heads = 4, num_classes = 3,
@@ -527,19 +530,11 @@ def peak_mib(folder, num_groups, chunk):
     t = trainer(folder, model, data, loss_fn, num_groups = num_groups, num_gen = 8, group_chunk_size = chunk)
     batches = t.batches()
     t.before_training(batches)
-    t.train_step(batches)
-
-    with torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CPU], profile_memory = True) as profiler:
-        t.train_step(batches)
-
-    profiler.export_chrome_trace(str(folder / 'trace.json'))
-    events = json.loads((folder / 'trace.json').read_text())['traceEvents']
-    totals = [event['args']['Total Allocated'] for event in events if event.get('name') == '[memory]']
-    return (max(totals) - totals[0]) / 2 ** 20
+    return peak_mib(partial(t.train_step, batches), t.device)
 
 def test_chunks_bound_the_memory(tmp_path):
-    few = peak_mib(tmp_path / 'a', num_groups = 4, chunk = 4)
-    many = peak_mib(tmp_path / 'b', num_groups = 16, chunk = 4)
-    whole = peak_mib(tmp_path / 'c', num_groups = 16, chunk = None)
+    few = peak_of_step(tmp_path / 'a', num_groups = 4, chunk = 4)
+    many = peak_of_step(tmp_path / 'b', num_groups = 16, chunk = 4)
+    whole = peak_of_step(tmp_path / 'c', num_groups = 16, chunk = None)
     assert many < 1.3 * few, (few, many, whole)
     assert whole > 2 * many, (few, many, whole)

@@ -87,6 +87,28 @@ def simulated(size, **settings):
     with patch.dict(drifting.PART_NUMBERS, meta = drifting.PART_NUMBERS['cpu']):
         return model, loss_fn, settings, plan.simulate(model, loss_fn, settings, half = False)
 
+def test_a_peak_is_that_of_the_call():
+    """What was there before is not counted, nor that it goes, even where torch recorded how it was made."""
+    with torch.profiler.profile(profile_memory = True):
+        recorded = [torch.empty(3000) for _ in range(50)]
+
+    del recorded
+    before = [torch.empty(3000) for _ in range(50)]             # some in the places of those
+
+    calls = []
+
+    def call():
+        calls.append(None)
+
+        if len(calls) == 2:                                     # the first one is not measured
+            before.clear()
+
+        parts = [torch.empty(2 ** 18) for _ in range(2)]
+        parts.pop()
+        parts.append(torch.empty(2 ** 17))
+
+    assert benchmark.peak_mib(call, CPU.device) == 2
+
 def test_features_that_are_solved_together_need_no_more_memory(monkeypatch):
     loss_fn = FeatureDriftLoss(LatentMAE(dim = 16, layers = (2, 2, 2, 2), num_classes = None))
     gen, pos, uncond = (torch.randn(2, n, 4, 16, 16) for n in (16, 16, 4))

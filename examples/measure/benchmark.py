@@ -231,10 +231,7 @@ def peak_mib(fn, device):
         return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
 
     with torch.profiler.profile(activities = [torch.profiler.ProfilerActivity.CPU], profile_memory = True) as profiler:
-        first_event = torch.empty(1)    # to know what was held before
         fn()
-
-    del first_event
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'trace.json'
@@ -242,9 +239,20 @@ def peak_mib(fn, device):
         events = json.loads(path.read_text())['traceEvents']
 
     events = [event for event in events if event.get('name') == '[memory]']
-    events.sort(key = lambda event: event.get('ts', 0))
-    totals = [event['args']['Total Allocated'] for event in events]
-    return (max(totals) - totals[0]) / 2 ** 20
+    held, total, peak = {}, 0, 0
+
+    for event in sorted(events, key = lambda event: event['ts']):
+        address, num_bytes = event['args']['Addr'], event['args']['Bytes']
+
+        if num_bytes > 0:
+            held[address] = num_bytes
+            total += num_bytes
+        else:
+            total -= held.pop(address, 0)       # what was there before the call is not counted when it goes
+
+        peak = max(peak, total)
+
+    return peak / 2 ** 20
 
 def mib(*tensors):
     return sum(t.numel() * t.element_size() for t in tensors) / 2 ** 20
