@@ -733,9 +733,9 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
     drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised: it falls
-    neighbors: dict     # {temperature: to how many positives a generated sample listens}, 1 .. p
-    uncond_share: dict  # {temperature: the share of unconditional samples in the push}, 0 .. 1
-    potential: dict     # {temperature: what a field with a potential descends}: a loss that falls
+    neighbors: dict     # {temperature: to how many positives a sample listens}, 1 .. p
+    uncond_share: dict  # {temperature: share of unconditional samples in the push}, 0 .. 1
+    potential: dict     # {temperature: what a field with a potential descends}: it falls
 
 class Breakdown(NamedTuple):
     losses: dict  # {feature name: loss}
@@ -826,7 +826,7 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| takes less memory without V = W y, see squared_lengths
+        # in many dimensions |V| takes less memory without V, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
@@ -838,9 +838,6 @@ class DriftProblems:
         self.kept = {}  # what two rounds need, by part: distances, vectors
         self.newest = None, None  # newest part, its W
         self.placed = None, None, None  # newest part, its x, its y
-
-    def check_values(self, result):
-        check_values(result, **{name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()})
 
     # what is computed of one part
     def points(self, part):
@@ -872,7 +869,7 @@ class DriftProblems:
         return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
-        """W [b t g y], V = W (y - x). A small loss has one part alone."""
+        """W [b t g y], V = W (y - x). A small loss has one part."""
         if self.newest[0] != part:
             dist, weight = self.masked_distances(part, scale), self.weight[part] if self.is_guided else None
             W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
@@ -898,7 +895,7 @@ class DriftProblems:
 
     # round 1: S. Features are in units of S / sqrt(d)
     def sum_distances(self, part):
-        """[distances times weights, weights], both summed."""
+        """[distances times weights, weights], summed."""
         sums = self.distances(part).pow_(self.field.scale_power).sum(dim = 1, keepdim = True)
         weight = self.weight[part]
         return stack(((sums * weight).sum(), weight.sum() * self.g))
@@ -950,7 +947,8 @@ class DriftProblems:
 
     def solve(self, S_sums, V_sums):
         """The loss of each problem [b], and DriftStats."""
-        self.check_values(V_sums)  # here all processes stop
+        given = {name + self.name: t for name, t in dict(gen = self.gen, **self.sets).items()}
+        check_values(V_sums, **given)  # here all processes stop
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
             scale = self.scale(S_sums)
             V_sq, *diagnosed = V_sums[:-1] / V_sums[-1]
@@ -1067,6 +1065,8 @@ class FeatureDriftLoss(Module):
         with torch.no_grad():
             joined = cat(list(others.values()), dim = 1)
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
+        alone = sorted(gen_features.keys() ^ other_features.keys())
+        check(not alone, f'features of generated or of real samples alone: {alone}')
 
         sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}

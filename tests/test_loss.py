@@ -597,6 +597,7 @@ class Wrapper(torch.nn.Module):
         return dict(a = self.net(x)[:, None])
 
 X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
+NAMES = iter('ab')
 
 @pytest.mark.parametrize('call, says', [
     (lambda: drift_loss(X[0], X), 'gen has shape (3, 4)'),
@@ -626,6 +627,10 @@ X = torch.zeros(2, 3, 4).normal_(generator = torch.Generator().manual_seed(1))
     (lambda: drift_loss(X.numpy(), X), 'gen must be a tensor, got ndarray'),
     (lambda: FeatureDriftLoss(temperature = (0.1,)), "unknown arguments ['temperature']"),
     (lambda: FeatureDriftLoss(lambda x: {})(X, X), 'an encoder must return a dict'),
+    (
+        lambda: FeatureDriftLoss(lambda x: {next(NAMES): x[:, None]})(X, X),
+        "features of generated or of real samples alone: ['a', 'b']"
+    ),
     (
         lambda: FeatureDriftLoss(lambda x: {'global': x[:, None]})(X, X),
         "features of the same name: ['global']"
