@@ -1691,9 +1691,10 @@ class SeededDataset(Dataset):
         except Exception as error:
             raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
 
-        is_pair = isinstance(item, (tuple, list)) and len(item) == 2
-        check(is_pair, f'{name} must be (sample, label), got {type(item).__name__}')
-        sample, label = item
+        parts = item if isinstance(item, (tuple, list)) else (item,)
+        fits = len(parts) == 2 or len(parts) == 1 and not self.with_labels
+        check(fits, f'{name} must be (sample, label), got {type(item).__name__}')
+        sample, label, *_ = *parts, 0
         label = torch.from_numpy(label) if isinstance(label, np.ndarray) else label
         check_floating(name, sample)
         self.sample_shape = default(self.sample_shape, tuple(sample.shape))
@@ -2362,8 +2363,8 @@ TRAINER_PRESETS = {
 class Trainer(BaseTrainer):
     """Trains a generator on a map-style dataset of (sample, label) (A.8), or of (sample, condition).
 
-    model: a module, model(noise, labels, alpha, styles), with num_classes (None: no classes, integer labels are
-        ignored) and, if it is not that of a sample, noise_shape.
+    model: a module, model(noise, labels, alpha, styles), with num_classes (None: integer labels are ignored or
+        left out) and, if it is not that of a sample, noise_shape.
     condition: a floating-point tensor, or a dict of tensors. Each row is a group, its sample (or [num_pos ...]
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
@@ -2371,7 +2372,7 @@ class Trainer(BaseTrainer):
     evaluate: sample -> {name: number}, every evaluate_every steps, in all processes.
     settings: see GeneratorSettings and LoopSettings.
 
-    Several processes share the groups; each has a queue of the real samples that it reads.
+    Processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
@@ -2523,8 +2524,7 @@ class Trainer(BaseTrainer):
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
 
-        share = len(alpha) * self.world / settings.num_groups  # numbers may be unequal
-        share = share / settings.gradient_accumulation_steps
+        share = len(alpha) * self.world / settings.num_groups / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
                 loss, details = self.loss(self.generate(*chunks[0]), pos, uncond, alpha, options)
@@ -2605,11 +2605,11 @@ class Trainer(BaseTrainer):
             warnings.warn(f'{found}: {hint}', stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
-        """Samples of the averaged model for labels or a condition, see sample_from."""
+        """Of the averaged model, see sample_from."""
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
-        """Ten each of the first ten classes or conditions, always from the same noise."""
+        """Ten each of ten classes or conditions, always from the same noise."""
         rows = min(10, len(self.dataset) if self.has_conditions else default(self.num_classes, 10))
         labels = torch.arange(rows) if exists(self.num_classes) else None
         if self.has_conditions:

@@ -54,6 +54,17 @@ def test_transport_trains_with_a_second_batch(tmp_path):
     _, means = samples_and_means(t)
     assert (means - CENTERS).norm(dim = -1).max() < 0.25
 
+def test_samples_may_come_alone(tmp_path):
+    trained = []
+
+    for i, data in enumerate((TensorDataset(X, Y), TensorDataset(X), [*X])):
+        torch.manual_seed(0)
+        t = trainer(tmp_path / str(i), Net(num_classes = None), data, num_train_steps = 2)
+        t.train()
+        trained.append(weights(t))
+
+    assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
+
 def test_unconditional_training_ignores_labels_and_guidance(tmp_path):
     t = trainer(tmp_path, Net(num_classes = None))
     t.train()
@@ -431,10 +442,8 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
     (dict(num_uncond = 50), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
-    (
-        dict(data = TensorDataset(X)),
-        'sample 0 of the dataset must be (sample, label), got tuple'
-    ),
+    (dict(data = TensorDataset(X)), 'sample 0 of the dataset must be (sample, label), got tuple'),
+    (dict(data = [*X]), 'sample 0 of the dataset must be (sample, label), got Tensor'),
     (dict(num_uncond = 0), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be a number in 0 .. 1, got 2.0'),
     (dict(num_groups = 0), 'num_groups must be a number in 1 .. 1e+20, got 0'),
