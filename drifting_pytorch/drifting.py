@@ -3,8 +3,7 @@
 Generative Modeling via Drifting, Deng, Li, Li, Du, He, https://arxiv.org/abs/2602.04770
 
 Read it from top to bottom: a section uses only what stands above it, and sections 1 to 4 are the core of the paper.
-Where the paper and the authors' release differ, the release is the default and tagged `# release`. What both leave
-open is tagged `# open`.
+Where paper and release differ, the release is the default, tagged `# release`. What both leave open: `# open`.
 """
 
 import dataclasses
@@ -64,7 +63,7 @@ from x_transformers.x_transformers import Attention, FeedForward
 # p - positives per group (N_pos)              t - temperatures
 # u - unconditional per group (N_unc)          s - style tokens
 # o - positives and unconditional (p u)        ch h w - channels, height and width of an image
-# y - every sample that acts on the generated ones: [positives | unconditional | negatives]
+# y - what acts on the generated samples: [positives | unconditional | negatives]
 
 def exists(val):
     return val is not None
@@ -154,7 +153,7 @@ def check_values(result, **points):
         for name, t in points.items():
             largest = t.abs().max()
             check(largest.isfinite(), f'{name} has non-finite values (nan or inf)')
-            check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow: make them smaller')
+            check(largest < 1e15, f'{name} has values up to {largest:.2g}, whose squares overflow')
         raise ValueError('the field is not finite: extreme temperatures, or other chunks or processes')
 
 def each(fn, value):
@@ -187,7 +186,7 @@ class DriftField(Module):
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Unless a = b it is not anti-symmetric.
     """
     # fields of later work (section 7) differ in these
-    scale_power = 1  # S is the root of this order of the mean of distance ** scale_power
+    scale_power = 1  # S is this root of the mean of distance ** scale_power
     needs_neg = False  # whether negatives are a second generated batch
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
@@ -199,7 +198,7 @@ class DriftField(Module):
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
-        self.zero_sum = attraction == repulsion  # of the coefficients of every point
+        self.zero_sum = attraction == repulsion  # of coefficients
 
     def logits(self, dist, temperature):
         """log k(x, y)."""
@@ -228,7 +227,7 @@ class DriftField(Module):
         A_pos, A_neg = A.tensor_split((num_pos,), dim = -1)
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
-        # cross weights: positives act together with negatives, which is the anti-symmetry
+        # cross weights: positives act together with negatives: anti-symmetry
         A_pos *= self.attraction * sum_neg
         A_neg *= -self.repulsion * sum_pos
         return A
@@ -249,7 +248,7 @@ class DriftField(Module):
         self, x: Float[Tensor, '... n d'], y_pos: Float[Tensor, '... p d'],
         y_neg: Float[Tensor, '... m d'] | None = None, *, temperature: float
     ) -> Float[Tensor, '... n d']:
-        """Algorithm 2 at one temperature, which is in the units of the distances and above 0.
+        """Algorithm 2 at one temperature, in the units of the distances.
 
         y_neg None: the negatives are x itself, with self pairs masked.
         Returns V, without a gradient: train on mse(x, (x + V).detach()) (Eq. 6).
@@ -288,7 +287,7 @@ def plain_drift_loss(
     """The drifting loss on one feature, line by line as in A.6, with the release's clamps.
 
     gen: generated, pos: real, uncond: real of any class, with weights (alpha - 1) (g - 1) / u (A.7).
-    Returns the loss [b]. To be read and tested against, without checks. `drift_loss` (section 6) is fast.
+    Returns the loss [b]. Without checks: `drift_loss` (section 6) is fast.
     """
     (_, g, d), p = gen.shape, pos.shape[1]
 
@@ -296,7 +295,7 @@ def plain_drift_loss(
         y = cat((pos, uncond, gen), dim = 1)  # b y d
         weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)  # b y
 
-        # one scale for the feature: distances, and with them temperatures, are relative to it
+        # one scale: distances, and with them temperatures, are relative to it
         dist = torch.cdist(gen, y).clamp(min = 1e-4)  # b g y
         S = (dist * weight[:, None]).mean() / weight.mean()
         unit = (S / d ** 0.5).clamp(min = 1e-3)
@@ -355,7 +354,7 @@ class Modulation(Module):
 class Block(Module):
     """Attention and SwiGLU of x-transformers inside adaLN-zero.
 
-    Release: every linear has a bias (the attention's are added around it), heads share gains of queries and keys.
+    Release: every linear has a bias (the attention's are added), heads share gains of queries and keys.
     """
     def __init__(self, dim, heads, dim_ff):
         super().__init__()
@@ -386,7 +385,7 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
-    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
     rows = repeat(sin_first, 'h d -> (h w) d', w = size)
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
@@ -394,7 +393,7 @@ def sincos_2d(size, dim):
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class Generator(Module, PyTorchModelHubMixin):
-    """What generators share: what they are conditioned on, and checks of what they get."""
+    """What generators share: their conditions, and checks of what they get."""
 
     def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
         super().__init__()
@@ -457,7 +456,6 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     output_conv_dim: width of two convolutions against seams between patches. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass, in less memory.
-
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
     """
     presets, from_preset = PRESETS, classmethod(from_preset)
@@ -482,7 +480,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
 
-        # condition; style tables are rows of one embedding, one for each token
+        # condition; style tables are rows of one embedding
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
@@ -499,7 +497,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions of all tokens (release: 1d), real even where weights are on meta
+        # rotary positions (release: 1d), real even where weights are on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -564,8 +562,8 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: class labels [b], vectors [b dim_condition], or images [b condition_channels h w] of any size; None of
-            these, or a dict {labels, vector, image} of several.
+        labels: class labels [b], vectors [b dim_condition], images [b condition_channels h w] of any size, None, or
+            a dict {labels, vector, image}.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
@@ -592,7 +590,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
 # ── 5. samples, and a generator for small pictures ────────
 
 def chunked(values, size = None):
-    """Tensors, dicts of them, or None, in chunks [value, ...] of so many rows, or in one."""
+    """Tensors, dicts of them, or None, in chunks [value, ...] of so many rows."""
     num = len(values[0])
     size = default(size, num)
     return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
@@ -839,7 +837,7 @@ class DriftProblems:
         self.newest = None, None  # newest part, its W
         self.placed = None, None, None  # newest part, its x, its y
 
-    # what is computed of one part
+    # of one part
     def points(self, part):
         """x [b g d], y [b y d], centred on x, or distances lose digits."""
         if self.placed[0] != part:
@@ -927,7 +925,7 @@ class DriftProblems:
             sums.append(potential.sum(dim = (0, 2)))
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
-    # round 3: each field at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
+    # round 3: fields at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, scale, rms):
         """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
         unit = self.unit(scale)
@@ -985,7 +983,6 @@ def drift_loss(gen, pos, uncond = None, **options) -> tuple[Float[Tensor, 'b'], 
 
     gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class. b: independent problems (class group
     x location), which share the statistics, with all processes. options: see DriftProblems.
-
     Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units. As each
     field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
     Raises ValueError for empty sets, unfit shapes, non-finite values, negative weights.
@@ -1011,15 +1008,19 @@ class FeatureDriftLoss(Module):
 
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
-        held = []
-        for part in (*self.encoders, *existing(decoder = decoder).values()):
+        held = [*self.encoders, *existing(decoder = decoder).values()]
+        for part in held:
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
-            function = getattr(part, 'func', part)
-            held += [getattr(function, '__self__', function), *getattr(part, 'args', ())]  # method, partial
-            if inspect.isfunction(function):
-                found = inspect.getclosurevars(function)
-                held += [*found.nonlocals.values(), *found.globals.values()]
+        for part in held:  # grows
+            inner = [getattr(part, '__self__', None)]
+            if isinstance(part, partial):
+                inner += [part.func, *part.args, *part.keywords.values()]
+            if inspect.isfunction(part):
+                found = inspect.getclosurevars(part)
+                inner += [*found.nonlocals.values(), *found.globals.values()]
+            inner += part.values() if isinstance(part, dict) else ()
+            held += [value for value in inner if all(value is not other for other in held)]
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
@@ -1039,7 +1040,7 @@ class FeatureDriftLoss(Module):
         return other
 
     def train(self, mode = True):
-        return super().train(False)  # frozen encoders stay in eval mode
+        return super().train(False)  # always in eval mode
 
     def features(self, x):
         """{name: [b f d]} of samples x [b ...]."""
@@ -1067,6 +1068,9 @@ class FeatureDriftLoss(Module):
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
         alone = sorted(gen_features.keys() ^ other_features.keys())
         check(not alone, f'features of generated or of real samples alone: {alone}')
+        wanted = gen.requires_grad and torch.is_grad_enabled()
+        without = [name for name, t in gen_features.items() if wanted and not t.requires_grad]
+        check(not without, f'encoder or decoder gives no gradient to {without}')
 
         sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
@@ -1113,7 +1117,7 @@ class FeatureDriftLoss(Module):
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
 
-        # chunks: the encoder sees them three times, for S, for lambda, and for the loss
+        # chunks: the encoder sees them for S, for lambda, and for the loss
         chunks = [chunk for _, chunk in chunked((gen, samples), self.group_chunk_size)]
         sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for chunk in chunks))
         losses, grad, total = {}, torch.empty_like(gen), 0
@@ -1244,7 +1248,7 @@ def map_features(name, x, sets = FEATURE_SETS):
     features = {name: rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
     for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
         if feature_set in sets and h % p1 == 0 and w % p2 == 0:
-            # pixels of a patch in front: on a cpu 2 to 3 times faster than at the end
+            # pixels of a patch in front: 2 to 3 times faster on a cpu
             patches = rearrange(full_precision(x), 'b d (h p1) (w p2) -> (p1 p2) b (h w) d', p1 = p1, p2 = p2)
             mean = features[f'{name}_mean{suffix}'] = patches.mean(dim = 0)
             features[f'{name}_std{suffix}'] = ((patches - mean).square().mean(dim = 0) + 1e-6).sqrt()
@@ -1297,9 +1301,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each dropped (0) with this probability.
     feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
-    checkpointing: see DriftingGenerator.
-
-    Samples are cast to the dtype of the weights. Written and read as DriftingGenerator is.
+    checkpointing: see DriftingGenerator. Samples are cast to the dtype of the weights.
     """
     def __init__(
         self, *, dim = 256, channels = 4, patch_size = 1, layers = (3, 4, 6, 3), num_classes = 1000,
@@ -1333,7 +1335,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.to_pixels = nn.Conv2d(dim, channels * patch_size ** 2, 1)
         self.to_logits = nn.Linear(dims[4], num_classes) if exists(num_classes) else None
 
-        # flax's lecun_normal: variance 1 / fan_in, cut at two deviations and widened
+        # flax's lecun_normal: variance 1 / fan_in, cut at two deviations
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 std = p[0].numel() ** -0.5 / 0.87962566103423978
@@ -1432,7 +1434,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
 # encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
 class PixelInput(Module):
-    """Images, resized (antialiased when they shrink) and normalised, by default like ImageNet's."""
+    """Images, resized (antialiased) and normalised, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
         super().__init__()
         check_whole(1, image_size = image_size)
@@ -1494,7 +1496,7 @@ class ConvNeXtFeatures(Module):
 
     @classmethod
     def from_pretrained(cls, name = 'facebook/convnextv2-base-22k-224', *, revision = None, **pixel_input_kwargs):
-        """With weights of the hub, by default those of the release, or of a local folder."""
+        """With weights of the hub, by default the release's, or of a folder."""
         try:
             from transformers import ConvNextV2Model
         except ImportError as error:
@@ -1518,7 +1520,7 @@ class ConvNeXtFeatures(Module):
 
 # ── 9. data - A.7, A.8 ────────────────────────────────────
 
-# every random number of a run comes from a seed made of its place there: it can be repeated
+# every random number of a run comes from its place there: it can be repeated
 def seed_for(*key):
     """A 63-bit seed from any key, for example (seed, step, 'noise')."""
     return random.Random(repr(key)).getrandbits(63)
@@ -1583,16 +1585,13 @@ class ImageFolder(Dataset):
                 picture = picture.convert('RGB' if self.channels == 3 else 'L')
         except Exception as error:  # Pillow raises many
             raise ValueError(f'{self.root / name} cannot be read as an image ({error})') from error
-
         pixels = np.array(self.cut(picture)).reshape(self.image_size, self.image_size, self.channels)
         image = rearrange(torch.from_numpy(pixels), 'h w ch -> ch h w').float() / 127.5 - 1
         return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
     """Guidance scales [num] (A.7): 1 with no_cfg_frac, else of density alpha^-power on [low, high]."""
-    uniform, skip = torch.rand(2, num, generator = generator)
-    k = 1 - power
-
+    k, (uniform, skip) = 1 - power, torch.rand(2, num, generator = generator)
     # inverse of the cumulative density
     if k != 0:
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
@@ -1660,12 +1659,12 @@ class SampleQueue:
         if 'samples' in state:
             saved, own = tuple(state['samples'].shape[:2]), (self.num_classes, self.size)
             check(saved == own, f'the saved queue has (num_classes, size) {saved}, this one {own}')
-            self.samples = state['samples'].to(self.device, copy = True)
+            self.samples = state['samples'].to(device = self.device, dtype = self.dtype, copy = True)
 
         self.pushed = state['pushed'].cpu().clone()
 
 def endless_shuffle(length, *, seed, start = 0):
-    """Indices of epoch after epoch, each in an order of its own, from any position on."""
+    """Indices of epoch after epoch, in random order, from any position on."""
     epoch, offset = divmod(start, length)
     while True:
         order = torch.randperm(length, generator = seeded(seed, 'epoch', epoch)).tolist()
@@ -1695,7 +1694,7 @@ class SeededDataset(Dataset):
         fits = len(parts) == 2 or len(parts) == 1 and not self.with_labels
         check(fits, f'{name} must be (sample, label), got {type(item).__name__}')
         sample, label, *_ = *parts, 0
-        label = torch.from_numpy(label) if isinstance(label, np.ndarray) else label
+        label = as_tensor(name, label) if isinstance(label, (np.ndarray, np.generic, float, list)) else label
         check_floating(name, sample)
         self.sample_shape = default(self.sample_shape, tuple(sample.shape))
         check_shape(name, sample, self.sample_shape, ' like the first one')
@@ -1723,7 +1722,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, places):
         try:
             return self.batch(places)
-        except (RuntimeError, ValueError) as error:  # a worker would add all that led to it
+        except (RuntimeError, ValueError) as error:  # a worker would add its traceback
             return error
 
 # ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
@@ -1752,7 +1751,7 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its queue."""
     try:
         path = folder / 'manifest.json'
-        fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe would be read for ever
+        fits = path.is_file() and path.stat().st_size < 2 ** 24  # no pipe
         check(fits, 'it has no manifest')
         manifest = json.loads(path.read_text())
         for name, kind in dict(step = int, samples_read = int, num_processes = int, config = dict).items():
@@ -1772,7 +1771,6 @@ def together(work, here = True):
         result = work() if here else None
     except Exception as error:
         result = error
-
     results = gather_object([result])
     for result in results:
         if isinstance(result, Exception):
@@ -1789,7 +1787,7 @@ def nested(tensors):
         states.setdefault(name, {})[key] = t
     return states
 
-# of the whole model, even if sharded; the optimizer has no states without gradients
+# of the whole model; the optimizer has no states without gradients
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
@@ -1826,7 +1824,7 @@ def ignore_signals(worker):
 
 # pictures and records
 def image_grid(images, *, min_size = 48):
-    """A Pillow image of images [rows cols ch h w] in [0, 1]; tiny ones are magnified."""
+    """A Pillow image of [rows cols ch h w] in [0, 1]; tiny ones are magnified."""
     ch, h = images.shape[2:4]
     check(ch in (1, 3), f'a picture has 1 or 3 channels, got {ch}')
     check_floating('a picture', images, 'expected numbers in [0, 1]')
@@ -1854,7 +1852,7 @@ AT_LEAST_1 = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps',
 AT_LEAST_1 += 'num_groups', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'
 BOUNDS = dict.fromkeys(AT_LEAST_1, (1, 1e20))  # of the others: (0, 1e20)
 BOUNDS |= dict(num_gen = (2, 1e20), max_grad_norm = (1e-20, 1e20), alpha_power = (-1e20, 1e20))
-BOUNDS |= dict(ema_decay = (0, 1), no_cfg_frac = (0, 1))
+BOUNDS |= dict.fromkeys(('ema_decay', 'no_cfg_frac', 'cls_weight', 'betas'), (0, 1))
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
@@ -1897,8 +1895,12 @@ class LoopSettings:
             setattr(self, name, value)
             kind = kind | int if isinstance(0., kind) else kind
             check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
-            if isinstance(value, (int, float)):
-                check_number(*BOUNDS.get(name, (0, 1e20)), **{name: value})
+            numbers = value if isinstance(value, (tuple, list)) and name != 'log_with' else [value]
+            fits = numbers is not value or len(value) == 2 or name == 'ema_decay' and value
+            check(fits, f'{name} cannot be {len(numbers)} numbers, got {value!r}')
+            for number in numbers:
+                if numbers is value or isinstance(number, (int, float)):
+                    check_number(*BOUNDS.get(name, (0, 1e20)), **{name: number})
 
 class BaseTrainer:
     """The training loop of any model.
@@ -1906,13 +1908,14 @@ class BaseTrainer:
     A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
     returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
     [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
-
-    Ctrl-C and SIGTERM save a checkpoint before they act. A resumed run repeats what it would have been, or warns.
+    Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats what it would have been, or warns.
     Several processes refuse models with trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
-        check(exists(evaluate) or settings.evaluate_every == 0, 'evaluate_every needs evaluate, a function')
+        fits = callable(evaluate) or not exists(evaluate) and settings.evaluate_every == 0
+        check(fits, 'evaluate_every needs evaluate, a function')
+        check(not hasattr(model, '_orig_mod'), 'pass compile = True, and the model as it was')
         check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
         self.results_folder = Path(settings.results_folder)
         self.checkpoints = self.results_folder / 'checkpoints'
@@ -1922,8 +1925,8 @@ class BaseTrainer:
 
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
         if not exists(precision):
-            on_gpu = torch.cuda.is_available() and not settings.cpu
-            precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported(False) else 'no'
+            has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+            precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
 
         self.accelerator = accelerator = Accelerator(
@@ -1951,7 +1954,6 @@ class BaseTrainer:
         wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         decays = settings.ema_decay if isinstance(settings.ema_decay, (tuple, list)) else [settings.ema_decay]
-        check_number(0, 1, **{f'ema_decay[{i}]': decay for i, decay in enumerate(decays)})
         averages = [deepcopy(model) for _ in decays]
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
@@ -1970,7 +1972,7 @@ class BaseTrainer:
             self.model = torch.compile(self.model)
 
     def hold_folder(self):
-        """Against another run at the same time. A process that died holds no lock."""
+        """Against another run at the same time. A dead process holds no lock."""
         try:
             self.results_folder.mkdir(parents = True, exist_ok = True)
             self.lock.acquire()
@@ -1979,7 +1981,8 @@ class BaseTrainer:
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
-        folder, resumes = self.results_folder, exists(self.settings.resume_from_checkpoint)
+        folder, given = self.results_folder, default(self.settings.resume_from_checkpoint, '')
+        resumes = given == 'latest' or Path(given).resolve().is_relative_to(self.checkpoints.resolve())
         self.hold_folder()
         self.lock.release()  # until it trains
         names = ['checkpoints/unfinished-*'] if resumes else OURS
@@ -1998,9 +2001,6 @@ class BaseTrainer:
 
     def is_due(self, every, step):
         return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
-
-    def before_training(self, batches):
-        """Once, before the first step of a run that is not resumed."""
 
     # a step
     def batches(self):
@@ -2067,10 +2067,10 @@ class BaseTrainer:
         return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Weights stay broken: not every step has to ask, but before they are saved."""
+        """Not at every step, as weights stay broken, but before they are saved."""
         norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
-        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # all processes say the same
+        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # in all
             return
         values, _ = self.metrics(details)
         broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
@@ -2083,7 +2083,7 @@ class BaseTrainer:
     def train(self):
         """Train up to num_train_steps. Seeds the process's random numbers.
 
-        Raises FloatingPointError for non-finite losses or gradients, and names the last checkpoint.
+        Raises FloatingPointError for non-finite losses and gradients, ValueError for such samples.
         It can be called again after an error, unless that came within a step.
         """
         check(not self.in_step, f'step {self.step + 1} failed halfway: make the trainer again, and resume')
@@ -2094,7 +2094,7 @@ class BaseTrainer:
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
                 self.save_pictures(is_trial = True)
-            if self.step == 0:
+            if self.step == 0 and self.queues:
                 self.before_training(batches)
             signals = self.run(batches)
         except torch.OutOfMemoryError as error:
@@ -2114,7 +2114,7 @@ class BaseTrainer:
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
-        ask_every = 1 if self.world == 1 else 10  # processes tell each other of signals
+        ask_every = 1 if self.world == 1 else 10  # they tell each other
         self.clock = time.perf_counter(), self.step
 
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
@@ -2164,6 +2164,8 @@ class BaseTrainer:
     def save_pictures(self, is_trial = False):
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
         to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
+        fits = exists(self.to_image) or not is_image or self.dataset.sample(0)[0].abs().max() < 100
+        check(fits, 'pictures are not in [-1, 1]: scale them, or pass to_image')
 
         @torch.no_grad()
         def draw():
@@ -2212,7 +2214,7 @@ class BaseTrainer:
         return {name: sha256(folder / name) for name in states}
 
     def complete(self, unfinished, written, kind):
-        """Its manifest, and when all files are on the disk its name. The oldest go."""
+        """Its manifest, and when all is on the disk its name. The oldest go."""
         folder = self.checkpoints / f'{kind}-{self.step:08d}'
         manifest = dict(
             step = self.step, samples_read = self.samples_read, best = self.best,
@@ -2298,7 +2300,9 @@ class BaseTrainer:
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
-        self.best = manifest['best'] if before['keep_best'] == now['keep_best'] else None
+        best = default(manifest['best'], dict(step = 0))
+        is_there = (self.checkpoints / f'best-{best["step"]:08d}').is_dir()
+        self.best = best if is_there and before['keep_best'] == now['keep_best'] else None
         if exists(self.best):
             self.ema = self.emas.get(self.best['ema_decay'], self.ema)
 
@@ -2371,7 +2375,6 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
     evaluate: sample -> {name: number}, every evaluate_every steps, in all processes.
     settings: see GeneratorSettings and LoopSettings.
-
     Processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
@@ -2402,7 +2405,7 @@ class Trainer(BaseTrainer):
             size = settings.class_queue_size
             self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = size, **options)
 
-        # without a condition, or at alpha = 1, there is nothing to guide away from
+        # without a condition, or at alpha = 1, nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
@@ -2423,8 +2426,6 @@ class Trainer(BaseTrainer):
 
     def before_training(self, batches):
         """Read until every class has enough positives, one epoch at most."""
-        if not self.queues:
-            return
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
@@ -2580,7 +2581,7 @@ class Trainer(BaseTrainer):
         for decay, ema in self.emas.items():
             given, *_ = together(partial(self.evaluate, partial(sample_from, ema.ema_model, self.noise_shape)))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
-            numbers = {key: float(value) for key, value in given.items()}
+            numbers = {key: float(as_tensor(f'evaluate: {key}', value)) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
@@ -2599,7 +2600,7 @@ class Trainer(BaseTrainer):
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         *_, spread = details
-        if self.step >= first_step and exists(spread) and spread < 0.1:  # told once
+        if self.step >= first_step and exists(spread) and spread < 0.1:
             found = 'the samples of a class spread less than a tenth of real ones, they collapse'
             hint = 'with few dimensions use affinity_floor = 0., see "Your data" in the README'
             warnings.warn(f'{found}: {hint}', stacklevel = 2)
@@ -2620,7 +2621,7 @@ class Trainer(BaseTrainer):
 
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
-    """What MAETrainer is told, besides. Smaller batches want a smaller learning rate."""
+    """What MAETrainer is told besides. Smaller batches want a smaller learning rate."""
 
     batch_size: int = 8192  # of all processes together
     learning_rate: float = 4e-3
@@ -2649,7 +2650,6 @@ class MAETrainer(BaseTrainer):
         check(steps == 0 or exists(self.num_classes), 'finetune_steps needs a classifier: set num_classes')
         check(num % self.world == 0, f'batch_size {num} cannot be shared by {self.world} processes')
         self.samples_per_process = num // self.world
-
         if self.is_sharded:
             register_fsdp_forward_method(self.ema.ema_model, 'reconstruct')
         self.resume()
@@ -2708,13 +2708,13 @@ def from_pretrained(cls, name, *, revision = None):
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
 
     if folder.is_dir():
+        check(not (folder / SHARED_FILES[0]).is_file(), f'{name} is of a run: resume it, then save_pretrained')
         config, weights = (folder / file for file in files)
     else:
         known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
         config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)
-
     if is_release:
         from drifting_pytorch import release
         state_dict = release.read_msgpack(weights)
@@ -2725,7 +2725,7 @@ def from_pretrained(cls, name, *, revision = None):
         else:
             state_dict = load_file(weights)
 
-        # blocks and tokens cost time and memory even without their weights
+        # these cost time and memory even without weights
         blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
         tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2
         tokens += arguments.get('num_register_tokens', 0)
@@ -2746,5 +2746,5 @@ def from_pretrained(cls, name, *, revision = None):
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:  # last, so that the models could come first
+for model_class in PUBLISHED:  # last, as models came first
     model_class.from_pretrained = classmethod(from_pretrained)

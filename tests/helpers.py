@@ -237,7 +237,7 @@ def trainer(folder, model = None, data = None, loss_fn = None, **kwargs):
         learning_rate = 1e-2, lr_warmup_steps = 4,
         log_every = 5, sample_every = 0, save_every = 0, results_folder = folder, cpu = True, progress_bar = False
     )
-    model = model or Net()
+    model = Net() if model is None else model
     loss_fn = loss_fn or FeatureDriftLoss(affinity_floor = 0.)
     return Trainer(model, loss_fn, data or dataset(), **{**settings, **kwargs})
 

@@ -127,6 +127,18 @@ def test_checkpoints(tmp_path):
     assert logged_steps(tmp_path) == [5]
     assert checkpoint_names(tmp_path) == ['step-00000005']
 
+def test_a_checkpoint_of_one_run_does_not_go_on_in_another(tmp_path):
+    """In a folder of its own it does."""
+    for name in 'ab':
+        trainer(tmp_path / name, num_train_steps = 4, save_every = 2).train()
+
+    checkpoint = tmp_path / 'b' / 'checkpoints' / 'step-00000002'
+    with pytest.raises(ValueError, match = 'holds an earlier run'):
+        trainer(tmp_path / 'a', resume_from_checkpoint = checkpoint)
+
+    assert checkpoint_names(tmp_path / 'a') == ['step-00000002', 'step-00000004']
+    assert trainer(tmp_path / 'c', resume_from_checkpoint = checkpoint).step == 2
+
 def frozen_net():
     model = Net()
     model.embed.requires_grad_(False)
@@ -213,6 +225,9 @@ def test_checkpoints_of_a_generator_name_it(tmp_path):
     checkpoint = tmp_path / 'checkpoints' / 'step-00000002'
     config = json.loads((checkpoint / 'config.json').read_text())
     DriftingGenerator(**config).load_state_dict(load_file(checkpoint / 'ema.safetensors'))
+
+    with pytest.raises(ValueError, match = 'is of a run: resume it, then save_pretrained'):
+        DriftingGenerator.from_pretrained(checkpoint)               # its model.safetensors are not the average
 
     with pytest.raises(ValueError, match = 'save_pretrained is for the models of this package'):
         trainer(tmp_path / 'other').save_pretrained(tmp_path / 'other')

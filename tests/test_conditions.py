@@ -66,7 +66,9 @@ def test_a_step_is_the_loss_on_its_rows(tmp_path, num_pos, guided):
     assert t.sample_shape == (2,)
     assert list(t.queues) == (['unconditional'] if guided else [])
     batches = t.batches()
-    t.before_training(batches)
+
+    if guided:
+        t.before_training(batches)
 
     newest = t.push(batches)
     condition, alpha, pos, uncond = t.draw(newest, 0)
@@ -355,6 +357,14 @@ def test_a_row_that_differs_is_named(tmp_path, condition, says):
 def test_settings_that_do_not_fit_rows(tmp_path, kwargs, says):
     with raises_one_line(says):
         rows_trainer(tmp_path, **kwargs).train()
+
+@pytest.mark.parametrize('of_row', [float, np.float32, lambda i: [float(i)], lambda i: np.array([i, i], dtype = float)])
+def test_numbers_are_conditions_too(tmp_path, of_row):
+    data = [(point, of_row(i / 120)) for i, point in enumerate(POINTS)]
+    t = rows_trainer(tmp_path, data = data)
+    _, condition = t.dataset[[(0, 0), (1, 60)]]
+    assert t.has_conditions and condition.dtype == torch.float32
+    assert condition.flatten()[-1] == 0.5
 
 def test_integers_are_still_labels(tmp_path):
     """Of a model without classes they are ignored, whatever the data have."""

@@ -99,6 +99,18 @@ def test_the_best_checkpoint_stays(tmp_path, keep_best, numbers, best):
     from_best = trainer(tmp_path, resume_from_checkpoint = tmp_path / 'checkpoints' / f'best-{best:08d}', **settings)
     assert from_best.step == best
 
+def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
+    """A run that goes on from before it begins to look for another."""
+    settings = dict(keep_best = 'fid', save_every = 5)
+    evaluated(tmp_path, Scripted(5., 1., 0.5, 9.), **settings).train()
+    assert 'best-00000015' in checkpoint_names(tmp_path)
+
+    at = tmp_path / 'checkpoints' / 'step-00000010'
+    t = evaluated(tmp_path, Scripted(8., 9.), resume_from_checkpoint = at, **settings)
+    assert t.best is None
+    t.train()
+    assert t.best['step'] == 15 and 'best-00000015' in checkpoint_names(tmp_path)
+
 # several averages
 
 def test_each_average_is_that_of_a_run_of_its_own(tmp_path):
@@ -133,10 +145,12 @@ def pictures():
 
 @pytest.mark.parametrize('kwargs, says', [
     (dict(evaluate = None), 'evaluate_every needs evaluate, a function'),
-    (dict(keep_best = 'fid', evaluate_every = 0), 'keep_best needs evaluate_every'),
+    (dict(evaluate = 'fid'), 'evaluate_every needs evaluate, a function'),
+    (dict(keep_best = 'fid', evaluate = None, evaluate_every = 0), 'keep_best needs evaluate_every'),
     (dict(keep_best = 7), 'keep_best must be str | None, got 7'),
-    (dict(ema_decay = (0.9, 1.1)), 'ema_decay[1] must be a number in 0 .. 1, got 1.1'),
+    (dict(ema_decay = (0.9, 1.1)), 'ema_decay must be a number in 0 .. 1, got 1.1'),
     (dict(ema_decay = '0.9'), 'ema_decay must be'),
+    (dict(ema_decay = ()), 'ema_decay cannot be 0 numbers, got ()'),
 ])
 def test_settings_that_do_not_fit(tmp_path, kwargs, says):
     with raises_one_line(says):
@@ -144,7 +158,8 @@ def test_settings_that_do_not_fit(tmp_path, kwargs, says):
 
 @pytest.mark.parametrize('evaluate, keep_best, says', [
     (lambda sample: 1., None, 'evaluate must return {name: number}, it returned 1.0'),
-    (lambda sample: dict(fid = 'low'), None, "could not convert string to float: 'low'"),
+    (lambda sample: dict(fid = 'low'), None, "evaluate: fid must be numbers or a tensor of them, got 'low'"),
+    (lambda sample: dict(fid = None), None, 'evaluate: fid must be numbers or a tensor of them, got None'),
     (lambda sample: dict(fid = 1.), 'kid', "keep_best is 'kid', evaluate returned ['fid']"),
 ])
 def test_what_evaluate_returns(tmp_path, evaluate, keep_best, says):

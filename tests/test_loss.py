@@ -695,11 +695,18 @@ def test_many_numbers_are_added_without_losing_digits(b, g, p, d, field):
 
 GLOBAL = torch.nn.Linear(4, 5)
 
+def calling(helper):
+    return lambda x: dict(a = helper(x))
+
 @pytest.mark.parametrize('around', [
     lambda module: lambda x: dict(a = module(x)[:, None]),
     lambda module: functools.partial(lambda net, x: dict(a = net(x)[:, None]), module),
     lambda module: functools.partial(Wrapper(module).forward),
     lambda module: Wrapper(module).forward,
+    lambda module: functools.partial(lambda x, net: dict(a = net(x)[:, None]), net = module),
+    lambda module: calling(lambda x: module(x)[:, None]),
+    lambda module: torch.autocast('cpu', enabled = False)(lambda x: dict(a = module(x)[:, None])),
+    lambda module: (lambda nets: lambda x: dict(a = nets['first'](x)[:, None]))(dict(first = module)),
 ])
 def test_modules_inside_of_functions_are_frozen(around):
     module = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout())
@@ -712,6 +719,16 @@ def test_modules_inside_of_functions_are_frozen(around):
 def test_global_modules_inside_of_functions_are_frozen():
     FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
     assert not GLOBAL.training and not GLOBAL.weight.requires_grad
+
+@pytest.mark.parametrize('chunk', [None, 1])
+def test_encoders_without_a_gradient_are_refused(chunk):
+    encoder = torch.no_grad()(lambda x: dict(a = 2 * x[:, None], b = x[:, None].square()))
+    loss_fn = FeatureDriftLoss(encoder, group_chunk_size = chunk)
+
+    with raises_one_line("encoder or decoder gives no gradient to ['a', 'b']"):
+        loss_fn(X.clone().requires_grad_(), X + 1)
+
+    FeatureDriftLoss(encoder)(X, X + 1)         # the loss alone
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_negatives_of_half_precision(dtype):

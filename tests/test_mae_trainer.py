@@ -61,6 +61,8 @@ def test_defaults_are_the_release_s():
 def test_another_number_of_steps_moves_the_fine_tuning(tmp_path):
     settings = dict(finetune_steps = 2, save_every = 4)
     mae_trainer(tmp_path, num_train_steps = 4, **settings).train()
+    with pytest.raises(ValueError, match = r'cls_weight must be a number in 0 .. 1, got 2.0'):
+        mae_trainer(tmp_path / 'other', cls_weight = 2.)
     with pytest.warns(UserWarning, match = 'other settings than it had: finetune_start 2 -> 6'):
         mae_trainer(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest', **settings)
 

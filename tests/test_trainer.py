@@ -322,11 +322,20 @@ def test_presets_are_the_columns_of_table_8(tmp_path):
         Trainer.from_preset('XL', Net(), None, dataset())
 
 def test_queue_of_half_precision_elsewhere(tmp_path):
-    t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2)
+    t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2, save_every = 2)
     t.train()
     _, _, pos, _ = t.draw(torch.tensor([0, 1, 2]), 0)
     assert t.queues['positives'].samples.dtype == torch.float16
     assert pos.dtype == torch.float32
+
+    with pytest.warns(UserWarning, match = r'queue_dtype torch.float16 -> torch.float32'):
+        resumed = trainer(tmp_path, queue_dtype = torch.float32, resume_from_checkpoint = 'latest')
+    assert resumed.queues['positives'].samples.dtype == torch.float32
+
+def test_pictures_of_another_range_are_refused(tmp_path):
+    bytes_of_pictures = torch.arange(256.).view(1, 1, 16, 16).repeat(40, 1, 1, 1)
+    with raises_one_line('pictures are not in [-1, 1]: scale them, or pass to_image'):
+        trainer(tmp_path, data = TensorDataset(bytes_of_pictures, Y[:40]), sample_every = 5).train()
 
 @pytest.mark.parametrize('has_gpu', [False, True])
 def test_what_is_passed_in_is_not_changed(tmp_path, monkeypatch, has_gpu):
@@ -444,6 +453,11 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(num_uncond = 50), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 50'),
     (dict(data = TensorDataset(X)), 'sample 0 of the dataset must be (sample, label), got tuple'),
     (dict(data = [*X]), 'sample 0 of the dataset must be (sample, label), got Tensor'),
+    (dict(betas = (0.9,)), 'betas cannot be 1 numbers, got (0.9,)'),
+    (dict(betas = ('a', 1.)), "betas must be a number in 0 .. 1, got 'a'"),
+    (dict(alpha_range = (1., 2., 3.)), 'alpha_range cannot be 3 numbers, got (1.0, 2.0, 3.0)'),
+    (dict(alpha_range = (1., None)), 'alpha_range must be a number in 0 .. 1e+20, got None'),
+    (dict(model = torch.compile(Net(), backend = 'eager')), 'pass compile = True, and the model as it was'),
     (dict(num_uncond = 0), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be a number in 0 .. 1, got 2.0'),
     (dict(num_groups = 0), 'num_groups must be a number in 1 .. 1e+20, got 0'),
