@@ -1,6 +1,6 @@
 """Class-conditional MNIST with the recipe of the paper in small: pretrain an autoencoder, train on its features, guide.
 
-python examples/train_mnist.py                       # a few minutes on a cpu: --encoder mae+cls
+python examples/train_mnist.py                       # minutes on a cpu: --encoder mae+cls
 python examples/train_mnist.py --encoder mae         # the encoder only reconstructs, it never sees a label
 python examples/train_mnist.py --encoder none        # no encoder, raw pixels
 python examples/train_mnist.py --preset transformer  # a small DriftingGenerator instead of a ConvGenerator
@@ -50,7 +50,7 @@ PRESETS = dict(
     cpu = dict(MNIST_ON_CPU, raw_steps = 1_200, network = ConvGenerator, generator = {}, trainer = SMALL_DATA),
     transformer = dict(
         MNIST_ON_CPU, raw_steps = 1_200, network = DriftingGenerator, trainer = SMALL_DATA,
-        generator = dict(MNIST_ON_CPU['generator'], patch_size = 4, output_conv_dim = 16)
+        generator = dict(MNIST_ON_CPU['generator'], output_conv_dim = 16)
     ),
     gpu = dict(
         steps = 20_000, raw_steps = 2_000, mae_steps = 10_000, network = DriftingGenerator,

@@ -463,12 +463,12 @@ def make_judge():
 class PhotographJudge(Judge):
     """Of images [n 3 32 32], crops of two photographs.
 
-    It has learned from which ninth of which photograph they are, how they are turned, and how blurred. Samples are
-    compared with other crops of the two thirds that are trained on, and the distance is a multiple of that of the
-    training crops to these. apart: images and labels of the third that nobody is trained on.
+    It has learned from which ninth of which photograph they are, how they are turned, and how blurred or noisy, so
+    that it sees both. Samples are compared with other crops of the two thirds that are trained on, and the distance is
+    a multiple of that of the training crops to these. apart: images and labels of the third that nobody is trained on.
     """
 
-    def __init__(self, num = 4_000, num_steps = 2_000):
+    def __init__(self, num = 4_000, num_steps = 3_000):
         rng = np.random.default_rng(0)
         train, others, apart = [], [], []
 
@@ -488,16 +488,18 @@ class PhotographJudge(Judge):
 
     def train_classifier(self, images, labels):
         torch.manual_seed(0)
-        blurred = [F.interpolate(F.avg_pool2d(images, k), scale_factor = k, mode = 'bilinear') for k in (1, 2, 4)]
-        labels = cat([self.places + 18 * i for i in range(3)])
-        net = encoders.Classifier(image_size = 32, channels = 3, num_classes = 54)
-        net.train_on(Crops(cat(blurred), labels), self.num_steps, 'judge', progress_bar = False)
+        blurred = [F.interpolate(F.avg_pool2d(images, k), scale_factor = k, mode = 'bilinear') for k in (2, 4)]
+        noisy = [images + std * torch.randn_like(images) for std in (0.1, 0.3)]
+        kinds = images, *blurred, *noisy
+        labels = cat([self.places + 18 * i for i in range(len(kinds))])
+        net = encoders.Classifier(image_size = 32, channels = 3, num_classes = 18 * len(kinds))
+        net.train_on(Crops(cat(kinds), labels), self.num_steps, 'judge', progress_bar = False)
 
         @torch.no_grad()
         def classify(x):
             features = net(x)
             logits = net.head(features)[:, ::4]                                             # of upright ones
-            logits = rearrange(logits, 'n (blur label place) -> n label (blur place)', label = 2, place = 9)
+            logits = rearrange(logits, 'n (kind label place) -> n label (kind place)', label = 2, place = 9)
             return features.double().numpy(), logits.logsumexp(dim = -1)
 
         return classify
