@@ -390,6 +390,12 @@ def sincos_2d(size, dim):
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
+def output_convs(channels, dim):
+    """To be added to a picture, nothing at first."""
+    last = nn.Conv2d(dim, channels, 3, padding = 1, bias = False)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(nn.Conv2d(channels, dim, 3, padding = 1), nn.SiLU(), last)
+
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class Generator(Module, PyTorchModelHubMixin):
@@ -450,10 +456,10 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
 
     image_size, channels, patch_size: samples [b channels image_size image_size] in square patches.
     num_classes, dim_condition, condition_channels: sizes of labels, vectors and pictures as a condition; None: without.
-    num_register_tokens: in-context tokens in front of the patches, made from the condition.
+    num_register_tokens: tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    output_conv_dim: width of two convolutions against seams between patches. 0: none (paper).
+    output_conv_dim: width of two convolutions behind it, against seams. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass, in less memory.
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
@@ -502,19 +508,13 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
             angles = rotary(torch.arange(num_register_tokens + size ** 2)).detach().float()
-
         angles = angles if self.pos_embed.is_meta else angles.to(self.pos_embed.device)
         self.register_buffer('rotary', rearrange(angles, 'n dh -> 1 n dh'), persistent = False)
-
         self.blocks = ModuleList([Block(dim, heads, dim_ff) for _ in range(depth)])
         self.final_norm = RMSNorm(dim)
         self.final_modulation = Modulation(dim, 2)
         self.to_patch = nn.Linear(dim, dim_patch)
-        self.output_convs = None
-        if output_conv_dim > 0:
-            last = nn.Conv2d(output_conv_dim, channels, 3, padding = 1, bias = False)
-            nn.init.zeros_(last.weight)  # the identity at first
-            self.output_convs = nn.Sequential(nn.Conv2d(channels, output_conv_dim, 3, padding = 1), nn.SiLU(), last)
+        self.output_convs = output_convs(channels, output_conv_dim) if output_conv_dim > 0 else None
         self.init_weights()
 
     def init_weights(self):
@@ -530,7 +530,6 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
                 nn.init.xavier_uniform_(linear.weight, gain = 0.5 ** 0.5)
             for half in block.ff.ff[0].proj.weight.detach().chunk(2):
                 nn.init.xavier_uniform_(half)
-
         embeddings = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
             nn.init.normal_(weight, std = 0.02)
@@ -578,7 +577,6 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
             x = x + self.image_embed(self.cut(given['image']))
         registers = rearrange(self.register_proj(cond), 'b d -> b 1 d') + self.register_embed
         x = cat((registers, x), dim = 1)  # b (r n) d
-
         for block in self.blocks:
             x = run_block(block, x, cond, self.rotary, checkpointing = self.checkpointing)
         x = x[:, registers.shape[1]:]  # b n d
@@ -619,7 +617,6 @@ def sample_from(
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
     if exists(labels) and not is_condition(labels):
         labels = checked_labels(labels, num_classes, 'batch')
-
     rows, k = num_samples, default(num_samples_each, 1)
     if exists(labels):
         sizes = {t.shape[:1] for t in (labels if isinstance(labels, dict) else {'': labels}).values()}
@@ -644,7 +641,6 @@ def sample_from(
                 noise.append(torch.randn(noise_shape, generator = generator, dtype = torch.float32))
                 if hasattr(model, 'draw_styles'):
                     styles.append(model.draw_styles(1, generator))
-
             given = [each(operator.itemgetter(index), t) for t in (labels, alpha.expand(rows))]
             inputs = stack(noise), *given, cat(styles) if styles else None
             samples.append(model(*(each(lambda t: t.to(device), t) for t in inputs)))
@@ -661,7 +657,7 @@ def sample(self, labels = None, **kwargs):
 Generator.sample = sample
 
 class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
-    """A one-step generator of convolutions for small pictures, quicker than DriftingGenerator.
+    """A one-step generator of convolutions for small pictures, quicker than a DiT.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
     dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See DriftingGenerator.
@@ -669,10 +665,11 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
     """
     def __init__(
         self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
-        dim = 64, dim_noise = 64
+        dim = 64, dim_noise = 64, output_conv_dim = 0
     ):
         super().__init__(image_size, channels, (dim_noise,), num_classes, dim_condition, condition_channels)
         check_whole(1, dim = dim, dim_noise = dim_noise)
+        check_whole(0, output_conv_dim = output_conv_dim)
         check(dim % 16 == 0, f'dim must be a multiple of 16, got {dim}')
         num_ups = 2 if image_size <= 32 else 3
         fits = image_size % 2 ** num_ups == 0 and 8 <= image_size <= 64
@@ -690,7 +687,8 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
             self.layers.append(nn.Sequential(conv, up, nn.GroupNorm(8, dim_out)))
         to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1), nn.PixelShuffle(2)
         mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # no checkerboard
-        self.to_image = nn.Sequential(*to_pixels, *mean, nn.Tanh())
+        self.to_image = nn.Sequential(*to_pixels, *mean)
+        self.output_convs = output_convs(channels, output_conv_dim) if output_conv_dim > 0 else None
 
         # the condition, and from it what every layer is scaled and shifted by
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
@@ -724,7 +722,8 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
                 x = x + self.image_embeds[i - 1](patches)
             scale, shift = scale_shift.view(len(x), 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
             x = F.silu(x * (1 + scale) + shift)
-        return self.to_image(x)
+        x = self.to_image(x)
+        return (x + self.output_convs(x) if exists(self.output_convs) else x).tanh()
 
 # ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
 

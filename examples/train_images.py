@@ -40,12 +40,12 @@ from encoders import PRETRAINED, Classifier
 SIZES = dict(
     small = dict(
         image_size = 32, tokens = 8,
-        conv = dict(dim = 64),
+        conv = dict(dim = 64, output_conv_dim = 16),
         transformer = dict(dim = 192, depth = 4, heads = 6)
     ),
     base = dict(
         image_size = 64, tokens = 16,
-        conv = dict(dim = 128),
+        conv = dict(dim = 128, output_conv_dim = 16),
         transformer = dict(dim = 384, depth = 12, heads = 6)
     )
 )

@@ -46,6 +46,23 @@ def test_a_constant_map_is_a_picture_without_a_grid():
     assert picture.std(dim = (2, 3)).max() < 1e-5
     assert picture.mean(dim = (2, 3)).std() > 1e-2
 
+def test_output_convolutions_start_as_the_identity(tmp_path):
+    plain, fine = small(), small(output_conv_dim = 6)
+    fine.load_state_dict(plain.state_dict(), strict = False)
+    noise, labels = torch.randn(2, 8), torch.tensor([0, 1])
+    assert torch.equal(fine(noise, labels), plain(noise, labels))
+
+    torch.nn.init.normal_(fine.output_convs[-1].weight)
+    samples = fine(noise, labels)
+    assert not torch.equal(samples, plain(noise, labels)) and samples.abs().max() <= 1
+    samples.square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in fine.parameters())
+
+    fine.save_pretrained(tmp_path)
+    assert torch.equal(ConvGenerator.from_pretrained(tmp_path)(noise, labels), samples)
+    with raises_one_line('output_conv_dim must be a whole number from 0 on'):
+        small(output_conv_dim = -1)
+
 def test_the_same_seed_gives_the_same_samples():
     model = small()
     samples = model.sample([0, 1, 2], seed = 0)
