@@ -558,6 +558,24 @@ def test_images_fill_the_time(tmp_path, monkeypatch, examples):
     rows = (tmp_path / 'results' / 'metrics.jsonl').read_text().splitlines()
     assert json.loads(rows[-1])['step'] == plan['steps']['generator'] >= 10 and min(plan['steps'].values()) >= 10
 
+def test_contrasts_tell_where_detail_is(examples):
+    from encoders import contrasts
+
+    x = torch.zeros(2, 3, 32, 32)
+    x[1, :, ::2, 16:] = 1                                           # stripes in the right half of the second picture
+    features = contrasts(x)
+
+    for part in features.values():
+        flat, striped = part.norm(dim = -1).amax(dim = 1)
+        assert striped > 10 * flat
+
+    quarters = features['contrast0_2x2'][1].norm(dim = -1)          # row by row
+    assert quarters[[1, 3]].min() > 5 * quarters[[0, 2]].max()
+
+    assert {name: tuple(t.shape) for name, t in contrasts(torch.zeros(2, 1, 12, 12)).items()} == {
+        'contrast0_1x1': (2, 1, 9), 'contrast1_1x1': (2, 1, 9)
+    }
+
 def test_images_time_of_evaluations_is_planned(tmp_path, monkeypatch, examples):
     folder = folder_of_images(tmp_path / 'cats')
     options = ('--minutes', 0.2, '--groups', 1, '--encoder', 'none')
