@@ -12,23 +12,16 @@ from tqdm import tqdm
 from drifting_pytorch import BackboneFeatures, ConvNeXtFeatures
 from drifting_pytorch.drifting import map_features, seeded
 
-def contrasts(x):
-    """How much there is of fine and of less fine detail, everywhere in images x, {name: [b f d]}.
+def details(x):
+    """How much there is of fine and of less fine detail in images x, and where, {name: [b f d]}.
 
-    On the whole, in quarters and in sixteenths. Samples are blurred without: to a distance, detail in the wrong place
-    is worse than none.
+    Samples are blurred without: to a distance, detail in the wrong place is worse than none.
     """
     blurred = [F.interpolate(F.avg_pool2d(x, k), x.shape[-2:], mode = 'bilinear') for k in (2, 4)]
     features = {}
 
     for i, (sharper, softer) in enumerate(pairwise([x, *blurred])):
-        energy = F.avg_pool2d((sharper - softer).square(), 4)
-        deviation = (energy + 1e-6).sqrt()
-
-        for n in (1, 2, 4):
-            if deviation.shape[-1] % n == 0:
-                parts = rearrange(deviation, 'b ch (y h) (x w) -> b (y x) (ch h w)', y = n, x = n)
-                features[f'contrast{i}_{n}x{n}'] = parts
+        features |= map_features(f'detail{i}', sharper - softer, ('mean_std', '4x4'))
 
     return features
 
@@ -65,14 +58,14 @@ class Classifier(nn.Module):
         return self.to_vector(self.maps(x)[-1])
 
     def features(self, x):
-        """The last layer, mean and deviation of maps and of their parts, contrasts: textures, {name: [b f d]}."""
+        """The last layer, mean and deviation of maps and of their parts, details: textures, {name: [b f d]}."""
         maps = self.maps(x)
         features = dict(vector = rearrange(self.to_vector(maps[-1]), 'b d -> b 1 d'))
 
         for i, feature_map in enumerate(maps):
-            features |= map_features(f'map{i}', feature_map, ('locations', 'mean_std', '2x2'))
+            features |= map_features(f'map{i}', feature_map, ('mean_std', '2x2'))
 
-        return features | contrasts(x)
+        return features | details(x)
 
     @torch.no_grad()
     def accuracy(self, images, labels):

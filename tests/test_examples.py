@@ -558,23 +558,21 @@ def test_images_fill_the_time(tmp_path, monkeypatch, examples):
     rows = (tmp_path / 'results' / 'metrics.jsonl').read_text().splitlines()
     assert json.loads(rows[-1])['step'] == plan['steps']['generator'] >= 10 and min(plan['steps'].values()) >= 10
 
-def test_contrasts_tell_where_detail_is(examples):
-    from encoders import contrasts
+def test_details_tell_where_they_are(examples):
+    from encoders import details
 
     x = torch.zeros(2, 3, 32, 32)
     x[1, :, ::2, 16:] = 1                                           # stripes in the right half of the second picture
-    features = contrasts(x)
+    features = details(x)
+    sets = ('_mean', '_std', '_mean_4', '_std_4')
+    assert list(features) == [f'detail{i}{name}' for i in range(2) for name in sets]
 
-    for part in features.values():
-        flat, striped = part.norm(dim = -1).amax(dim = 1)
+    for i in range(2):
+        flat, striped = features[f'detail{i}_std'].norm(dim = -1).squeeze(1)
         assert striped > 10 * flat
 
-    quarters = features['contrast0_2x2'][1].norm(dim = -1)          # row by row
-    assert quarters[[1, 3]].min() > 5 * quarters[[0, 2]].max()
-
-    assert {name: tuple(t.shape) for name, t in contrasts(torch.zeros(2, 1, 12, 12)).items()} == {
-        'contrast0_1x1': (2, 1, 9), 'contrast1_1x1': (2, 1, 9)
-    }
+    columns = features['detail0_std_4'][1].norm(dim = -1).view(8, 8)
+    assert columns[:, 4:].min() > 10 * columns[:, :3].max()
 
 def test_images_time_of_evaluations_is_planned(tmp_path, monkeypatch, examples):
     folder = folder_of_images(tmp_path / 'cats')
