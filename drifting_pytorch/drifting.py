@@ -7,6 +7,7 @@ Where paper and release differ, the release is the default, tagged `# release`. 
 """
 
 import dataclasses
+import dis
 import hashlib
 import inspect
 import json
@@ -92,7 +93,7 @@ def check_whole(low, **values):
 
 def check_number(low, high, **values):
     for name, value in values.items():
-        fits = isinstance(value, (int, float)) and low <= value <= high
+        fits = isinstance(value, (int, float, np.number)) and low <= value <= high
         check(fits, f'{name} must be a number in {low} .. {high}, got {value!r}')
 
 def check_shape(name, t, expected, hint = ''):
@@ -186,7 +187,7 @@ class DriftField(Module):
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Unless a = b it is not anti-symmetric.
     """
     # fields of later work (section 7) differ in these
-    scale_power = 1  # S is this root of the mean of distance ** scale_power
+    scale_power = 1  # S is the root of this order of the mean of distance ** scale_power
     needs_neg = False  # whether negatives are a second generated batch
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
@@ -198,7 +199,7 @@ class DriftField(Module):
 
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
-        self.zero_sum = attraction == repulsion  # of coefficients
+        self.zero_sum = attraction == repulsion  # then W sums to 0
 
     def logits(self, dist, temperature):
         """log k(x, y)."""
@@ -385,7 +386,7 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
-    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)
+    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
     rows = repeat(sin_first, 'h d -> (h w) d', w = size)
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
@@ -459,7 +460,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     num_register_tokens: tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
-    output_conv_dim: width of two convolutions behind it, against seams. 0: none (paper).
+    output_conv_dim: width of two convolutions on the picture, against seams. 0: none (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass, in less memory.
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
@@ -534,7 +535,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         for weight in (*embeddings, self.register_embed, self.alpha_embed[0].weight, self.alpha_embed[2].weight):
             nn.init.normal_(weight, std = 0.02)
 
-        # the output starts as 0, as every block does as the identity
+        # the output starts as 0, every block as the identity
         for linear in (self.final_modulation.linear, self.to_patch):
             nn.init.zeros_(linear.weight)
 
@@ -957,7 +958,7 @@ class DriftProblems:
 
 @torch.no_grad()
 def two_rounds(bundles):
-    """Sums of S and of lambda over processes and all bundles(), {feature: DriftProblems}."""
+    """Sums of S and of lambda over processes and bundles(), {feature: DriftProblems}."""
     rounds = []
     for sums_of in (DriftProblems.sum_distances, DriftProblems.sum_drift):
         totals = {}
@@ -1016,10 +1017,10 @@ class FeatureDriftLoss(Module):
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
             if inspect.isfunction(part):
-                found = inspect.getclosurevars(part)
-                inner += [*found.nonlocals.values(), *found.globals.values()]
-            inner += part.values() if isinstance(part, dict) else ()
-            held += [value for value in inner if all(value is not other for other in held)]
+                steps = dis.get_instructions(part)
+                inner += [part.__globals__.get(step.argval) for step in steps if step.opname == 'LOAD_GLOBAL']
+                inner += [cell.cell_contents for cell in part.__closure__ or ()]
+            held += [value for value in inner if callable(value) and all(value is not other for other in held)]
 
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
@@ -1059,7 +1060,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """{feature: DriftProblems}, small features together: fewer sums over processes."""
+        """{feature: DriftProblems}, small features together: fewer sums."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
@@ -1067,9 +1068,8 @@ class FeatureDriftLoss(Module):
             other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
         alone = sorted(gen_features.keys() ^ other_features.keys())
         check(not alone, f'features of generated or of real samples alone: {alone}')
-        wanted = gen.requires_grad and torch.is_grad_enabled()
-        without = [name for name, t in gen_features.items() if wanted and not t.requires_grad]
-        check(not without, f'encoder or decoder gives no gradient to {without}')
+        without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
+        check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
         sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
@@ -1121,11 +1121,11 @@ class FeatureDriftLoss(Module):
         sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for chunk in chunks))
         losses, grad, total = {}, torch.empty_like(gen), 0
         for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
-            x, share = chunk['gen'].detach().requires_grad_(), len(part) / len(gen)
-            with torch.enable_grad():
-                loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, sums)
-
-            part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
+            x, share = chunk['gen'].detach(), len(part) / len(gen)
+            x.requires_grad_(gen.requires_grad and torch.is_grad_enabled())
+            loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, sums)
+            if x.requires_grad:
+                part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
             total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
@@ -1334,7 +1334,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         self.to_pixels = nn.Conv2d(dim, channels * patch_size ** 2, 1)
         self.to_logits = nn.Linear(dims[4], num_classes) if exists(num_classes) else None
 
-        # flax's lecun_normal: variance 1 / fan_in, cut at two deviations
+        # flax's lecun_normal: variance 1 / fan_in, cut at two deviations and widened
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 std = p[0].numel() ** -0.5 / 0.87962566103423978
@@ -1381,7 +1381,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return features
 
     def draw_mask(self, x, generator = None):
-        """A random mask [b h w] over the mask patches of x [b ch h w]: 1 is dropped."""
+        """A random mask [b h w] over mask patches of x [b ch h w]: 1 is dropped."""
         device = generator.device if exists(generator) else x.device
         keys = torch.rand(self.mask_shape(x), generator = generator, device = device)
         return (keys < self.mask_ratio).to(x)
@@ -1543,7 +1543,7 @@ class ImageFolder(Dataset):
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     Read upright (Exif), over white where transparent, the first one of an animation.
-    Raises ValueError for folders without images or with both, and unreadable images.
+    Raises ValueError for folders without images or with both, unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1599,7 +1599,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     return torch.where(skip < no_cfg_frac, 1., alpha.clamp(low, high))
 
 class SampleQueue:
-    """The newest real samples of every class (A.8): positives, or of one class, unconditional ones.
+    """The newest real samples of every class (A.8): positives, or unconditional ones.
 
     size: samples per class, the oldest leave. They are kept on device, as dtype (None: as they come).
     """
@@ -1638,7 +1638,7 @@ class SampleQueue:
         self.pushed = pushed
 
     def draw(self, labels, num, generator = None):
-        """Samples [c num ...] of the classes labels [c], without replacement within a row."""
+        """Samples [c num ...] of classes labels [c], without replacement in a row."""
         check_whole(1, num = num)
         labels = checked_labels(labels, self.num_classes, 'batch').cpu()
         filled = self.filled[labels]
@@ -1693,7 +1693,7 @@ class SeededDataset(Dataset):
         fits = len(parts) == 2 or len(parts) == 1 and not self.with_labels
         check(fits, f'{name} must be (sample, label), got {type(item).__name__}')
         sample, label, *_ = *parts, 0
-        label = as_tensor(name, label) if isinstance(label, (np.ndarray, np.generic, float, list)) else label
+        label = torch.as_tensor(label) if isinstance(label, (np.ndarray, np.floating, float)) else label
         check_floating(name, sample)
         self.sample_shape = default(self.sample_shape, tuple(sample.shape))
         check_shape(name, sample, self.sample_shape, ' like the first one')
@@ -1750,7 +1750,7 @@ def damage(folder, rank = 0):
     """What is wrong with a checkpoint, or None. A process looks at its queue."""
     try:
         path = folder / 'manifest.json'
-        fits = path.is_file() and path.stat().st_size < 2 ** 24  # no pipe
+        fits = path.is_file() and path.stat().st_size < 2 ** 24  # a pipe never ends
         check(fits, 'it has no manifest')
         manifest = json.loads(path.read_text())
         for name, kind in dict(step = int, samples_read = int, num_processes = int, config = dict).items():
@@ -1844,7 +1844,7 @@ def described(part):
     return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
 def free(value):
-    """The default of a setting that a resumed run may change without a warning."""
+    """A default that a resumed run may change without a warning."""
     return dataclasses.field(default = value, metadata = dict(free = True))
 
 AT_LEAST_1 = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
@@ -1908,7 +1908,7 @@ class BaseTrainer:
     returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
     [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats what it would have been, or warns.
-    Several processes refuse models with trained statistics (BatchNorm).
+    Several processes refuse trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
@@ -1980,14 +1980,15 @@ class BaseTrainer:
 
     def claim_folder(self):
         """A new run does not mix with an earlier one."""
-        folder, given = self.results_folder, default(self.settings.resume_from_checkpoint, '')
-        resumes = given == 'latest' or Path(given).resolve().is_relative_to(self.checkpoints.resolve())
+        folder, given = self.results_folder, self.settings.resume_from_checkpoint
         self.hold_folder()
         self.lock.release()  # until it trains
-        names = ['checkpoints/unfinished-*'] if resumes else OURS
+        names = ['checkpoints/unfinished-*'] if exists(given) else OURS
         earlier = [path for name in names for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
-        check(resumes or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
+        check(exists(given) or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
+        is_own = given in (None, 'latest') or Path(given).parent.resolve() == self.checkpoints.resolve()
+        check(is_own or not any(self.checkpoints.glob(STEP)), f'{folder} has another run than {given}')
         for path in earlier:
             remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
             remove(path)
@@ -2003,7 +2004,7 @@ class BaseTrainer:
 
     # a step
     def batches(self):
-        """Endless (samples, labels), from where the run stands; processes take turns."""
+        """Endless (samples, labels), from where the run stands, in turns."""
         indices = endless_shuffle(len(self.dataset), seed = self.settings.seed, start = self.samples_read)
         places = enumerate(indices, self.samples_read)
         batches = BatchSampler(places, self.samples_per_process, drop_last = False)
@@ -2066,10 +2067,10 @@ class BaseTrainer:
         return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Not at every step, as weights stay broken, but before they are saved."""
+        """Before weights are saved; they stay broken."""
         norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
-        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:  # in all
+        if self.accelerator.reduce(is_finite.float(), 'mean') == 1:
             return
         values, _ = self.metrics(details)
         broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
@@ -2113,7 +2114,7 @@ class BaseTrainer:
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
-        ask_every = 1 if self.world == 1 else 10  # they tell each other
+        ask_every = 1 if self.world == 1 else 10  # to share signals
         self.clock = time.perf_counter(), self.step
 
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
@@ -2163,11 +2164,11 @@ class BaseTrainer:
     def save_pictures(self, is_trial = False):
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
         to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
-        fits = exists(self.to_image) or not is_image or self.dataset.sample(0)[0].abs().max() < 100
-        check(fits, 'pictures are not in [-1, 1]: scale them, or pass to_image')
 
         @torch.no_grad()
         def draw():
+            largest = 0 if exists(self.to_image) else self.dataset.sample(0)[0].max()
+            check(not largest > 100, 'pictures are not in [-1, 1]: scale them, or pass to_image')
             samples, rows = self.pictures()
             images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
             check_shape('what to_image returns', images, shape)
@@ -2312,7 +2313,7 @@ class BaseTrainer:
             queue.load_state_dict(states[name])
 
     def save_pretrained(self, folder):
-        """Write the averaged model, for its from_pretrained. Call it in every process."""
+        """Write the averaged model, for from_pretrained. Call it in every process."""
         is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
         check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
@@ -2515,7 +2516,7 @@ class Trainer(BaseTrainer):
         return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
 
     def backward(self, batches, micro_step, sync):
-        """In chunks: samples without a graph, the gradient on them, and by chunks to the weights."""
+        """In chunks: samples without a graph, their gradient, and by chunks to the weights."""
         settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
         chunks = chunked(self.inputs(labels, alpha, micro_step), size)
@@ -2580,7 +2581,7 @@ class Trainer(BaseTrainer):
         for decay, ema in self.emas.items():
             given, *_ = together(partial(self.evaluate, partial(sample_from, ema.ema_model, self.noise_shape)))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
-            numbers = {key: float(as_tensor(f'evaluate: {key}', value)) for key, value in given.items()}
+            numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
@@ -2745,5 +2746,5 @@ def from_pretrained(cls, name, *, revision = None):
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:  # last, as models came first
+for model_class in PUBLISHED:  # last, so that the models could come first
     model_class.from_pretrained = classmethod(from_pretrained)

@@ -211,7 +211,7 @@ def pretrain_encoder(kind, dataset, folder, sizes, *, num_steps, seed, preset = 
         save_every = num_steps,
         keep_checkpoints = 1,
         seed = seed,
-        cpu = preset == 'cpu',
+        cpu = preset != 'gpu',
         results_folder = own_folder,
         resume_from_checkpoint = 'latest',          # one that is complete is not trained again
         **settings

@@ -22,6 +22,7 @@ def details(x):
 
     for i, (sharper, softer) in enumerate(pairwise([x, *blurred])):
         features |= map_features(f'detail{i}', sharper - softer, ('mean_std', '4x4'))
+        del features[f'detail{i}_mean']                                 # it is zero
 
     return features
 

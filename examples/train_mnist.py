@@ -257,7 +257,7 @@ def main():
         sample_every = args.sample_every,
         save_every = args.save_every,
         seed = args.seed,
-        cpu = args.preset == 'cpu',
+        cpu = args.preset != 'gpu',
         results_folder = folder,
         overwrite = True,                           # this folder is the example's own, the encoders in it stay
         **{'ema_decay': max(0, 1 - 10 / args.steps), **preset['trainer']}       # over a tenth of the steps

@@ -99,7 +99,7 @@ def test_checkpoints(tmp_path):
 
     Net().load_state_dict(load_file(checkpoints / 'step-00000010' / 'ema.safetensors'))
 
-    with pytest.raises(ValueError, match = 'checkpoints cannot be used: it is damaged'):
+    with pytest.raises(ValueError, match = 'has another run than .*checkpoints'):
         trainer(tmp_path, resume_from_checkpoint = checkpoints)
     with pytest.raises(ValueError, match = 'the saved queue has'):
         trainer(tmp_path, class_queue_size = 17, resume_from_checkpoint = 'latest')
@@ -133,8 +133,9 @@ def test_a_checkpoint_of_one_run_does_not_go_on_in_another(tmp_path):
         trainer(tmp_path / name, num_train_steps = 4, save_every = 2).train()
 
     checkpoint = tmp_path / 'b' / 'checkpoints' / 'step-00000002'
-    with pytest.raises(ValueError, match = 'holds an earlier run'):
-        trainer(tmp_path / 'a', resume_from_checkpoint = checkpoint)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match = 'has another run than .*step-00000002'):
+            trainer(tmp_path / 'a', resume_from_checkpoint = checkpoint, overwrite = overwrite)
 
     assert checkpoint_names(tmp_path / 'a') == ['step-00000002', 'step-00000004']
     assert trainer(tmp_path / 'c', resume_from_checkpoint = checkpoint).step == 2

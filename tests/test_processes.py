@@ -280,7 +280,7 @@ def test_stragglers_and_lost_processes(tmp_path):
     assert lost == -signal.SIGKILL
     for said, seconds in others:
         assert said.startswith('RuntimeError') and 'onnection' in said
-        assert seconds < 10
+        assert seconds < 30
 
     resumed, _ = zip(*launch(resume, WORLD, tmp_path / 'c'), strict = True)
     assert same_to_rounding(resumed, straight)
@@ -288,7 +288,7 @@ def test_stragglers_and_lost_processes(tmp_path):
 
 def train_with_hang(folder):
     """A process that neither dies nor goes on: the others wait for as long as they were told."""
-    PartialState(cpu = True, timeout = timedelta(seconds = 2))          # before the Trainer
+    PartialState(cpu = True, timeout = timedelta(seconds = 4))          # before the Trainer
     given_up = [folder / f'given-up-{rank}' for rank in range(2)]
 
     def before_step(t):
@@ -310,7 +310,7 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
     *others, _ = launch(train_with_hang, 3, tmp_path)
     print('\n', others)
     assert any('imed out' in said for said, _ in others)
-    assert all(said.startswith('RuntimeError') and seconds > 2 for said, seconds in others)
+    assert all(said.startswith('RuntimeError') and seconds > 4 for said, seconds in others)
 
 # started anew by torchrun
 

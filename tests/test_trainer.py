@@ -321,6 +321,10 @@ def test_presets_are_the_columns_of_table_8(tmp_path):
     with pytest.raises(ValueError, match = "unknown preset 'XL'"):
         Trainer.from_preset('XL', Net(), None, dataset())
 
+def test_compiled_models_are_refused(tmp_path):
+    with raises_one_line('pass compile = True, and the model as it was'):
+        trainer(tmp_path, torch.compile(Net(), backend = 'eager'))
+
 def test_queue_of_half_precision_elsewhere(tmp_path):
     t = trainer(tmp_path, queue_dtype = torch.float16, queue_device = 'cpu', num_train_steps = 2, save_every = 2)
     t.train()
@@ -457,7 +461,6 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(betas = ('a', 1.)), "betas must be a number in 0 .. 1, got 'a'"),
     (dict(alpha_range = (1., 2., 3.)), 'alpha_range cannot be 3 numbers, got (1.0, 2.0, 3.0)'),
     (dict(alpha_range = (1., None)), 'alpha_range must be a number in 0 .. 1e+20, got None'),
-    (dict(model = torch.compile(Net(), backend = 'eager')), 'pass compile = True, and the model as it was'),
     (dict(num_uncond = 0), 'unconditional samples (dataset, uncond_queue_size), got num_uncond = 0'),
     (dict(no_cfg_frac = 2.), 'no_cfg_frac must be a number in 0 .. 1, got 2.0'),
     (dict(num_groups = 0), 'num_groups must be a number in 1 .. 1e+20, got 0'),
