@@ -29,11 +29,13 @@ def details(x):
 class Classifier(nn.Module):
     """Of classes and quarter turns, so that there is something to learn without classes too.
 
-    It has no norms, so a picture without contrast does no harm.
+    It has no norms, so a picture without contrast does no harm. Next to details, features of single locations of its
+    maps made samples worse.
     """
 
-    def __init__(self, image_size, channels, num_classes, dim = 32):
+    def __init__(self, image_size, channels, num_classes, dim = 32, with_locations = True):
         super().__init__()
+        self.sets = ('locations', 'mean_std', '2x2') if with_locations else ('mean_std', '2x2')
         self.num_classes = num_classes or 1
         self.convs = nn.ModuleList()
         dim_in, side = channels * 4, image_size // 2
@@ -59,14 +61,14 @@ class Classifier(nn.Module):
         return self.to_vector(self.maps(x)[-1])
 
     def features(self, x):
-        """The last layer, mean and deviation of maps and of their parts, details: textures, {name: [b f d]}."""
+        """The last layer, and mean and deviation of maps and of their parts: textures, {name: [b f d]}."""
         maps = self.maps(x)
         features = dict(vector = rearrange(self.to_vector(maps[-1]), 'b d -> b 1 d'))
 
         for i, feature_map in enumerate(maps):
-            features |= map_features(f'map{i}', feature_map, ('mean_std', '2x2'))
+            features |= map_features(f'map{i}', feature_map, self.sets)
 
-        return features | details(x)
+        return features
 
     @torch.no_grad()
     def accuracy(self, images, labels):

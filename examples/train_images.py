@@ -35,17 +35,17 @@ from common import EncoderFeatures, load_best, make_parser, num_parameters, plot
 from drifting_pytorch import ConvGenerator, DriftingGenerator, FeatureDriftLoss, ImageFolder, Trainer
 from drifting_pytorch.drifting import check, image_grid, seed_for, seeded
 from drifting_pytorch.metrics import Evaluation, inception_features
-from encoders import PRETRAINED, Classifier
+from encoders import PRETRAINED, Classifier, details
 
 SIZES = dict(
     small = dict(
         image_size = 32, tokens = 8,
-        conv = dict(dim = 64, output_conv_dim = 16),
+        conv = dict(dim = 64),
         transformer = dict(dim = 192, depth = 4, heads = 6)
     ),
     base = dict(
         image_size = 64, tokens = 16,
-        conv = dict(dim = 128, output_conv_dim = 16),
+        conv = dict(dim = 128),
         transformer = dict(dim = 384, depth = 12, heads = 6)
     )
 )
@@ -177,7 +177,8 @@ class Run:
     def classifier(self, name, num_steps, folder, progress_bar = True):
         """Trained, or read from an earlier start of the same run."""
         torch.manual_seed(seed_for(self.args.seed, name))
-        classifier = Classifier(**self.images).to('cuda' if self.on_gpu else 'cpu')
+        classifier = Classifier(**self.images, with_locations = not self.args.details)
+        classifier.to('cuda' if self.on_gpu else 'cpu')
         path = folder / f'{name}.safetensors'
 
         if path.exists():
@@ -217,7 +218,7 @@ class Run:
         size = SIZES[self.args.size]
 
         if self.args.generator == 'conv':
-            return ConvGenerator(**self.images, **size['conv'])
+            return ConvGenerator(**self.images, **size['conv'], output_conv_dim = 16 if self.args.details else 0)
 
         patches = dict(patch_size = self.args.image_size // size['tokens'], output_conv_dim = 32)      # against seams
         return DriftingGenerator(**self.images, **patches, **size['transformer'])
@@ -231,11 +232,12 @@ class Run:
     def trainer(self, evaluation, encoder, num_steps, folder, **settings):
         """With the recipe for small data."""
         is_conv = self.args.generator == 'conv'
+        encoders = [each for each in (encoder, details if self.args.details else None) if each is not None]
         decays = [max(0., round(1 - window / num_steps, 7)) for window in WINDOWS]
 
         return Trainer(
             self.generator(),
-            FeatureDriftLoss(encoder, affinity_floor = 0.),         # the release's floor holds small data back
+            FeatureDriftLoss(encoders, affinity_floor = 0.),        # the release's floor holds small data back
             self.pictures,
             num_train_steps = num_steps,
             num_groups = self.args.groups,
@@ -426,6 +428,7 @@ def options():
     )
     parser.add_argument('--groups', type = int, default = None, help = 'class groups per step. None: classes, up to 4')
     parser.add_argument('--num-gen', type = int, default = 32, help = 'samples per group')
+    parser.add_argument('--details', action = 'store_true', help = 'sharper samples of photographs, in twice the time')
     parser.add_argument('--flip', action = 'store_true', help = 'mirror half of the images: not for letters')
     parser.add_argument('--skip-broken', action = 'store_true', help = 'leave out images that cannot be read')
     parser.add_argument('--held-out', default = None, help = 'a folder to evaluate with; None: a tenth of the images')

@@ -527,6 +527,11 @@ def test_images_with_other_networks(tmp_path, monkeypatch, examples):
     train_images(monkeypatch, folder, tmp_path / 'results', '--encoder', 'mae', '--image-size', 16, '--steps', 2)
     assert list((tmp_path / 'results' / 'encoders').iterdir())
 
+    train_images(monkeypatch, folder, tmp_path / 'sharp', '--details', '--encoder', 'none', '--steps', 2)
+    model = ConvGenerator.from_pretrained(tmp_path / 'sharp' / 'model')
+    assert len(model.output_convs) == 3
+    assert 'feature/detail1_std_4/loss' in (tmp_path / 'sharp' / 'metrics.jsonl').read_text()
+
     import train_images as script
 
     args = argparse.Namespace(size = 'small', image_size = 32, generator = 'transformer', seed = 0)

@@ -181,7 +181,10 @@ class TurnsClassifier(encoders.Classifier):
     """The encoder of drifting on photographs, where classes alone are too easy: it sees how they are turned, too."""
 
     def __init__(self, channels, num_classes):
-        super().__init__(32, channels, num_classes, dim = 24)
+        super().__init__(32, channels, num_classes, dim = 24, with_locations = False)
+
+    def features(self, x):
+        return super().features(x) | encoders.details(x)
 
     def train_on(self, images, labels, num_steps):
         super().train_on(Crops(images, labels), num_steps, f'encoder {torch.initial_seed()}', progress_bar = False)
