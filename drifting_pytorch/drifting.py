@@ -204,7 +204,7 @@ class DriftField(Module):
         return dist / -temperature if self.kernel == 'laplace' else -0.5 * (dist / temperature) ** 2
 
     def affinity(self, logits):
-        """The kernel, normalised. The logits may be overwritten."""
+        """The kernel, normalised."""
         if self.normalize == 'both':
             return geometric_mean_of_softmaxes(logits)
         return logits.softmax(dim = -1) if self.normalize == 'y' else logits.exp()
@@ -258,7 +258,6 @@ class DriftField(Module):
         check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
         points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
-
         with torch.autocast(x.device.type, enabled = False):
             center = reduce(points[1], '... y d -> ... 1 d', 'mean')
             x_centered, y = (t - center for t in points)
@@ -389,17 +388,24 @@ def sincos_2d(size, dim):
     cols = repeat(sin_first, 'w d -> (h w) d', h = size)
     return cat((cols, rows), dim = -1)
 
-def output_convs(channels, dim):
-    """To be added to a picture, nothing at first."""
-    last = nn.Conv2d(dim, channels, 3, padding = 1, bias = False)
-    nn.init.zeros_(last.weight)
-    return nn.Sequential(nn.Conv2d(channels, dim, 3, padding = 1), nn.SiLU(), last)
+def channels_last(x):
+    """In memory pixel by pixel: convolutions are faster on a cpu."""
+    return x.to(memory_format = torch.channels_last) if x.device.type == 'cpu' else x
+
+class OutputConvs(nn.Sequential):
+    """Added to a picture, nothing at first."""
+    def __init__(self, channels, dim):
+        last = nn.Conv2d(dim, channels, 3, padding = 1, bias = False)
+        nn.init.zeros_(last.weight)
+        super().__init__(nn.Conv2d(channels, dim, 3, padding = 1), nn.SiLU(), last)
+
+    def forward(self, x):
+        return x + super().forward(channels_last(x))
 
 NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
 
 class Generator(Module, PyTorchModelHubMixin):
     """What generators share: their conditions, and checks of what they get."""
-
     def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
         super().__init__()
         check_whole(1, image_size = image_size, channels = channels, num_classes = num_classes)
@@ -513,7 +519,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         self.final_norm = RMSNorm(dim)
         self.final_modulation = Modulation(dim, 2)
         self.to_patch = nn.Linear(dim, dim_patch)
-        self.output_convs = output_convs(channels, output_conv_dim) if output_conv_dim > 0 else None
+        self.output_convs = OutputConvs(channels, output_conv_dim) if output_conv_dim > 0 else nn.Identity()
         self.init_weights()
 
     def init_weights(self):
@@ -582,7 +588,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         shift, scale = self.final_modulation(cond)  # b 1 d
         patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)  # b n (p1 p2 ch)
         x = rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
-        return x + self.output_convs(x) if exists(self.output_convs) else x
+        return self.output_convs(x)
 
 # ── 5. samples, and a generator for small pictures ────────
 
@@ -687,7 +693,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1), nn.PixelShuffle(2)
         mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # no checkerboard
         self.to_image = nn.Sequential(*to_pixels, *mean)
-        self.output_convs = output_convs(channels, output_conv_dim) if output_conv_dim > 0 else None
+        self.output_convs = OutputConvs(channels, output_conv_dim) if output_conv_dim > 0 else nn.Identity()
 
         # the condition, by which every layer is scaled and shifted
         self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
@@ -721,8 +727,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
                 x = x + self.image_embeds[i - 1](patches)
             scale, shift = scale_shift.view(len(x), 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
             x = F.silu(x * (1 + scale) + shift)
-        x = self.to_image(x)
-        return (x + self.output_convs(x) if exists(self.output_convs) else x).tanh()
+        return self.output_convs(self.to_image(x)).tanh()
 
 # ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
 
@@ -911,7 +916,6 @@ class DriftProblems:
             V_sq = self.squared_lengths(part, W)
         else:
             V_sq = torch.linalg.vector_norm(self.vectors(part, scale), dim = -1).square().sum(dim = (0, 2))
-
         sums = [V_sq]
         if self.diagnostics:
             pull, push = W[..., :self.p], W[..., self.p:]
@@ -1242,14 +1246,15 @@ def map_features(name, x, sets = FEATURE_SETS):
     and deviation of it and of 2x2 and 4x4 patches, if they divide it.
     """
     maps = {name: x} if 'locations' in sets else {}
-    mean, var, (h, w) = full_precision(x), 0, x.shape[-2:]
-    for feature_set, suffix, p1, p2 in (('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4), ('mean_std', '', h, w)):
-        if feature_set in sets and h % p1 == 0 and w % p2 == 0:
+    mean, var, (h, w) = full_precision(x), None, x.shape[-2:]
+    for feature_set, suffix, size in (('2x2', '_2', 2), ('4x4', '_4', 4), ('mean_std', '', 1)):
+        if feature_set in sets and h % size == 0 and w % size == 0:
             # of finer patches: variance is mean variance and variance of means
-            finer, patch = mean, (p1 * mean.shape[-2] // h, p2 * mean.shape[-1] // w)
-            mean = F.avg_pool2d(finer, patch)
-            centered = finer - F.interpolate(mean.detach(), finer.shape[-2:])  # its gradient is 0
-            var = F.avg_pool2d(centered.square() + var, patch)
+            finer, pool_all = mean, partial(torch.mean, dim = (-2, -1), keepdim = True)
+            pool = partial(F.avg_pool2d, kernel_size = size * finer.shape[-1] // w) if suffix else pool_all
+            mean = pool(finer)
+            squares = (finer - (F.interpolate(mean, finer.shape[-2:]) if suffix else mean)).square()
+            var = pool(squares + var if exists(var) else squares)
             maps[f'{name}_mean{suffix}'], maps[f'{name}_std{suffix}'] = mean, (var + 1e-6).sqrt()
     return {key: rearrange(t, 'b d h w -> b (h w) d') for key, t in maps.items()}
 
@@ -1356,8 +1361,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
 
     def fold(self, x):
         x, p = self.checked_samples(x), self.patch_size
-        x = rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p)
-        return x.to(memory_format = torch.channels_last) if x.device.type == 'cpu' else x  # faster there
+        return channels_last(rearrange(x, 'b ch (h p1) (w p2) -> b (p1 p2 ch) h w', p1 = p, p2 = p))
 
     def maps(self, x):
         """{name: [b d h w]}: stem, every second block of a stage, its normalised output."""
@@ -1478,7 +1482,6 @@ class BackboneFeatures(Module):
                 num, side = out.shape[1], math.isqrt(out.shape[1])
                 check(side ** 2 == num > 0, f'{name} has {num} tokens of patches, expected a square number')
                 out = rearrange(out, 'b (h w) d -> b d h w', h = side)
-
             check_shape(name, out, ('batch', 'dim', 'height', 'width'), ', a map, or tokens (batch, num, dim)')
             features |= map_features(name, out, self.feature_sets)
         return features
@@ -1659,7 +1662,6 @@ class SampleQueue:
             saved, own = tuple(state['samples'].shape[:2]), (self.num_classes, self.size)
             check(saved == own, f'the saved queue has (num_classes, size) {saved}, this one {own}')
             self.samples = state['samples'].to(device = self.device, dtype = self.dtype, copy = True)
-
         self.pushed = state['pushed'].cpu().clone()
 
 def endless_shuffle(length, *, seed, start = 0):
@@ -2138,7 +2140,6 @@ class BaseTrainer:
                         self.save()
                 if self.is_due(settings.sample_every, self.step):
                     self.save_pictures()
-
         return signals or received
 
     def log(self, bar, loss, details, norms):
@@ -2253,7 +2254,6 @@ class BaseTrainer:
             check(given == 'latest', message)
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
-
         together(self.leave_later, self.is_main)
 
     def leave_later(self):

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ConvNextV2Config, ConvNextV2Model
 
 from drifting_pytorch import BackboneFeatures, ConvNeXtFeatures, FeatureDriftLoss, LatentMAE, drift_loss
-from drifting_pytorch.drifting import map_features
+from drifting_pytorch.drifting import FEATURE_SETS, map_features
 from helpers import (
     REFERENCE,
     awake,
@@ -256,6 +256,47 @@ def test_map_features_are_means_and_deviations(rng):
     assert torch.equal(features['a'][1, 5], x[1, :, 1, 1])
     assert list(map_features('a', x[..., :3])) == ['a', 'a_mean', 'a_std']               # 2 and 4 do not divide 3
     assert list(map_features('a', x, ('mean_std',))) == ['a_mean', 'a_std']
+
+def plain_map_features(x, sets):
+    """(A.5) as it is written, every patch from the map itself."""
+    h, w = x.shape[-2:]
+    features = {'a': rearrange(x, 'b d h w -> b (h w) d')} if 'locations' in sets else {}
+
+    for feature_set, suffix, p1, p2 in (('mean_std', '', h, w), ('2x2', '_2', 2, 2), ('4x4', '_4', 4, 4)):
+        if feature_set in sets and h % p1 == 0 and w % p2 == 0:
+            patches = rearrange(x, 'b d (h p1) (w p2) -> b (h w) d (p1 p2)', p1 = p1, p2 = p2)
+            features[f'a_mean{suffix}'] = patches.mean(dim = -1)
+            features[f'a_std{suffix}'] = (patches.var(dim = -1, correction = 0) + 1e-6).sqrt()
+
+    return features
+
+@pytest.mark.parametrize('sets', [sets for n in range(1, 5) for sets in combinations(FEATURE_SETS, n)], ids = '+'.join)
+@pytest.mark.parametrize('sides', [(8, 8), (12, 4), (6, 10), (7, 7), (4, 1), (16, 2)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_map_features_and_their_gradients_are_those_of_the_formula(sets, sides, memory_format, rng):
+    x = torch.randn(2, 3, *sides, generator = rng, dtype = torch.float64) + 3
+    x = x.contiguous(memory_format = memory_format).requires_grad_()
+    features, expected = map_features('a', x, sets), plain_map_features(x, sets)
+    assert features.keys() == expected.keys()
+
+    for name, t in expected.items():
+        assert torch.allclose(features[name], t, rtol = 1e-12, atol = 1e-14), name
+
+    if expected:
+        weights = {name: torch.randn(t.shape, generator = rng, dtype = t.dtype) for name, t in expected.items()}
+        grads = [sum((t * weights[name]).sin().sum() for name, t in those.items()) for those in (features, expected)]
+        grads = [torch.autograd.grad(loss, x, create_graph = True)[0] for loss in grads]
+        assert torch.allclose(*grads, rtol = 1e-9, atol = 1e-12)
+
+        second = [torch.autograd.grad(grad.square().sum(), x)[0] for grad in grads]         # as of a gradient penalty
+        assert torch.allclose(*second, rtol = 1e-8, atol = 1e-10)
+
+@pytest.mark.parametrize('sets', [('mean_std',), FEATURE_SETS])
+def test_map_features_of_a_constant_map_keep_their_digits(sets):
+    x = torch.full((1, 2, 224, 224), 2.64, requires_grad = True)
+    features = map_features('a', x, sets)
+    assert relative(features['a_std'], torch.full((1, 1, 2), 1e-3)) < 1e-5
+    assert torch.autograd.grad(features['a_std'].sum(), x)[0].abs().max() < 1e-6
 
 def test_feature_names_and_sets():
     x = torch.randn(2, 2, 32, 32)

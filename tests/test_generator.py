@@ -300,7 +300,7 @@ def test_output_convolutions_start_as_the_identity():
     smooth.output_convs(picture)[..., 4, 4].sum().backward()
     assert (picture.grad[0, 0] != 0).nonzero().aminmax(dim = 0).min.tolist() == [2, 2]
 
-@pytest.mark.parametrize('given', [-1, 1.5])
+@pytest.mark.parametrize('given', [-1, 1.5, 0., False])
 def test_widths_of_output_convolutions_that_cannot_be_are_refused(given):
     with raises_one_line('output_conv_dim must be a whole number from 0 on'):
         tiny(output_conv_dim = given)
