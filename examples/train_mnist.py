@@ -49,8 +49,9 @@ SMALL_DATA = dict(                              # few groups, many steps, and a 
 PRESETS = dict(
     cpu = dict(MNIST_ON_CPU, raw_steps = 1_200, network = ConvGenerator, generator = {}, trainer = SMALL_DATA),
     transformer = dict(
-        MNIST_ON_CPU, raw_steps = 1_200, network = DriftingGenerator, trainer = SMALL_DATA,
-        generator = dict(MNIST_ON_CPU['generator'], output_conv_dim = 16)
+        MNIST_ON_CPU, raw_steps = 1_200, network = DriftingGenerator,
+        trainer = dict(SMALL_DATA, learning_rate = 8e-3),
+        generator = dict(MNIST_ON_CPU['generator'], output_conv_dim = 8)
     ),
     gpu = dict(
         steps = 20_000, raw_steps = 2_000, mae_steps = 10_000, network = DriftingGenerator,

@@ -761,7 +761,7 @@ def benchmark_step(args):
     return dict(parts = rows, whole = summary)
 
 def benchmark_maps(args):
-    """What map_features takes, alone, in an encoder and in a step, next to the form that takes var_mean."""
+    """map_features, alone, in an encoder and in a step, against var_mean of maps that lie channel by channel."""
     preset = STEPS['tiny' if args.quick else 'cpu']
     groups, num_gen = args.groups or preset['settings']['num_groups'], preset['settings']['num_gen']
     model = make_generator(preset['generator'], num_classes = None)
