@@ -2,7 +2,7 @@
 
 Generative Modeling via Drifting, Deng, Li, Li, Du, He, https://arxiv.org/abs/2602.04770
 
-Read it from top to bottom: a section uses only what stands above it, and sections 1 to 4 are the core of the paper.
+Read it from top to bottom: a section uses only what stands above it, and 1 to 4 are the core of the paper.
 Where paper and release differ, the release is the default, tagged `# release`. What both leave open: `# open`.
 """
 
@@ -190,7 +190,7 @@ class DriftField(Module):
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
-        wanted = "'both', 'y' or 'none' (GradientField, SharpField and SinkhornField are classes of their own)"
+        wanted = "'both', 'y' or 'none' (other fields are classes)"
         check(normalize in ('both', 'y', 'none'), f'normalize must be {wanted}, got {normalize!r}')
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
@@ -291,7 +291,7 @@ def plain_drift_loss(
 
     with torch.no_grad():
         y = cat((pos, uncond, gen), dim = 1)  # b y d
-        weight = cat((torch.ones_like(pos[..., 0]), uncond_weight, torch.ones_like(gen[..., 0])), dim = 1)  # b y
+        weight = F.pad(uncond_weight, (p, g), value = 1.)  # b y
 
         # one scale: distances, and with them temperatures, are relative to it
         dist = torch.cdist(gen, y).clamp(min = 1e-4)  # b g y
@@ -383,10 +383,10 @@ def sinusoidal(t, dim):
 
 def sincos_2d(size, dim):
     """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
-    sin_first = sinusoidal(torch.arange(size), dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
-    rows = repeat(sin_first, 'h d -> (h w) d', w = size)
-    cols = repeat(sin_first, 'w d -> (h w) d', h = size)
-    return cat((cols, rows), dim = -1)
+    steps = torch.arange(size)
+    places = torch.cartesian_prod(steps, steps).flip(-1)  # column, row
+    sin_first = sinusoidal(places, dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
+    return rearrange(sin_first, 'n two d -> n (two d)')
 
 def channels_last(x):
     """In memory pixel by pixel: convolutions are faster on a cpu."""
@@ -402,30 +402,30 @@ class OutputConvs(nn.Sequential):
     def forward(self, x):
         return x + super().forward(channels_last(x))
 
-NUMPY_INTEGERS = {np.integer: (int, int)}  # how config.json keeps them
+CODERS = {np.integer: (int, int), np.floating: (float, float), np.bool_: (bool, bool)}  # of config.json
 
 class Generator(Module, PyTorchModelHubMixin):
     """What generators share: their conditions, and checks of what they get."""
-    def __init__(self, image_size, channels, noise_shape, num_classes, dim_condition, condition_channels):
+    def __init__(self, image_size, channels, num_classes, dim_condition, condition_channels):
         super().__init__()
         check_whole(1, image_size = image_size, channels = channels, num_classes = num_classes)
         check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
-        self.image_size, self.noise_shape, self.num_classes = image_size, noise_shape, num_classes
+        self.image_size, self.num_classes = image_size, num_classes
+        self.noise_shape = channels, image_size, image_size
         self.condition_shapes = existing(
-            labels = () if exists(num_classes) else None,
             vector = (dim_condition,) if exists(dim_condition) else None,
             image = (condition_channels, 'height', 'width') if exists(condition_channels) else None
         )
 
     def checked_condition(self, labels, b):
         """Those that it has of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
-        names = list(self.condition_shapes)
-        name, *_ = *names, 'labels'
-        given = dict(labels) if isinstance(labels, dict) else existing(**{name: labels})
+        names = [*existing(labels = self.num_classes), *self.condition_shapes]
+        only = names[0] if names else 'labels'  # a bare tensor
+        given = dict(labels) if isinstance(labels, dict) else existing(**{only: labels})
         wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
         check(given.keys() == set(names), f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}')
-        for name in given.keys() - {'labels'}:
-            check_shape(name, given[name], (b, *self.condition_shapes[name]))
+        for name, shape in self.condition_shapes.items():
+            check_shape(name, given[name], (b, *shape))
             check_range(name, given[name], -math.inf)
         if 'labels' in given:
             given['labels'] = checked_labels(given['labels'], self.num_classes, b)
@@ -444,7 +444,7 @@ class Generator(Module, PyTorchModelHubMixin):
         check_range('alpha', alpha, 1)
 
         given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
-        for name in given.keys() - {'labels'}:
+        for name in self.condition_shapes:
             given[name] = given[name].to(like.dtype)
         if 'image' in given:
             given['image'] = F.interpolate(given['image'], self.image_size, mode = 'bilinear', antialias = True)
@@ -456,11 +456,11 @@ class Generator(Module, PyTorchModelHubMixin):
             cond = cond + embed(value) if exists(value) else cond
         return cond
 
-class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
+class DriftingGenerator(Generator, coders = CODERS):
     """The one-step generator: a DiT from noise to samples, given class, guidance scale and style (A.2).
 
     image_size, channels, patch_size: samples [b channels image_size image_size] in square patches.
-    num_classes, dim_condition, condition_channels: sizes of labels, vectors and pictures as a condition; None: without.
+    num_classes, dim_condition, condition_channels: of labels, vectors, pictures as a condition; None: without.
     num_register_tokens: tokens in front of the patches, made from the condition.
     num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
@@ -477,8 +477,7 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
         output_conv_dim = 0, bf16_rotary = False, checkpointing = False
     ):
-        noise_shape = channels, image_size, image_size
-        super().__init__(image_size, channels, noise_shape, num_classes, dim_condition, condition_channels)
+        super().__init__(image_size, channels, num_classes, dim_condition, condition_channels)
         check_whole(1, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
         check_whole(0, output_conv_dim = output_conv_dim)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
@@ -566,16 +565,16 @@ class DriftingGenerator(Generator, coders = NUMPY_INTEGERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: class labels [b], vectors [b dim_condition], images [b condition_channels h w] of any size, None, or
-            a dict {labels, vector, image}.
+        labels: [b], vectors [b dim_condition], images [b condition_channels h w] of any size, or None; several are a
+            dict {labels, vector, image}.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
         noise, given, alpha = self.checked_inputs(noise, labels, alpha)
-        styles = styles if exists(styles) else self.draw_styles(noise.shape[0])
-        style_shape = noise.shape[0], self.num_style_tokens
-        styles = checked_labels(styles, self.style_codebook_size, *style_shape, name = 'styles').to(noise.device)
-        cond = self.condition(given.get('labels'), alpha, styles, given.get('vector'))  # b d
+        b = noise.shape[0]
+        styles = styles if exists(styles) else self.draw_styles(b)
+        styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
+        cond = self.condition(given.get('labels'), alpha, styles.to(noise.device), given.get('vector'))  # b d
         p, h = self.patch_size, noise.shape[-2] // self.patch_size
         x = self.patch_embed(self.cut(noise)) + self.pos_embed  # b n d
         if 'image' in given:
@@ -617,6 +616,7 @@ def sample_from(
     Noise and styles of a sample depend on the seed and its place, not on the device or the batch.
     """
     num_classes, labels = getattr(model, 'num_classes', None), each(partial(as_tensor, 'labels'), labels)
+    labels = each(lambda t: t.float() if t.is_floating_point() else t, labels)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
     fits = exists(labels) == (exists(num_classes) or is_condition(labels)) != exists(num_samples)
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
@@ -632,7 +632,7 @@ def sample_from(
     alpha = as_tensor('alpha', alpha).float()
     check(alpha.shape in ((), (rows,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({rows},)')
     generator = torch.Generator()
-    generator.manual_seed(int(default(seed, generator.seed())))
+    generator.manual_seed(int(seed if exists(seed) else torch.randint(2 ** 62, ())))
     seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(rows * k)
 
     device, samples = next(model.parameters()).device, []
@@ -661,7 +661,7 @@ def sample(self, labels = None, **kwargs):
 
 Generator.sample = sample
 
-class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
+class ConvGenerator(Generator, coders = CODERS):
     """A one-step generator of convolutions for small pictures, quicker than a DiT.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
@@ -672,7 +672,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
         dim = 64, dim_noise = 64, output_conv_dim = 0
     ):
-        super().__init__(image_size, channels, (dim_noise,), num_classes, dim_condition, condition_channels)
+        super().__init__(image_size, channels, num_classes, dim_condition, condition_channels)
         check_whole(1, dim = dim, dim_noise = dim_noise)
         check_whole(0, output_conv_dim = output_conv_dim)
         check(dim % 16 == 0, f'dim must be a multiple of 16, got {dim}')
@@ -705,7 +705,7 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         nn.init.zeros_(self.to_scale_shift.bias)
 
         # a picture joins every map, patches as channels
-        self.image_embeds = ModuleList()
+        self.image_embeds, self.noise_shape = ModuleList(), (dim_noise,)
         for i, width in enumerate(widths if exists(condition_channels) else ()):
             dim_patch = condition_channels * (image_size // size // 2 ** i) ** 2
             self.image_embeds.append(nn.Conv2d(dim_patch, width, 1))
@@ -719,13 +719,12 @@ class ConvGenerator(Generator, coders = NUMPY_INTEGERS):
         cond = self.alpha_embed(sinusoidal(alpha, 256).to(x.dtype))  # b d
         cond = self.embedded(cond, given.get('labels'), given.get('vector'))
         scales_shifts = self.to_scale_shift(cond).split(self.sizes, dim = -1)
-
         for i, (layer, scale_shift) in enumerate(zip(self.layers, scales_shifts, strict = True)):
             x = layer(x)  # b d, or b d h w
             if i > 0 and 'image' in given:
                 patches = F.pixel_unshuffle(given['image'], self.image_size // x.shape[-1])
                 x = x + self.image_embeds[i - 1](patches)
-            scale, shift = scale_shift.view(len(x), 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
+            scale, shift = scale_shift.view(x.shape[0], 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
             x = F.silu(x * (1 + scale) + shift)
         return self.output_convs(self.to_image(x)).tanh()
 
@@ -812,7 +811,7 @@ class DriftProblems:
 
         self.x = full_precision(gen)  # the gradient flows to it
         self.gen = self.x.detach()
-        self.own_negatives, self.name = not exists(neg), ''
+        self.own_negatives = not exists(neg)
         self.sets = {**sets, 'neg': default(neg, self.gen)}  # in the order of y
         sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
@@ -945,9 +944,9 @@ class DriftProblems:
             losses.append(V.square_().mean(dim = (1, 2, 3)))
         return cat(losses), grad.mul_(-2 / (self.b * self.g * self.d * unit))
 
-    def solve(self, S_sums, V_sums):
+    def solve(self, S_sums, V_sums, of = ''):
         """The loss of each problem [b], and DriftStats."""
-        given = {name + self.name: t for name, t in {'gen': self.gen, **self.sets}.items()}
+        given = {name + of: t for name, t in {'gen': self.gen, **self.sets}.items()}
         check_values(V_sums, **given)  # here all processes stop
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
             scale = self.scale(S_sums)
@@ -971,7 +970,7 @@ def two_rounds(bundles):
                     sums = sum(sums_of(problems, part, *known) for part in problems.parts)
                 totals[name] = totals.get(name, 0) + sums
             del bundle, problems  # or those of two are held
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             joined = cat([sums.flatten() for sums in totals.values()])
             torch.distributed.all_reduce(joined)  # one call for all
             for sums in totals.values():
@@ -1011,17 +1010,18 @@ class FeatureDriftLoss(Module):
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         held = [*self.encoders, *existing(decoder = decoder).values()]
-        for part in held:
+        for part in held:  # grows
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
-        for part in held:  # grows
             inner = [getattr(part, '__self__', None)]
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
-            if inspect.isfunction(part):
-                steps = dis.get_instructions(part)
-                inner += [part.__globals__.get(step.argval) for step in steps if step.opname == 'LOAD_GLOBAL']
-                inner += [cell.cell_contents for cell in part.__closure__ or ()]
+            codes = [part.__code__] if inspect.isfunction(part) else []
+            for code in codes:  # grows: inner functions
+                codes += filter(inspect.iscode, code.co_consts)
+                steps = [step for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL']
+                inner += [part.__globals__.get(step.argval) for step in steps]
+            inner += [cell.cell_contents for cell in getattr(part, '__closure__', None) or ()]
             held += [value for value in inner if callable(value) and all(value is not other for other in held)]
 
         self.decoder, self.raw = decoder, raw
@@ -1084,7 +1084,6 @@ class FeatureDriftLoss(Module):
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
             bundle[name] = DriftProblems(**arguments, **options)
-            bundle[name].name = f' of feature {name!r}'
             del arguments, points
         yield bundle
 
@@ -1097,10 +1096,7 @@ class FeatureDriftLoss(Module):
         neg: Float[Tensor, 'c m ...'] | None = None,  # other generated samples as negatives
         diagnostics = True  # see DriftProblems
     ) -> tuple[Float[Tensor, ''], Breakdown]:
-        """The loss of a step, and its Breakdown. Gradients flow to gen, through the encoder.
-
-        Raises ValueError as drift_loss does, and for alpha below 1.
-        """
+        """The loss, and its Breakdown. Gradients reach gen through the encoder. Errors: as drift_loss, alpha < 1."""
         samples = dict(gen = gen, pos = pos, **existing(uncond = uncond, neg = neg))
         check_samples(1, **samples)
         check(exists(alpha) or not exists(uncond), 'uncond needs alpha, guidance scales [groups]')
@@ -1139,7 +1135,7 @@ class FeatureDriftLoss(Module):
         for bundle in self.problems(options, **samples):
             S_sums, V_sums = sums or two_rounds(lambda bundle = bundle: [bundle])
             for name, problems in bundle.items():
-                loss, stats[name] = problems.solve(S_sums[name], V_sums[name])
+                loss, stats[name] = problems.solve(S_sums[name], V_sums[name], f' of feature {name!r}')
                 losses[name] = loss.mean()
             del bundle, problems
         return sum(losses.values()), Breakdown(losses, stats)
@@ -1219,7 +1215,7 @@ class SinkhornField(DriftField):
         y = dist.shape[-1]
         sets = num_pos, y - num_neg
         T_pos, T_uncond, T_neg = (self.barycenter(t, temperature) for t in dist.tensor_split(sets, dim = -1))
-        _, uncond_weight, _ = default(weight, dist.new_ones(y)).tensor_split(sets, dim = -1)
+        uncond_weight = default(weight, dist.new_ones(y))[..., num_pos:y - num_neg]
 
         # alpha - 1 from the weights (alpha - 1) (g - 1) / u
         guidance = reduce(uncond_weight, '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
@@ -1297,7 +1293,7 @@ class MAEBreakdown(NamedTuple):
     classification: Tensor  # cross entropy, 0 without labels
     accuracy: Tensor        # of the classifier, 0 without labels
 
-class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
+class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
     """The paper's feature encoder: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
     patch_size: patches are folded into channels first: 1 for latents, 8 for pixels. 8 divides the folded sides.
@@ -1407,8 +1403,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = NUMPY_INTEGERS):
         return y, maps['layer4']
 
     def forward(self, x, labels = None, *, cls_weight = 0., mask = None):
-        """The mean loss of samples x [b ch h w], cls_weight * classification + (1 - cls_weight) *
-        reconstruction, and its MAEBreakdown.
+        """The mean of cls_weight * classification + (1 - cls_weight) * reconstruction, and its MAEBreakdown.
 
         labels [b]: None for no classification. mask [b h w]: 1 is dropped, drawn if None.
         Raises ValueError for what does not fit, labels without a classifier, cls_weight without labels.
@@ -1530,6 +1525,11 @@ def seed_for(*key):
 def seeded(*key, device = 'cpu'):
     return torch.Generator(device).manual_seed(seed_for(*key))
 
+def seed_cpu(seed):
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2 ** 32)
+
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
 def center_crop(picture, size):
@@ -1541,7 +1541,7 @@ def center_crop(picture, size):
     return picture.crop((left, top, left + size, top + size))
 
 class ImageFolder(Dataset):
-    """Images [ch size size] in [-1, 1] of a folder, and their labels.
+    """Images [ch size size] in [-1, 1] of a folder (jpeg, png, webp, bmp), and their labels.
 
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
@@ -1714,10 +1714,7 @@ class SeededDataset(Dataset):
 
     def batch(self, places):
         """float32 samples [b ...] and labels [b], zeros, or conditions [b ...]."""
-        seed = seed_for(self.seed, 'sample', places[0][0])
-        torch.default_generator.manual_seed(seed)  # of the cpu alone: all take long
-        random.seed(seed)
-        np.random.seed(seed % 2 ** 32)
+        seed_cpu(seed_for(self.seed, 'sample', places[0][0]))
         return default_collate([self.sample(index) for _, index in places])
 
     def __getitem__(self, places):
@@ -1742,9 +1739,8 @@ def discard(folder):
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
 # what a run writes into its folder, and removes with overwrite = True
-STEP = 'step-' + '[0-9]' * 8
+STEP, BEST = (f'{kind}-' + '[0-9]' * 8 for kind in ('step', 'best'))
 OURS = ['metrics.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
-BEST = STEP.replace('step', 'best')
 OURS += [f'checkpoints/{before}{name}' for before in ('', 'left-') for name in (STEP, BEST)]
 SHARED_FILES = 'ema.safetensors', 'averages.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
@@ -1858,7 +1854,6 @@ BOUNDS |= dict.fromkeys(('ema_decay', 'no_cfg_frac', 'cls_weight', 'betas'), (0,
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
     """What every trainer is told."""
-
     num_train_steps: int = free(30_000)
     seed: int = 0
 
@@ -1910,7 +1905,6 @@ class BaseTrainer:
     returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
     [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats what it would have been, or warns.
-    Several processes refuse trained statistics (BatchNorm).
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
@@ -1918,7 +1912,7 @@ class BaseTrainer:
         check(fits, 'evaluate_every needs evaluate, a function')
         check(not hasattr(model, '_orig_mod'), 'pass compile = True, and the model as it was')
         check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
-        self.results_folder = Path(settings.results_folder)
+        self.results_folder = Path(settings.results_folder).absolute()
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.queues, self.parts, self.emas, self.best = {}, {}, {}, None
@@ -1999,6 +1993,7 @@ class BaseTrainer:
         """The settings, and what else a run depends on."""
         frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
         record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
+        record |= dict(mixed_precision = self.accelerator.mixed_precision)
         return json.loads(json.dumps(vars(self.settings) | record, default = str))
 
     def is_due(self, every, step):
@@ -2027,7 +2022,8 @@ class BaseTrainer:
     def seed_model(self, *key):
         """What dropout draws next is a function of the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
-        for generator in (torch.default_generator, *torch.cuda.default_generators):
+        seed_cpu(seed)
+        for generator in torch.cuda.default_generators:
             generator.manual_seed(seed)
 
     def learning_rate_at(self, step):
@@ -2058,7 +2054,7 @@ class BaseTrainer:
         norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.optimizer.step()  # accelerate's is slower
         for ema in self.emas.values():
-            for part in ema.ema_model.modules() if self.is_sharded else ():
+            for part in ema.ema_model.modules():
                 if isinstance(part, FSDPModule):  # pictures may leave it whole
                     part.reshard()
             ema.update()
@@ -2223,8 +2219,7 @@ class BaseTrainer:
             torch = torch.__version__,
             sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
         )
-        config = json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None))
-        (unfinished / 'config.json').write_text(config)
+        (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
         for path in unfinished.iterdir():
             with open(path, 'rb+') as file:
@@ -2285,12 +2280,13 @@ class BaseTrainer:
         check(fits, f'the checkpoint has averages of ema_decay = {before["ema_decay"]}, got {now["ema_decay"]}')
         modules, by_name = [ema.ema_model for ema in self.emas.values()], nested(others)
         others = [{name: t[f'{i}'] for name, t in by_name.items()} for i in range(len(modules) - 1)]
-        for module, state_dict in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
-            check_fits(module.state_dict(), state_dict)
-            dcp.set_model_state_dict(module, state_dict, options = TO_LOAD)
+        for module, saved in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
+            check_fits(module.state_dict(), saved)
+            dcp.set_model_state_dict(module, saved, options = TO_LOAD)
 
         # parameters that are frozen now, or never had a gradient, have none
         optimizer = self.optimizer.optimizer
+        optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
         had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
@@ -2302,9 +2298,8 @@ class BaseTrainer:
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         best = default(manifest['best'], dict(step = 0))
         is_there = (self.checkpoints / f'best-{best["step"]:08d}').is_dir()
-        self.best = best if is_there and before['keep_best'] == now['keep_best'] else None
-        if exists(self.best):
-            self.ema = self.emas.get(self.best['ema_decay'], self.ema)
+        if is_there and before['keep_best'] == now['keep_best']:
+            self.best, self.ema = best, self.emas.get(best['ema_decay'], self.ema)
 
     def load_queues(self, folder):
         states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
@@ -2325,7 +2320,6 @@ class BaseTrainer:
 @dataclasses.dataclass(kw_only = True)
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
-
     num_groups: int = 64  # class groups, or rows with a condition, per step
     num_gen: int = 64  # generated samples per group
     num_pos: int = 64  # real samples per group; with a condition its row's, often 1
@@ -2347,7 +2341,7 @@ class GeneratorSettings(LoopSettings):
         fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
         check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
-        check(1 <= low <= high < math.inf, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
+        check(1 <= low <= high, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
 # Table 8: what differs from the ablation (release)
@@ -2375,7 +2369,6 @@ class Trainer(BaseTrainer):
     to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
     evaluate: sample -> {name: number}, every evaluate_every steps, in all processes.
     settings: see GeneratorSettings and LoopSettings.
-    Processes share the groups; each has a queue of the real samples that it reads.
     Raises ValueError, before the first step, for settings and data that do not fit.
     """
     less_memory = 'set group_chunk_size or queue_device, lower num_groups, num_gen, num_pos or push_size'
@@ -2440,7 +2433,6 @@ class Trainer(BaseTrainer):
             short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
             if not short and held[-1] >= self.num_uncond:
                 return
-
         some = dict(islice(short.items(), 10))
         found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
         raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
@@ -2548,7 +2540,7 @@ class Trainer(BaseTrainer):
         check(is_pair, 'loss_fn must return (loss, Breakdown): Breakdown({}, {}) will do')
         loss, breakdown = result
         check_shape('the loss', loss, ())
-        check(loss.requires_grad, 'the loss has no gradient')
+        check(loss.requires_grad, 'the loss has no gradient: frozen, or detached?')
         losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
@@ -2622,7 +2614,6 @@ class Trainer(BaseTrainer):
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
     """What MAETrainer is told besides. Smaller batches want a smaller learning rate."""
-
     batch_size: int = 8192  # of all processes together
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
@@ -2698,7 +2689,7 @@ PUBLISHED = {
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
-    name: of a published model (needs the extra [pretrained]), of a repository on the hub ('user/name'), or a folder.
+    name: of a published model (needs the extra [pretrained]), a repository on the hub ('user/name'), or a folder.
     revision: of the repository, a commit, tag or branch.
     Raises ValueError for unknown names, damaged files, unfit weights; OSError for what is not found.
     """
@@ -2706,7 +2697,6 @@ def from_pretrained(cls, name, *, revision = None):
     folder = Path(name)
     is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
-
     if folder.is_dir():
         check(not (folder / SHARED_FILES[0]).is_file(), f'{name} is of a run: resume it, then save_pretrained')
         config, weights = (folder / file for file in files)
@@ -2724,8 +2714,7 @@ def from_pretrained(cls, name, *, revision = None):
             arguments, state_dict = release.TRANSLATIONS[kind](arguments['model_config'], state_dict)
         else:
             state_dict = load_file(weights)
-
-        # these cost time and memory even without weights
+        # these cost memory without weights, too
         blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
         tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2
         tokens += arguments.get('num_register_tokens', 0)

@@ -33,6 +33,7 @@ class Evaluation:
 
     real: images [n ch h w] in [-1, 1], or a dataset of (image, label); labels [n]: None without classes.
     features: images to vectors [b d], or an encoder with .features, of which all that end in 'mean' are joined.
+        A Module is put into eval mode.
     Returns frechet (0: alike), precision (are samples realistic) and recall (are there all kinds). Classes are as
     frequent as among real images. Raises ValueError for fewer than four images or samples, what does not fit, nan.
     """
@@ -40,6 +41,7 @@ class Evaluation:
         self.features, self.options = features, dict(seed = seed, batch_size = batch_size)
         self.asked, places = dict(num_samples = num_samples), torch.arange(num_samples) * len(real) // num_samples
         if exists(labels):
+            check(len(labels) == len(real), f'{len(labels)} labels of {len(real)} real images')
             self.asked = dict(labels = torch.as_tensor(labels).sort().values[places])
         if not torch.is_tensor(real):
             real = torch.stack([real[i][0] for i in range(len(real))])
@@ -49,6 +51,8 @@ class Evaluation:
     def encode(self, images):
         """Their features [n d], float64."""
         owner, parts = getattr(self.features, '__self__', self.features), []  # of a method
+        if isinstance(owner, torch.nn.Module):
+            owner.eval()
         own = next(iter(getattr(owner, 'parameters', tuple)()), images)
         for batch in images.split(self.options['batch_size']):
             found = getattr(self.features, 'features', self.features)(batch.to(own.device))

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import cat, nn
 
-from drifting_pytorch import DriftingGenerator, LatentMAE, MAETrainer
+from drifting_pytorch import ConvGenerator, DriftingGenerator, LatentMAE, MAETrainer
 from drifting_pytorch.drifting import check, image_grid, map_features
 from drifting_pytorch.metrics import coverage, frechet_distance
 
@@ -236,19 +237,36 @@ def load_best(trainer):
     if trainer.best is not None and kept:
         trainer.load(kept[0])
 
+def generator_class(folder):
+    """Whose arguments the config.json there has. What it holds is not checked."""
+    path = folder / 'config.json'
+    return ConvGenerator if path.is_file() and b'"dim_noise"' in path.read_bytes() else DriftingGenerator
+
 def load_checkpoint(folder):
-    """The DriftingGenerator of a checkpoint, in eval mode: the best of its averages, by keep_best, or the first."""
+    """The generator of a checkpoint, in eval mode: the best of its averages, by keep_best, or the first."""
     manifest, config = (json.loads((folder / name).read_text()) for name in ('manifest.json', 'config.json'))
-    check(config, f'{folder} does not say which DriftingGenerator it is of: its config.json is empty')
+    check(config, f'{folder} does not say which generator it is of: its config.json is empty')
     state_dict, best, decays = load_file(folder / 'ema.safetensors'), manifest['best'], manifest['config']['ema_decay']
 
     if best is not None and best['ema_decay'] != (decays[0] if isinstance(decays, list) else decays):
         others = load_file(folder / 'averages.safetensors')
         state_dict = {name: others[f'{name}.{decays.index(best["ema_decay"]) - 1}'] for name in state_dict}
 
-    model = DriftingGenerator(**config)
+    model = generator_class(folder)(**config)
     model.load_state_dict(state_dict)
     return model.eval()
+
+def load_generator(name, revision = None):
+    """The generator of a checkpoint, of a folder of save_pretrained, or of a name, in eval mode.
+
+    A repository on the hub is one of a DriftingGenerator.
+    """
+    folder = Path(name)
+
+    if (folder / 'manifest.json').is_file():
+        return load_checkpoint(folder)
+
+    return generator_class(folder).from_pretrained(name, revision = revision)
 
 # pictures
 
@@ -307,6 +325,10 @@ def read_metrics(folder):
 # latents of ImageNet, and the images they stand for
 
 LATENT_CHANNELS, LATENT_SCALE = 4, 0.18215
+
+def draws_latents(model):
+    """A ConvGenerator draws pixels, and the shape of its noise is not that of its samples."""
+    return isinstance(model, DriftingGenerator) and model.noise_shape[0] == LATENT_CHANNELS
 
 def load_vae(name):
     """diffusers' AutoencoderKL, frozen, by name on the hub or from a local folder."""

@@ -35,8 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import cat, nn, stack
 from tqdm.auto import tqdm
 
-from common import LATENT_CHANNELS, autocast, load_checkpoint, load_vae, make_parser, sha256, to_uint8
-from drifting_pytorch import DriftingGenerator
+from common import autocast, draws_latents, load_generator, load_vae, make_parser, sha256, to_uint8
 from drifting_pytorch.drifting import check, image_grid, seeded
 
 PICTURED = 8        # samples in the picture of neighbours
@@ -120,7 +119,7 @@ class Generated:
     @torch.no_grad()
     def batch(self, indices):
         model, args, device = self.model, self.args, self.device
-        labels = None
+        labels = styles = None
 
         if model.num_classes:
             labels = torch.tensor([i % model.num_classes for i in indices], device = device)
@@ -128,10 +127,12 @@ class Generated:
         generators = [seeded(args.seed, 'evaluate', i) for i in indices]
 
         noise = cat([torch.randn(1, *model.noise_shape, generator = generator) for generator in generators])
-        styles = cat([model.draw_styles(1, generator) for generator in generators])
+
+        if hasattr(model, 'draw_styles'):
+            styles = cat([model.draw_styles(1, generator) for generator in generators]).to(device)
 
         with autocast(device, args.precision):
-            samples = model(noise.to(device), labels, self.alpha, styles.to(device))
+            samples = model(noise.to(device), labels, self.alpha, styles)
 
         return to_uint8(samples, self.vae, rounding = args.rounding, batch_size = args.batch_size)
 
@@ -305,16 +306,9 @@ def plot_alphas(results, path):
 
 def find_models(args):
     """{name: a function that loads it}: checkpoints of a results folder, one checkpoint, or pretrained weights."""
-    folder = Path(args.model)
-    checkpoints = sorted((folder / 'checkpoints').glob('step-*'))[-args.last_k:]
-
-    if (folder / 'ema.safetensors').is_file() and not checkpoints:
-        checkpoints = [folder]
-
-    if not checkpoints:
-        return {folder.name: partial(DriftingGenerator.from_pretrained, args.model, revision = args.revision)}
-
-    return {checkpoint.name: partial(load_checkpoint, checkpoint) for checkpoint in checkpoints}
+    checkpoints = sorted((Path(args.model) / 'checkpoints').glob('step-*'))[-args.last_k:]
+    names = checkpoints or [args.model]
+    return {Path(name).name: partial(load_generator, name, args.revision) for name in names}
 
 def installed(package):
     try:
@@ -369,7 +363,7 @@ def read_samples(args, features, state):
     for checkpoint, load in find_models(args).items():
         model = load().to(state.device)
 
-        if model.noise_shape[0] == LATENT_CHANNELS and vae is None:
+        if draws_latents(model) and vae is None:
             vae = load_vae(args.vae).to(state.device)
             vae_digest = sha256_of_weights(vae)
 

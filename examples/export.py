@@ -4,29 +4,21 @@ python examples/export.py MODEL out.onnx               # any batch size, float32
 python examples/export.py MODEL out.onnx --rounds 0    # without the times
 
 MODEL is a published generator by name, a repository on the hub, a folder of save_pretrained, or a checkpoint of a
-training, of which the averaged weights are taken. Needs the extra [onnx]. The inputs are noise [batch ch h w], labels
-[batch] (int64, where the model has classes), alpha [batch] (at least 1), styles [batch s] (int64, where it has styles).
-The file does not check their ranges, as the model does. To load it: onnxruntime.InferenceSession('out.onnx').
+training, of which the averaged weights are taken. Needs the extra [onnx]. The inputs are noise [batch ch h w] (of a
+ConvGenerator [batch d]), labels [batch] (int64, where the model has classes), alpha [batch] (at least 1), styles
+[batch s] (int64, where it has styles). The file does not check their ranges, as the model does. To load it:
+onnxruntime.InferenceSession('out.onnx').
 """
 
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
-from common import load_checkpoint, make_parser
-from drifting_pytorch import DriftingGenerator
+from common import load_generator, make_parser
 from drifting_pytorch.drifting import check
-
-def load(name, revision = None):
-    """The generator in eval mode, and of a checkpoint the averaged one."""
-    if (Path(name) / 'ema.safetensors').is_file():
-        return load_checkpoint(Path(name))
-
-    return DriftingGenerator.from_pretrained(name, revision = revision)
 
 class Call(nn.Module):
     """The model with the inputs that it has, and nothing that is optional."""
@@ -38,7 +30,7 @@ class Call(nn.Module):
 
         if model.num_classes is None:
             self.names.remove('labels')
-        if model.num_style_tokens == 0:
+        if getattr(model, 'num_style_tokens', 0) == 0:
             self.names.remove('styles')
 
     def forward(self, *inputs):
@@ -54,7 +46,7 @@ class Call(nn.Module):
             noise = torch.randn(batch, *model.noise_shape, generator = generator),
             labels = torch.randint(model.num_classes or 1, (batch,), generator = generator),
             alpha = 1 + torch.rand(batch, generator = generator),
-            styles = model.draw_styles(batch, generator)
+            styles = model.draw_styles(batch, generator) if 'styles' in self.names else None
         )
 
         return [drawn[name] for name in self.names]
@@ -138,7 +130,7 @@ def main(argv = None):
     except ImportError:
         sys.exit("ONNX needs an extra: pip install 'drifting-pytorch[onnx]'")
 
-    call = Call(load(args.model, args.revision)).eval()
+    call = Call(load_generator(args.model, args.revision)).eval()
     write_onnx(call, args.output)
     loaded = session(args.output, args.threads)
 

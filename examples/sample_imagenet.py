@@ -2,7 +2,7 @@
 
 python examples/sample_imagenet.py latent_L_sota --classes 207 'golden retriever' --alpha 1.0 --seed 0 --num 8
 
-The model is a name of the release or a local folder, whatever DriftingGenerator.from_pretrained takes. Latents are
+The model is a name of the release, a local folder of save_pretrained, or a checkpoint of a training. Latents are
 decoded by the SD-VAE. Writes into --results-folder: samples.png (a row per class), samples.npz (arr_0 uint8 images
 [n h w 3], arr_1 labels [n], the layout of ADM's files).
 """
@@ -15,8 +15,7 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 
-from common import LATENT_CHANNELS, autocast, load_vae, make_parser, to_uint8
-from drifting_pytorch import DriftingGenerator
+from common import autocast, draws_latents, load_generator, load_vae, make_parser, to_uint8
 from drifting_pytorch.drifting import check, image_grid
 
 # classes
@@ -91,7 +90,7 @@ def to_labels(classes, num_classes, names_path = None):
 
 def options(argv):
     parser = make_parser(__doc__)
-    parser.add_argument('model', help = 'a published generator by name, or a local folder')
+    parser.add_argument('model', help = 'a published generator by name, a local folder, or a checkpoint')
     parser.add_argument('--revision', default = None, help = 'of the published weights, None for the default')
     parser.add_argument(
         '--classes', nargs = '+', default = ['207', '360', '387', '974', '88', '979', '417', '279'],
@@ -121,8 +120,8 @@ def options(argv):
 def main(argv = None):
     args = options(argv)
     device = PartialState(cpu = args.cpu).device
-    model = DriftingGenerator.from_pretrained(args.model, revision = args.revision).to(device)
-    is_latent = model.noise_shape[0] == LATENT_CHANNELS
+    model = load_generator(args.model, args.revision).to(device)
+    is_latent = draws_latents(model)
     vae = None
 
     if is_latent and not args.no_decode:

@@ -65,6 +65,7 @@ SHARES = dict(judge = 0.08, encoder = 0.12, generator = 0.75)   # of the time; t
 
 LEAST = 32          # images in the folder
 HELD_OUT = 16       # of them, or more: half of these choose the model, half judge it
+FEW = 16            # real images of a class in a step: fewer are pointed out
 
 EVALUATIONS = 10                                # in the training
 CHOOSING = dict(num_samples = 250, seed = 1)    # of other noise than that of the samples that are judged
@@ -92,7 +93,7 @@ class Pictures(Dataset):
 
 def read(root, args, channels = None):
     """(pixels, labels, classes, sizes on the disk) of a folder. channels: None for 1 if all images are grey, else 3."""
-    folder = ImageFolder(root, args.image_size)
+    folder = ImageFolder(root, args.image_size, channels = channels or 3)
 
     def load(i):
         try:
@@ -223,6 +224,11 @@ class Run:
         patches = dict(patch_size = self.args.image_size // size['tokens'], output_conv_dim = 32)      # against seams
         return DriftingGenerator(**self.images, **patches, **size['transformer'])
 
+    @property
+    def num_pos(self):
+        """Real images of a class in a step, as many of every class."""
+        return min(128, self.pictures.labels.bincount().min().item())
+
     def evaluation(self, judge, pictures, **options):
         """Of samples, against these pictures."""
         features = inception_features() if self.args.features == 'inception' else judge.forward
@@ -242,7 +248,7 @@ class Run:
             num_train_steps = num_steps,
             num_groups = self.args.groups,
             num_gen = self.args.num_gen,
-            num_pos = min(128, self.pictures.labels.bincount().min().item()),
+            num_pos = self.num_pos,
             class_queue_size = 400,
             push_size = min(64, len(self.pictures)),
             alpha_range = (1., 1.),
@@ -414,7 +420,7 @@ def options():
     parser.add_argument('--steps', type = int, default = None, help = 'of the generator, instead of --minutes')
     parser.add_argument(
         '--resume', action = 'store_true',
-        help = 'go on with the run in the results folder, with the settings that it was started with'
+        help = 'go on with the run in the results folder, with its settings; FOLDER (and --held-out) may have moved'
     )
     parser.add_argument('--size', choices = tuple(SIZES), default = 'small', help = 'of images and networks')
     parser.add_argument('--image-size', type = int, default = None, help = 'None: 32 if small, 64 if base')
@@ -440,6 +446,7 @@ def options():
     parser.add_argument('--threads', type = int, default = os.cpu_count(), help = 'cpu threads')
     args = parser.parse_args()
     check(args.minutes > 0 and (args.steps is None or args.steps > 0), '--minutes and --steps must be above 0')
+    args.held_out = args.held_out and os.path.abspath(args.held_out)            # to be found on --resume
     args.image_size = args.image_size or SIZES[args.size]['image_size']
 
     if args.generator == 'auto':
@@ -462,7 +469,13 @@ def main():
     if path.exists():
         check(args.resume, f'{folder} holds an earlier run: pass --resume, or another --results-folder')
         plan = json.loads(path.read_text())
-        args = Namespace(**{**plan['settings'], 'threads': args.threads, 'results_folder': args.results_folder})
+        given = {name: getattr(args, name) for name in ('folder', 'threads', 'results_folder')}
+
+        if args.held_out:
+            check(plan['settings']['held_out'], f'{folder} was started without --held-out')
+            given['held_out'] = args.held_out
+
+        args = Namespace(**{**plan['settings'], **given})
 
     torch.set_num_threads(args.threads)
     pictures, choosing, unseen, classes, about = load_data(args)
@@ -470,7 +483,9 @@ def main():
     args.groups = args.groups or min(4, max(1, len(classes)))
     run = Run(args, pictures, classes, choosing)
 
+    rare = ', as many as the smallest class has: leave out rare classes' if run.num_pos < FEW else ''
     print(f'data: {about}')
+    print(f'real images per class in a step: {run.num_pos}{rare}')
     print(f'size: {args.image_size}x{args.image_size} (--size, --image-size)')
     size = f'{num_parameters(run.generator()):,} parameters'
     print(f'generator: {args.generator}, {size}, {GENERATORS[args.generator]} (--generator)')

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
@@ -85,10 +86,60 @@ def test_parameter_without_gradient_is_resumed(tmp_path):
     resumed.train()
     assert torch.equal(weights(resumed), weights(straight))
 
+def test_resume_with_the_model_that_was_trained(tmp_path):
+    straight = trainer(tmp_path / 'a')
+    straight.train()
+    first = trainer(tmp_path / 'b', num_train_steps = 10, save_every = 10)
+    first.train()
+    resumed = trainer(tmp_path / 'b', first.unwrapped, resume_from_checkpoint = 'latest')
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(straight))
+
+class Skipping(Net):
+    """Draws from python and numpy, and notes what."""
+
+    def forward(self, *args, **kwargs):
+        self.drawn = random.random(), np.random.rand()
+        return super().forward(*args, **kwargs) * sum(self.drawn)
+
+def test_random_numbers_of_a_model_are_those_of_its_place(tmp_path):
+    def new():
+        torch.manual_seed(0)
+        return Skipping()
+
+    straight = trainer(tmp_path / 'a', new(), num_train_steps = 4)
+    straight.train()
+    trainer(tmp_path / 'b', new(), num_train_steps = 2, save_every = 2, num_workers = 1).train()
+    resumed = trainer(tmp_path / 'b', new(), num_train_steps = 4, resume_from_checkpoint = 'latest')
+    resumed.train()
+    assert torch.equal(weights(resumed), weights(straight))
+
+def test_both_passes_of_a_chunk_draw_the_same(tmp_path):
+    model, drawn = Skipping(), []
+    model.register_forward_hook(lambda module, *_: drawn.append(module.drawn))
+    trainer(tmp_path, model, num_train_steps = 1, group_chunk_size = 3).train()
+    assert len(drawn) == 4 and drawn[:2] == drawn[2:] and drawn[0] != drawn[1]
+
 # the folder of a run
 
 def logged_steps(folder):
     return [row['step'] for row in json_lines(folder / 'metrics.jsonl')]
+
+def test_a_relative_folder_is_that_of_the_start(tmp_path, monkeypatch):
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    t = trainer('run', num_train_steps = 2, save_every = 2)
+    monkeypatch.chdir('elsewhere')
+    t.train()
+    assert checkpoint_names(tmp_path / 'run') == ['step-00000002'] and not any((tmp_path / 'elsewhere').iterdir())
+
+def test_another_precision_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    trainer(tmp_path, num_train_steps = 2, save_every = 2).train()
+    AcceleratorState._reset_state(reset_partial_state = True)           # as in a process of its own
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
+    with pytest.warns(UserWarning, match = 'other settings than it had: mixed_precision bf16 -> no$'):
+        trainer(tmp_path, resume_from_checkpoint = 'latest')
 
 def test_checkpoints(tmp_path):
     trainer(tmp_path, num_train_steps = 10, save_every = 2, keep_checkpoints = 2, log_every = 4).train()

@@ -196,6 +196,24 @@ def test_samples_of_each_row(tmp_path):
     assert relative(flat, samples.flatten(0, 1)) < 1e-6
     assert t.sample(CONDITIONS[:3]).shape == (3, 2)
 
+def test_conditions_of_numpy(tmp_path):
+    t = rows_trainer(tmp_path)
+    again = t.sample(CONDITIONS[:3].double().numpy(), seed = 0)
+    assert torch.equal(again, t.sample(CONDITIONS[:3], seed = 0))
+
+def test_samples_without_a_seed_follow_that_of_torch():
+    model, samples = awake(tiny_generator()), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        samples += [model.sample([0, 1]), model.sample([0, 1])]
+    first, second, *again = samples
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+    assert not torch.equal(first, second) and not torch.equal(first, again[2])
+
+    state = torch.get_rng_state()
+    model.sample([0, 1], seed = 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
 def test_samples_of_each_class():
     model = awake(tiny_generator())
     samples = model.sample([1, 4], num_samples_each = 3, seed = 0)

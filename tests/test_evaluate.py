@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from drifting_pytorch import DriftingGenerator
+from drifting_pytorch import ConvGenerator, DriftingGenerator
+from drifting_pytorch.drifting import seeded
 from helpers import ROOT, launch
 
 sys.path.insert(0, str(ROOT / 'examples'))
@@ -56,6 +57,14 @@ def real(num = 60):
     return torch.utils.data.TensorDataset(images, torch.zeros(num))
 '''
 
+def write_checkpoint(model, folder, step):
+    checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
+    checkpoint.mkdir(parents = True)
+    save_file(model.state_dict(), checkpoint / 'ema.safetensors')
+    (checkpoint / 'config.json').write_text(json.dumps(model._hub_mixin_config))
+    (checkpoint / 'manifest.json').write_text(json.dumps(dict(best = None, config = dict(ema_decay = 0.9))))
+    return checkpoint
+
 @pytest.fixture(scope = 'module')
 def place(tmp_path_factory):
     """A folder with two checkpoints of a generator of 16 x 16 pixels, and a module of extractors and real images."""
@@ -70,20 +79,16 @@ def place(tmp_path_factory):
         for linear in (block.modulation.linear for block in model.blocks):
             torch.nn.init.normal_(linear.weight, std = 0.2)
 
-        checkpoint = folder / 'checkpoints' / f'step-{step:08d}'
-        checkpoint.mkdir(parents = True)
-        save_file(model.state_dict(), checkpoint / 'ema.safetensors')
-        (checkpoint / 'config.json').write_text(json.dumps(CONFIG))
-        (checkpoint / 'manifest.json').write_text(json.dumps(dict(best = None, config = dict(ema_decay = 0.9))))
+        write_checkpoint(model, folder, step)
 
     return folder
 
 @pytest.fixture
 def run(place, monkeypatch):
     """evaluate.py in this process: the results, and the features by folder and file."""
-    def run(results, *args, extractor = 'evaluate_parts:extractor'):
+    def run(results, *args, extractor = 'evaluate_parts:extractor', model = place):
         monkeypatch.chdir(place)
-        args = (place, '--extractor', extractor, '--results-folder', results, '--cpu', *args)
+        args = (model, '--extractor', extractor, '--results-folder', results, '--cpu', *args)
         evaluate.main([*map(str, args)])
         return json.loads((results / 'results.json').read_text()), read_features(results)
     return run
@@ -273,6 +278,35 @@ def test_several_checkpoints_alphas_and_neighbors(fidelity, run, tmp_path):
     picture = Image.open(tmp_path / 'neighbors-step-00000001-alpha-1.png')
     assert picture.width * evaluate.PICTURED == picture.height * (1 + evaluate.NEIGHBORS)
 
+@pytest.fixture
+def conv_generator():
+    """As many numbers of noise as latents have channels, and yet it draws pixels."""
+    torch.manual_seed(0)
+    return ConvGenerator(image_size = 16, channels = 3, num_classes = 3, dim = 16, dim_noise = 4)
+
+def test_convolutional_generators_are_evaluated(run, conv_generator, tmp_path):
+    checkpoint = write_checkpoint(conv_generator, tmp_path / 'trained', 1)
+    conv_generator.save_pretrained(tmp_path / 'saved')
+    found = {}
+
+    for model in (tmp_path / 'trained', checkpoint, tmp_path / 'saved'):
+        results = tmp_path / f'results-{model.name}'
+        options = dict(extractor = 'evaluate_parts:features_only', model = model)
+        [row], features = run(results, '--num-samples', 10, '--batch-size', 5, **options)
+        [found[model]] = features.values()
+        assert row['vae'] is None
+        assert row['checkpoint'] == (checkpoint.name if model.name == 'trained' else model.name)
+
+    first, *others = found.values()
+    assert first['images'].shape == (8, 3, 16, 16) and first['features'].shape == (10, 10)
+    assert first['images'].float().std(dim = 0).mean() > 1
+    assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+    noise = torch.randn(1, 4, generator = seeded(0, 'evaluate', 7))
+    with torch.no_grad():
+        expected = conv_generator(noise, torch.tensor([7 % 3]))
+    assert (common.to_uint8(expected)[0].int() - first['images'][7].int()).abs().max() <= 1
+
 # references
 
 def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkeypatch):
@@ -341,6 +375,16 @@ def test_latents_of_a_published_artifact(tmp_path):
     labels = [3] * 4 + [7] * 4
     expected = DriftingGenerator.from_pretrained(ARTIFACT).sample(labels, alpha = 1.5, seed = 1, batch_size = 32)
     assert np.array_equal(arrays['latents'], expected.numpy()) and arrays['labels'].tolist() == labels
+
+def test_samples_of_a_convolutional_generator(conv_generator, tmp_path):
+    checkpoint = write_checkpoint(conv_generator, tmp_path, 1)
+    args = (checkpoint, '--classes', 2, 0, '--num', 3, '--seed', 1, '--cpu', '--results-folder', tmp_path)
+    sample_imagenet.main([*map(str, args)])
+    arrays = np.load(tmp_path / 'samples.npz')
+    expected = common.to_uint8(conv_generator.sample([2] * 3 + [0] * 3, seed = 1, batch_size = 32))
+    assert np.array_equal(arrays['arr_0'], expected.permute(0, 2, 3, 1).numpy())
+    assert arrays['arr_1'].tolist() == [2] * 3 + [0] * 3
+    assert Image.open(tmp_path / 'samples.png').height > 32
 
 @pytest.fixture(scope = 'module')
 def vae(tmp_path_factory, request):

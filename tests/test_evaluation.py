@@ -48,6 +48,15 @@ def test_numbers_are_logged_at_their_steps(tmp_path):
     assert sorted(row['step'] for row in rows(tmp_path)) == [3, 5, 6, 9, 10, 12]
     assert math.isclose(found[12], spread(t.sample)['spread'], rel_tol = 1e-6)
 
+def test_samples_without_a_seed_are_those_of_the_step(tmp_path):
+    def mean(sample):
+        return dict(mean = sample(LABELS).mean())
+
+    for name in ('a', 'b'):
+        evaluated(tmp_path / name, mean, num_train_steps = 10).train()
+    (first, second), again = ([row['eval/mean'] for row in rows(tmp_path / name)] for name in ('a', 'b'))
+    assert [first, second] == again and first != second
+
 def test_it_has_no_effect_on_the_training(tmp_path):
     def thirsty(sample):
         torch.rand(1_000)

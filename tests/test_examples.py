@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from drifting_pytorch import BackboneFeatures, ConvGenerator, LatentMAE, Trainer
+from drifting_pytorch import BackboneFeatures, ConvGenerator, ImageFolder, LatentMAE, Trainer
 from helpers import ROOT, run, run_example
 
 EXAMPLES = ROOT / 'examples'
@@ -445,6 +445,8 @@ def test_images(tmp_path, monkeypatch, examples, capsys, classes, grey):
     metrics = train_images(monkeypatch, folder_of_images(tmp_path / 'cats', classes, grey = grey), results)
     printed = capsys.readouterr().out
     assert '40 images, ' in printed and 'held out: 16' in printed and '12x10 to 12x11' in printed
+    rare = ', as many as the smallest class has: leave out rare classes' if len(classes) > 1 else ''
+    assert f'\nreal images per class in a step: {24 // len(classes)}{rare}\n' in printed
     assert ('grey' in printed) == grey and ('2 classes (a 12, b 12)' in printed) == (len(classes) > 1)
     assert metrics['samples']['frechet'] > 0 and metrics['real']['frechet'] > 0
     assert ('recognised' in metrics['samples']) == (len(classes) > 1)
@@ -482,6 +484,14 @@ def test_images_that_choose_do_not_judge(tmp_path, monkeypatch, examples):
         assert tuple(map(len, found)) == sizes
         assert not found[1] & found[2] and (args or not found[0] & (found[1] | found[2]))
         assert all(pictures.labels.bincount().diff() == 0 for pictures in parts)        # as many of both classes
+
+def test_images_held_out_are_grey_where_those_to_train_on_are(tmp_path, monkeypatch, examples):
+    folder, apart = folder_of_images(tmp_path / 'grey', grey = True), folder_of_images(tmp_path / 'colour')
+    _, _, trained, choosing, judging = images_of(folder, monkeypatch, '--held-out', apart)
+    expected = torch.stack([image for image, _ in ImageFolder(apart, 8, channels = 1)])
+    held_out = torch.stack((choosing.pixels, judging.pixels), dim = 1).flatten(0, 1)         # they take turns
+    assert trained.pixels.shape == held_out.shape == (40, 1, 8, 8)
+    assert torch.equal(held_out, ((expected + 1) * 127.5).round().byte())
 
 def test_images_the_best_average_of_the_best_step_is_the_model(tmp_path, monkeypatch, examples):
     from drifting_pytorch.metrics import Evaluation
@@ -521,6 +531,49 @@ def test_images_go_on_as_if_they_had_not_been_interrupted(tmp_path, monkeypatch,
 
     for name in ('model/model.safetensors', 'judge.safetensors', 'samples.png', 'neighbors.png', 'training.gif'):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
+
+def test_images_go_on_from_another_directory(tmp_path, monkeypatch, examples):
+    """On the folders that are given now, and without --held-out on that of the first start."""
+    import train_images as script
+
+    class Stopped(Exception):
+        pass
+
+    def stop(run, *_):
+        raise Stopped(run)
+
+    monkeypatch.setattr(script.Run, 'classifier', stop)                 # all is read by then, and the plan is written
+
+    def started(results, folder, *args):
+        args = (folder, '--results-folder', tmp_path / results, '--image-size', 8, '--steps', 2, '--threads', 1, *args)
+        monkeypatch.setattr(sys, 'argv', [*map(str, ('train_images.py', *args))])
+
+        with pytest.raises(Stopped) as stopped:
+            script.main()
+
+        run, = stopped.value.args
+        return {pixels.numpy().tobytes() for pixels in run.pictures.pixels} | {run.choosing.pixels.numpy().tobytes()}
+
+    folder, apart = folder_of_images(tmp_path / 'a' / 'cats'), folder_of_images(tmp_path / 'a' / 'apart', num = 38)
+    monkeypatch.chdir(tmp_path / 'a')
+    alone, both = started('alone', 'cats'), started('both', 'cats', '--held-out', 'apart')
+    assert alone != both
+
+    monkeypatch.chdir(tmp_path)
+    assert started('alone', 'a/cats', '--resume') == alone
+    assert started('alone', 'a/cats', '--resume', '--held-out', 'a/apart') == alone             # its settings stay
+    assert started('both', 'a/cats', '--resume') == both
+
+    folder.rename(tmp_path / 'cats')
+    apart.rename(tmp_path / 'apart')
+    assert started('both', 'cats', '--resume', '--held-out', 'apart') == both
+
+    with pytest.raises(ValueError, match = 'apart is not a folder of images'):
+        started('both', 'cats', '--resume')
+
+    (tmp_path / 'cats' / '0.png').unlink()
+    with pytest.raises(ValueError, match = 'the run was started with other data: now 39 images'):
+        started('both', 'cats', '--resume', '--held-out', 'apart')
 
 def test_images_with_other_networks(tmp_path, monkeypatch, examples):
     folder = folder_of_images(tmp_path / 'cats')

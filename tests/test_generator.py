@@ -195,6 +195,13 @@ def test_saved_models_are_read_back(tmp_path):
     assert again.num_classes == 4
     assert {p.dtype for p in again.parameters()} == {torch.float32}
 
+    kept = dict(ff_mult = np.float32(2.), share_style_codebook = np.bool_(True))
+    model = tiny(**kept)
+    model.save_pretrained(tmp_path / 'numpy')
+    again = DriftingGenerator.from_pretrained(tmp_path / 'numpy')
+    assert again.blocks[0].ff.ff[0].proj.weight.shape == model.blocks[0].ff.ff[0].proj.weight.shape
+    assert again.style_stride == 0
+
     weights = tmp_path / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match = 'is not a DriftingGenerator: Error while deserializing'):

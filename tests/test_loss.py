@@ -720,6 +720,18 @@ def test_global_modules_inside_of_functions_are_frozen():
     FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
     assert not GLOBAL.training and not GLOBAL.weight.requires_grad
 
+INSIDE = torch.nn.Linear(4, 5)
+
+@pytest.mark.parametrize('encoder', [
+    lambda x: {f'a{i}': INSIDE(x * i)[:, None] for i in (1, 2)},
+    lambda x: dict(a = next(INSIDE(t)[:, None] for t in [x])),
+    lambda x: dict(a = (lambda t: INSIDE(t)[:, None])(x)),
+])
+def test_global_modules_of_functions_within_functions_are_frozen(encoder):
+    INSIDE.train().requires_grad_(True)
+    FeatureDriftLoss(encoder)
+    assert not INSIDE.training and not INSIDE.weight.requires_grad
+
 @pytest.mark.parametrize('chunk', [None, 1])
 def test_encoders_without_a_gradient_are_refused(chunk):
     encoder = torch.no_grad()(lambda x: dict(a = 2 * x[:, None], b = x[:, None].square()))

@@ -50,6 +50,12 @@ def test_evaluation_of_images(features):
     pairs = Evaluation(TensorDataset(real, torch.zeros(40)), features)
     assert np.allclose(pairs.real, evaluation.real, atol = 1e-5)
 
+def test_the_network_of_features_is_in_eval_mode():
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(), torch.nn.Flatten())
+    real = torch.rand(40, 1, 8, 8)
+    evaluation = Evaluation(real, net)
+    assert abs(evaluation.compare(real)['frechet']) < 1e-6 and not net.training and net[1].num_batches_tracked == 0
+
 @pytest.mark.parametrize('num_classes', [None, 3])
 def test_evaluation_of_a_trainer(tmp_path, num_classes):
     images, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 3
@@ -79,6 +85,7 @@ def test_errors():
 
     for call, message in (
         (lambda: Evaluation(real[:3], means), r'\[4 or more, d\], .* got \(3, 2\) of 3'),
+        (lambda: Evaluation(real, means, labels = torch.arange(16)), '16 labels of 8 real images'),
         (lambda: evaluation.compare(real[:2]), r'4 or more, .* got \(2, 2\) of 2'),
         (lambda: evaluation.compare(real * torch.nan), 'must be finite'),
         (lambda: Evaluation(real, lambda x: x), r'got \(8, 1, 4, 4\) of 8'),
