@@ -665,16 +665,17 @@ class ConvGenerator(Generator, coders = CODERS):
     """A one-step generator of convolutions for small pictures, quicker than a DiT.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
-    dim: channels of the first map, a multiple of 16. dim_noise: noise is [b dim_noise]. See DriftingGenerator.
+    dim: channels of the first map, a multiple of 16. dim_noise: length of the noise. See DriftingGenerator.
+    noise_channels: maps of noise that join every map, behind it in one vector. 0: none, textures are stripes.
     The condition acts on every layer, or the samples of a class would be more alike.
     """
     def __init__(
         self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
-        dim = 64, dim_noise = 64, output_conv_dim = 0
+        dim = 64, dim_noise = 64, noise_channels = 0, output_conv_dim = 0
     ):
         super().__init__(image_size, channels, num_classes, dim_condition, condition_channels)
         check_whole(1, dim = dim, dim_noise = dim_noise)
-        check_whole(0, output_conv_dim = output_conv_dim)
+        check_whole(0, noise_channels = noise_channels, output_conv_dim = output_conv_dim)
         check(dim % 16 == 0, f'dim must be a multiple of 16, got {dim}')
         num_ups = 2 if image_size <= 32 else 3
         fits = image_size % 2 ** num_ups == 0 and 8 <= image_size <= 64
@@ -704,18 +705,26 @@ class ConvGenerator(Generator, coders = CODERS):
         nn.init.normal_(self.to_scale_shift.weight, std = 0.3 / dim ** 0.5)
         nn.init.zeros_(self.to_scale_shift.bias)
 
-        # a picture joins every map, patches as channels
-        self.image_embeds, self.noise_shape = ModuleList(), (dim_noise,)
-        for i, width in enumerate(widths if exists(condition_channels) else ()):
-            dim_patch = condition_channels * (image_size // size // 2 ** i) ** 2
-            self.image_embeds.append(nn.Conv2d(dim_patch, width, 1))
+        # a picture (patches) and noise join every map
+        self.image_embeds, self.noise_embeds, self.noise_sizes = ModuleList(), ModuleList(), [dim_noise]
+        for i, width in enumerate(widths):
+            side = size * 2 ** i
+            if exists(condition_channels):
+                self.image_embeds.append(nn.Conv2d(condition_channels * (image_size // side) ** 2, width, 1))
+            if noise_channels > 0:
+                embed = nn.Conv2d(noise_channels, width, 1, bias = False)
+                nn.init.normal_(embed.weight, std = 0.1)
+                self.noise_embeds.append(nn.Sequential(nn.Unflatten(1, (noise_channels, side, side)), embed))
+                self.noise_sizes.append(noise_channels * side ** 2)
+        self.noise_shape = (sum(self.noise_sizes),)
 
     def forward(
         self, noise: Float[Tensor, 'b d'], labels: Tensor | dict | None = None,
         alpha: Float[Tensor, 'b'] | float = 1., styles = None  # it has none
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples. labels, alpha, errors: see DriftingGenerator."""
-        x, given, alpha = self.checked_inputs(noise, labels, alpha)
+        noise, given, alpha = self.checked_inputs(noise, labels, alpha)
+        x, *noise_maps = noise.split(self.noise_sizes, dim = -1)
         cond = self.alpha_embed(sinusoidal(alpha, 256).to(x.dtype))  # b d
         cond = self.embedded(cond, given.get('labels'), given.get('vector'))
         scales_shifts = self.to_scale_shift(cond).split(self.sizes, dim = -1)
@@ -724,6 +733,8 @@ class ConvGenerator(Generator, coders = CODERS):
             if i > 0 and 'image' in given:
                 patches = F.pixel_unshuffle(given['image'], self.image_size // x.shape[-1])
                 x = x + self.image_embeds[i - 1](patches)
+            if i > 0 and noise_maps:
+                x = x + self.noise_embeds[i - 1](noise_maps[i - 1])
             scale, shift = scale_shift.view(x.shape[0], 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
             x = F.silu(x * (1 + scale) + shift)
         return self.output_convs(self.to_image(x)).tanh()

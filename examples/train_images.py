@@ -219,7 +219,8 @@ class Run:
         size = SIZES[self.args.size]
 
         if self.args.generator == 'conv':
-            return ConvGenerator(**self.images, **size['conv'], output_conv_dim = 16 if self.args.details else 0)
+            detail = dict(output_conv_dim = 16, noise_channels = 1) if self.args.details else {}
+            return ConvGenerator(**self.images, **size['conv'], **detail)
 
         patches = dict(patch_size = self.args.image_size // size['tokens'], output_conv_dim = 32)      # against seams
         return DriftingGenerator(**self.images, **patches, **size['transformer'])

@@ -13,11 +13,12 @@ def small(**kwargs):
 
 @pytest.mark.parametrize('image_size', [8, 12, 28, 32, 40, 64])
 @pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('num_classes', [None, 3])
-def test_shapes_and_gradients(image_size, channels, num_classes):
-    model = small(image_size = image_size, channels = channels, num_classes = num_classes)
+@pytest.mark.parametrize('num_classes, noise_channels', [(None, 0), (3, 0), (3, 2)])
+def test_shapes_and_gradients(image_size, channels, num_classes, noise_channels):
+    sizes = dict(image_size = image_size, channels = channels, num_classes = num_classes)
+    model = small(**sizes, noise_channels = noise_channels)
     labels = None if num_classes is None else torch.tensor([0, 2, 1])
-    samples = model(torch.randn(3, 8), labels, 1.5)
+    samples = model(torch.randn(3, *model.noise_shape), labels, 1.5)
     assert samples.shape == (3, channels, image_size, image_size)
     assert samples.abs().max() < 1
 
@@ -38,6 +39,24 @@ def test_every_condition_and_all_noise_act():
     assert torch.equal(model(noise, [0, 1], [1., 2.]), samples)
     assert torch.equal(model(noise, labels), model(noise, labels, torch.ones(2)))
     assert relative(model.double()(noise, labels, alpha), samples) < 1e-5
+
+def test_noise_of_a_place_acts_there(tmp_path):
+    model = small(image_size = 32, noise_channels = 2).eval()
+    assert model.noise_shape == (8 + 2 * 8 ** 2 + 2 * 16 ** 2,)
+    noise, labels = torch.randn(1, *model.noise_shape), torch.tensor([1])
+    last = model(noise, labels)
+    others = noise.clone()
+    others[0, -16 ** 2 + 3 * 16 + 5] += 1                   # of the second channel of the last map, row 3, column 5
+    assert not torch.equal(model(others, labels), last)
+    rows, columns = (model(others, labels) - last)[0, 0].nonzero().unbind(dim = 1)
+    assert (rows.min(), rows.max()) == (4, 10) and (columns.min(), columns.max()) == (8, 14)
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ConvGenerator.from_pretrained(tmp_path).sample([0, 1], seed = 0), model.sample([0, 1], seed = 0))
+    with raises_one_line('noise has shape (1, 8), expected (batch, 648)'):
+        model(noise[:, :8], labels)
+    with raises_one_line('noise_channels must be a whole number from 0 on'):
+        small(noise_channels = -1)
 
 def test_a_constant_map_is_a_picture_without_a_grid():
     to_image = small(image_size = 32, channels = 3).to_image
@@ -64,7 +83,7 @@ def test_output_convolutions_start_as_the_identity(tmp_path):
         small(output_conv_dim = -1)
 
 def test_the_same_seed_gives_the_same_samples():
-    model = small()
+    model = small(noise_channels = 1)
     samples = model.sample([0, 1, 2], seed = 0)
     assert torch.equal(model.sample([0, 1, 2], seed = 0), samples)
     assert relative(model.sample([0, 1, 2], seed = 0, batch_size = 2), samples) < 1e-5
@@ -123,7 +142,7 @@ def test_it_is_trained(tmp_path):
     brightness = labels / 2 - 0.5 + 0.1 * torch.randn(60)
     images = brightness.reshape(60, 1, 1, 1).expand(60, 1, 8, 8).contiguous()
     settings = dict(num_train_steps = 60, ema_decay = 0.9, log_every = 0)
-    t = trainer(tmp_path, small(), TensorDataset(images, labels), **settings)
+    t = trainer(tmp_path, small(noise_channels = 1), TensorDataset(images, labels), **settings)
     t.train()
     means = t.sample([0, 1, 2], seed = 0).mean(dim = (1, 2, 3))
     assert (means.diff() > 0.2).all()

@@ -561,8 +561,9 @@ def test_images_go_on_from_another_directory(tmp_path, monkeypatch, examples):
 
     monkeypatch.chdir(tmp_path)
     assert started('alone', 'a/cats', '--resume') == alone
-    assert started('alone', 'a/cats', '--resume', '--held-out', 'a/apart') == alone             # its settings stay
     assert started('both', 'a/cats', '--resume') == both
+    with pytest.raises(ValueError, match = 'alone was started without --held-out'):
+        started('alone', 'a/cats', '--resume', '--held-out', 'a/apart')
 
     folder.rename(tmp_path / 'cats')
     apart.rename(tmp_path / 'apart')

@@ -221,11 +221,11 @@ TARGETS = {
     ),
     'ConvGenerator(...)': (
         5, then(ConvGenerator, with_generator),
-        dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 4)
+        dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 4, noise_channels = 1)
     ),
     'ConvGenerator.forward': (
         5, ConvGenerator(image_size = 8, channels = 1, dim = 16, dim_noise = 4, **KINDS),
-        dict(noise = floats(2, 4), labels = conditions(), alpha = torch.ones(2))
+        dict(noise = floats(2, 24), labels = conditions(), alpha = torch.ones(2))
     ),
     'drift_loss': (
         6, with_gradient(drift_loss),

@@ -68,10 +68,11 @@ def sizes_of(images, labels):
     """What the networks have to know of images [n ch h w] and labels [n]."""
     return dict(channels = images.shape[1], num_classes = int(labels.max()) + 1)
 
-def conv_generator(image_size = 28, channels = 1, num_classes = 10):
-    """That of drifting and of its rival WGAN-GP. Photographs have more detail."""
+def conv_generator(image_size = 28, channels = 1, num_classes = 10, **others):
+    """That of drifting and of its rival WGAN-GP. Photographs have more detail, and textures."""
     sizes = dict(image_size = image_size, channels = channels, num_classes = num_classes)
-    return ConvGenerator(**sizes, output_conv_dim = 16 if channels == 3 else 0)
+    detail = dict(output_conv_dim = 16, noise_channels = 1) if channels == 3 else {}
+    return ConvGenerator(**sizes, **(detail | others))
 
 class ConditionedBlock(nn.Module):
     """Two convolutions, scaled and shifted by the condition in between."""
@@ -275,10 +276,11 @@ class Drifting:
     def __init__(
         self, images, labels, folder,
         num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
-        learning_rate = 4e-3, decay_start = 200, ema_decay = 1.
+        learning_rate = 4e-3, decay_start = 200, ema_decay = 1., **generator
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
+        self.generator = generator                  # arguments
         self.ema_decay = ema_decay
         self.encoder = None
 
@@ -296,7 +298,7 @@ class Drifting:
 
     def make_trainer(self, **kwargs):
         loss_fn = FeatureDriftLoss(self.encoder, affinity_floor = 0.)
-        model = conv_generator(self.dataset.tensors[0].shape[-1], **self.sizes)
+        model = conv_generator(self.dataset.tensors[0].shape[-1], **self.sizes, **self.generator)
         self.trainer = Trainer(model, loss_fn, self.dataset, **self.settings, **kwargs)
 
     def __getstate__(self):
