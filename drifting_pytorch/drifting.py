@@ -190,7 +190,7 @@ class DriftField(Module):
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
         super().__init__()
-        wanted = "'both', 'y' or 'none' (other fields are classes)"
+        wanted = "'both', 'y' or 'none' (see GradientField, SharpField and SinkhornField)"
         check(normalize in ('both', 'y', 'none'), f'normalize must be {wanted}, got {normalize!r}')
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
