@@ -1934,6 +1934,7 @@ class BaseTrainer:
             has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
             precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
+        settings.mixed_precision = precision  # recorded
 
         self.accelerator = accelerator = Accelerator(
             mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
@@ -2004,7 +2005,6 @@ class BaseTrainer:
         """The settings, and what else a run depends on."""
         frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
         record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
-        record |= dict(mixed_precision = self.accelerator.mixed_precision)
         return json.loads(json.dumps(vars(self.settings) | record, default = str))
 
     def is_due(self, every, step):
@@ -2065,7 +2065,7 @@ class BaseTrainer:
         norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.optimizer.step()  # accelerate's is slower
         for ema in self.emas.values():
-            for part in ema.ema_model.modules():
+            for part in ema.ema_model.modules() if self.is_sharded else ():
                 if isinstance(part, FSDPModule):  # pictures may leave it whole
                     part.reshard()
             ema.update()
@@ -2725,7 +2725,7 @@ def from_pretrained(cls, name, *, revision = None):
             arguments, state_dict = release.TRANSLATIONS[kind](arguments['model_config'], state_dict)
         else:
             state_dict = load_file(weights)
-        # these cost memory without weights, too
+        # both cost memory before weights
         blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
         tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2
         tokens += arguments.get('num_register_tokens', 0)
