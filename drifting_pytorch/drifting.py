@@ -76,11 +76,11 @@ def existing(**values):
     return {name: value for name, value in values.items() if exists(value)}
 
 def typecheck(fn):
-    """Checks shapes if DRIFTING_TYPECHECK=1 at the import (not to compile)."""
+    """Checks shapes if DRIFTING_TYPECHECK=1 at import; do not compile then."""
     is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
     return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
-# input is checked always, with errors of one line that say what to do
+# input is always checked; errors are one line that says what to do
 def check(condition, message):
     if not condition:
         raise ValueError(message)
@@ -108,7 +108,7 @@ def can_read(t):
     """Looking at values stalls an accelerator, and breaks a compiled graph."""
     return t.device.type == 'cpu' and not torch.compiler.is_compiling() and t.numel() > 0
 
-def check_range(name, t, low, high = math.inf):
+def check_range(name, t, low = -math.inf, high = math.inf):
     check(not t.is_complex(), f'{name} must be real numbers, got {t.dtype}')
     if can_read(t):
         found = t.aminmax()  # nan if any is
@@ -222,7 +222,7 @@ class DriftField(Module):
         """W of V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others."""
         A = self.affinity(self.logits(dist, temperature)).clamp_(min = affinity_floor ** 0.5)
         if exists(weight):
-            A *= rearrange(weight, '... y -> ... 1 y')  # release: behind the softmax
+            A *= rearrange(weight, '... y -> ... 1 y')  # release: after the softmax
         A_pos, A_neg = A.tensor_split((num_pos,), dim = -1)
         sum_pos, sum_neg = (t.sum(dim = -1, keepdim = True) for t in (A_pos, A_neg))
 
@@ -418,7 +418,7 @@ class Generator(Module, PyTorchModelHubMixin):
         )
 
     def checked_condition(self, labels, b):
-        """Those that it has of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
+        """Its conditions, of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
         names = [*existing(labels = self.num_classes), *self.condition_shapes]
         only = names[0] if names else 'labels'  # a bare tensor
         given = dict(labels) if isinstance(labels, dict) else existing(**{only: labels})
@@ -426,7 +426,7 @@ class Generator(Module, PyTorchModelHubMixin):
         check(given.keys() == set(names), f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}')
         for name, shape in self.condition_shapes.items():
             check_shape(name, given[name], (b, *shape))
-            check_range(name, given[name], -math.inf)
+            check_range(name, given[name])
         if 'labels' in given:
             given['labels'] = checked_labels(given['labels'], self.num_classes, b)
         return given
@@ -435,7 +435,7 @@ class Generator(Module, PyTorchModelHubMixin):
         """noise, {name: condition}, alpha [b]"""
         check_shape('noise', noise, ('batch', *self.noise_shape))
         check_floating('noise', noise)
-        check_range('noise', noise, -math.inf)
+        check_range('noise', noise)
         b, like = noise.shape[0], next(self.parameters())
         check(like.dtype.itemsize >= 4, f'the model is {like.dtype}: keep it in float32, under torch.autocast')
         alpha = as_tensor('alpha', alpha).to(noise.device)
@@ -618,7 +618,8 @@ def sample_from(
     num_classes, labels = getattr(model, 'num_classes', None), each(partial(as_tensor, 'labels'), labels)
     labels = each(lambda t: t.float() if t.is_floating_point() else t, labels)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
-    fits = exists(labels) == (exists(num_classes) or is_condition(labels)) != exists(num_samples)
+    needs_labels = exists(num_classes) or is_condition(labels)
+    fits = exists(labels) == needs_labels and exists(num_samples) != needs_labels
     check(fits, f'num_classes is {num_classes}, so pass {wanted}')
     if exists(labels) and not is_condition(labels):
         labels = checked_labels(labels, num_classes, 'batch')
@@ -626,7 +627,7 @@ def sample_from(
     if exists(labels):
         sizes = {t.shape[:1] for t in (labels if isinstance(labels, dict) else {'': labels}).values()}
         check(len(sizes) == 1 and sizes != {()}, f'labels must be tensors [rows, ...] of equal length, got {sizes}')
-        (rows,), = sizes
+        rows, = sizes.pop()
     check_whole(1, num_samples = rows, num_samples_each = k, batch_size = batch_size)
     check_whole(0, seed = seed)
     alpha = as_tensor('alpha', alpha).float()
@@ -641,8 +642,8 @@ def sample_from(
     try:
         for batch, index in chunked((seeds, torch.arange(rows * k) // k), batch_size):
             noise, styles = [], []
-            for seed in batch.tolist():
-                generator.manual_seed(seed)
+            for own_seed in batch.tolist():
+                generator.manual_seed(own_seed)
                 noise.append(torch.randn(noise_shape, generator = generator, dtype = torch.float32))
                 if hasattr(model, 'draw_styles'):
                     styles.append(model.draw_styles(1, generator))
@@ -743,7 +744,7 @@ class ConvGenerator(Generator, coders = CODERS):
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
-    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised: it falls
+    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised, falls
     neighbors: dict     # {temperature: to how many positives a sample listens}, 1 .. p
     uncond_share: dict  # {temperature: share of unconditional samples in the push}, 0 .. 1
     potential: dict     # {temperature: what a field with a potential descends}: it falls
@@ -765,7 +766,7 @@ def squared_distances(x: Float[Tensor, 'b n d'], y: Float[Tensor, 'b y d']) -> F
     return torch.baddbmm(y_sq.mT, x, y.mT, alpha = -2).add_(x_sq)
 
 class KnownGradient(torch.autograd.Function):
-    """A loss, () or one per row of x, of known gradient: grad is that of its mean by x."""
+    """A loss () or [b] of known gradient: grad is that of its mean with respect to x."""
     @staticmethod
     def forward(ctx, x, loss, grad):
         ctx.save_for_backward(grad)
@@ -837,13 +838,13 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
 
-        # in many dimensions |V| takes less memory without V, see squared_lengths
+        # a large V is not kept where |V| is cheap without it, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
         is_small = self.b * num_vectors * self.d <= PART_NUMBERS['cpu']
         self.in_coefficients = is_cheap and not is_small and self.field.zero_sum and self.own_negatives
-        largest = self.y * max(self.d, self.g * len(self.temperatures))
+        largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
         self.kept = {}  # what two rounds need, by part: distances, vectors
@@ -880,7 +881,7 @@ class DriftProblems:
         return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
-        """W [b t g y], V = W (y - x). A small loss has one part."""
+        """W [b t g y], V = W (y - x), kept for the newest part."""
         if self.newest[0] != part:
             dist, weight = self.masked_distances(part, scale), self.weight[part] if self.is_guided else None
             W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
@@ -900,7 +901,7 @@ class DriftProblems:
         W = rearrange(W, 'b t g y -> b (t g) y')
         W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
         products = W_gen @ squares  # b (t g) y
-        products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)
+        products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)  # both orders
         products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
         return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
 
@@ -939,13 +940,13 @@ class DriftProblems:
 
     # round 3: fields at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
     def loss(self, scale, rms):
-        """The loss of each problem [b], and the gradient of its mean by gen [b g d]."""
+        """The loss of each problem [b], and the gradient of their mean, like gen [b g d]."""
         unit = self.unit(scale)
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
         fields_of = self.coefficients if self.in_coefficients else self.vectors
         for part in self.parts:
-            # n: coefficients or dimensions
+            # V, or first its W: n is d, or y
             fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
             V = factors.expand(len(fields), 1, -1) @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
@@ -958,7 +959,7 @@ class DriftProblems:
     def solve(self, S_sums, V_sums, of = ''):
         """The loss of each problem [b], and DriftStats."""
         given = {name + of: t for name, t in {'gen': self.gen, **self.sets}.items()}
-        check_values(V_sums, **given)  # here all processes stop
+        check_values(V_sums, **given)  # equal in all processes
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
             scale = self.scale(S_sums)
             V_sq, *diagnosed = V_sums[:-1] / V_sums[-1]
@@ -976,7 +977,7 @@ def two_rounds(bundles):
         totals = {}
         for bundle in bundles():
             for name, problems in bundle.items():
-                known = [totals_before[name] for totals_before in rounds]
+                known = [earlier[name] for earlier in rounds]  # S, for lambda
                 with torch.autocast(problems.gen.device.type, enabled = False):
                     sums = sum(sums_of(problems, part, *known) for part in problems.parts)
                 totals[name] = totals.get(name, 0) + sums
@@ -985,8 +986,8 @@ def two_rounds(bundles):
             joined = cat([sums.flatten() for sums in totals.values()])
             torch.distributed.all_reduce(joined)  # one call for all
             for sums in totals.values():
-                own, joined = joined.tensor_split((sums.numel(),))
-                sums.copy_(own.view_as(sums))
+                total, joined = joined.tensor_split((sums.numel(),))
+                sums.copy_(total.view_as(sums))
         rounds.append(totals)
     return rounds
 
@@ -1021,7 +1022,7 @@ class FeatureDriftLoss(Module):
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         held = [*self.encoders, *existing(decoder = decoder).values()]
-        for part in held:  # grows
+        for part in held:  # grows: networks inside are frozen too
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
             inner = [getattr(part, '__self__', None)]
@@ -1059,7 +1060,6 @@ class FeatureDriftLoss(Module):
         """{name: [b f d]} of samples x [b ...]."""
         features = {'global': rearrange(x, 'b ... -> b 1 (...)')} if self.raw else {}
         x = self.decoder(x) if exists(self.decoder) else x
-
         for encoder in self.encoders:
             encoded = getattr(encoder, 'features', encoder)(x)
             fits = isinstance(encoded, dict) and len(encoded) > 0
@@ -1073,7 +1073,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """{feature: DriftProblems}, small features together: fewer sums."""
+        """Yields {feature: DriftProblems}, small ones together: fewer all_reduce."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
@@ -1126,10 +1126,10 @@ class FeatureDriftLoss(Module):
             return self.loss_of(samples, options)
 
         # chunks: the encoder sees them for S, for lambda, and for the loss
-        chunks = [chunk for _, chunk in chunked((gen, samples), self.group_chunk_size)]
-        sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for chunk in chunks))
         losses, grad, total = {}, torch.empty_like(gen), 0
-        for chunk, part in zip(chunks, grad.split(self.group_chunk_size), strict = True):
+        chunks = chunked((grad, samples), self.group_chunk_size)
+        sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for _, chunk in chunks))
+        for part, chunk in chunks:  # part: of grad, a view
             x, share = chunk['gen'].detach(), len(part) / len(gen)
             x.requires_grad_(gen.requires_grad and torch.is_grad_enabled())
             loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, sums)
@@ -1162,7 +1162,7 @@ class GradientField(DriftField):
         self.zero_sum = False
 
     def log_kernels(self, dist, num_pos, temperature, weight):
-        """Of positives and negatives the weighted kernel, and its sums [... n 1]."""
+        """Logs of the weighted kernel on [positives, negatives], and of its sums [... n 1]."""
         log_weight = rearrange(weight.log().clamp(min = -1e6), '... y -> ... 1 y')
         sides = (self.logits(dist, temperature) + log_weight).tensor_split((num_pos,), dim = -1)
         return sides, [t.logsumexp(dim = -1, keepdim = True) for t in sides]
@@ -1310,7 +1310,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
     patch_size: patches are folded into channels first: 1 for latents, 8 for pixels. 8 divides the folded sides.
     layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the map.
     num_classes: of the linear head on the pooled last map, None for no head.
-    mask_patch_size, mask_ratio: patches of the folded input, each dropped (0) with this probability.
+    mask_patch_size, mask_ratio: patches of the folded input, each zeroed with this probability.
     feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
     checkpointing: see DriftingGenerator. Samples are cast to the dtype of the weights.
     """
@@ -1441,7 +1441,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
-# encoders of pixels: images [b 3 h w] in [-1, 1], also behind a decoder
+# encoders of pixels: images [b 3 h w] in [-1, 1], also after a decoder
 class PixelInput(Module):
     """Images, resized (antialiased) and normalised, by default like ImageNet's."""
     def __init__(self, image_size = 224, mean = (0.485, 0.456, 0.406), std = (0.229, 0.224, 0.225)):
@@ -1516,7 +1516,7 @@ class ConvNeXtFeatures(Module):
         x, features = self.pixel_input(x), {}
         with torch.autocast(x.device.type, enabled = False):
             out = self.model(x, output_hidden_states = True)
-            for i, feature_map in enumerate(out.hidden_states[1:]):  # behind the stem's, b d h w
+            for i, feature_map in enumerate(out.hidden_states[1:]):  # after the stem's, b d h w
                 std, mean = torch.std_mean(feature_map, dim = 1, correction = 0, keepdim = True)
                 sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)
                 name = f'convenxt_stage_{i}'  # the release's spelling
@@ -1557,7 +1557,7 @@ class ImageFolder(Dataset):
     A label is the place of the class folder, or 0 where there are none (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
     Read upright (Exif), over white where transparent, the first one of an animation.
-    Raises ValueError for folders without images or with both, unreadable images.
+    Raises ValueError for folders that are empty or mixed, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
         check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
@@ -1635,7 +1635,7 @@ class SampleQueue:
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
         labels = default(labels, torch.zeros(num, dtype = torch.long))
         labels = checked_labels(labels, self.num_classes, num).cpu()
-        check_range('real samples', samples, -math.inf)
+        check_range('real samples', samples)
         if not exists(self.samples):
             shape = self.num_classes, self.size, *samples.shape[1:]
             self.samples = samples.new_zeros(shape, device = self.device, dtype = self.dtype)
@@ -1644,7 +1644,7 @@ class SampleQueue:
         # each class is a ring: the newest stay
         counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
         labels, pushed = labels[order], self.pushed + counts
-        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]
+        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]  # in its class
         stays = number >= (pushed - self.size)[labels]
         places = labels, number % self.size, order
         labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in places)
@@ -1684,13 +1684,13 @@ def endless_shuffle(length, *, seed, start = 0):
         epoch, offset = epoch + 1, 0
 
 class SeededDataset(Dataset):
-    """In batches of places (position in the run, index), which seed augmentations."""
+    """Indexed by lists of (position in the run, index): the position seeds augmentations."""
     def __init__(self, dataset, seed, with_labels):
         fits = hasattr(dataset, '__len__') and not isinstance(dataset, IterableDataset) and len(dataset) > 0
         check(fits, f'the dataset must be map-style and not empty, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape = self.condition_shape = self.has_conditions = None
-        self.sample(0)  # which says them
+        self.sample(0)  # sets them
 
     def __len__(self):
         return len(self.dataset)
@@ -1799,10 +1799,10 @@ def nested(tensors):
 FULL_STATE = dcp.StateDictOptions(full_state_dict = True, cpu_offload = True)
 TO_LOAD = dcp.StateDictOptions(full_state_dict = True, strict = False)
 
-def check_fits(own, given, what = 'weights do'):
+def check_fits(own, given, what = 'weights'):
     own, given = ({f'{name} {tuple(t.shape)}' for name, t in state.items()} for state in (own, given))
     found = f'missing {sorted(own - given)}, unknown {sorted(given - own)}'
-    check(own == given, f'the {what} not fit the model: {found}')
+    check(own == given, f'the {what} do not fit the model: {found}')
 
 # signals
 SIGNALS = signal.SIGINT, signal.SIGTERM
@@ -1887,13 +1887,13 @@ class LoopSettings:
     sample_every: int = free(1_000)  # steps: grids of images, into samples/
     save_every: int = free(1_000)  # steps: into checkpoints/
     evaluate_every: int = free(0)  # steps
-    keep_best: str | None = free(None)  # 'name' of evaluate's numbers, the least, or 'max:name'
+    keep_best: str | None = free(None)  # 'name', evaluate's number to minimise, or 'max:name'
     keep_checkpoints: int = free(3)  # the newest
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
     resume_from_checkpoint: str | Path | None = free(None)  # a folder, or 'latest', if there is any
-    overwrite: bool = free(False)  # remove an earlier run; or else it is refused
+    overwrite: bool = free(False)  # remove an earlier run, else it is refused
 
     def __post_init__(self):
         for entry in dataclasses.fields(self):
@@ -1902,11 +1902,12 @@ class LoopSettings:
             setattr(self, name, value)
             kind = kind | int if isinstance(0., kind) else kind
             check(isinstance(value, kind), f'{name} must be {inspect.formatannotation(kind)}, got {value!r}')
-            numbers = value if isinstance(value, (tuple, list)) and name != 'log_with' else [value]
-            fits = numbers is not value or len(value) == 2 or name == 'ema_decay' and value
+            is_list = isinstance(value, (tuple, list)) and name != 'log_with'
+            numbers = value if is_list else [value]
+            fits = not is_list or len(value) == 2 or name == 'ema_decay' and value
             check(fits, f'{name} cannot be {len(numbers)} numbers, got {value!r}')
             for number in numbers:
-                if numbers is value or isinstance(number, (int, float)):
+                if is_list or isinstance(number, (int, float)):
                     check_number(*BOUNDS.get(name, (0, 1e20)), **{name: number})
 
 class BaseTrainer:
@@ -1914,8 +1915,8 @@ class BaseTrainer:
 
     A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
     returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
-    [b ch h w] and rows; samples_per_process, read in a micro step; less_memory, settings to lower.
-    Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats what it would have been, or warns.
+    [b ch h w], rows; samples_per_process, read in a micro step; less_memory, a hint; with queues before_training.
+    Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats the uninterrupted one, or warns.
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
@@ -2076,7 +2077,7 @@ class BaseTrainer:
         return loss, details, dict(grad_norm = norm)
 
     def check_finite(self, loss, details, norms):
-        """Before weights are saved; they stay broken."""
+        """Raise before broken weights are saved."""
         norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:
@@ -2295,14 +2296,14 @@ class BaseTrainer:
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
 
-        # parameters that are frozen now, or never had a gradient, have none
+        # no states: frozen now, or never had a gradient (and so equal their average)
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
         had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
         own = {name: state for name, state in state_dict['state'].items() if name not in had_none}
-        check_fits(flat(own), flat(moments), 'states of the optimizer do')
+        check_fits(flat(own), flat(moments), 'states of the optimizer')
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
@@ -2365,7 +2366,7 @@ TRAINER_PRESETS = {
     'ablation': {},
     'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),  # paper: num_pos = 128, one of four ema_decay
     **dict.fromkeys(('L/2', 'L/2-512'), dict(LARGE, no_cfg_frac = 0.5, push_size = 64)),
-    'B/16': {**PIXEL, 'learning_rate': 2e-4},
+    'B/16': dict(PIXEL, learning_rate = 2e-4),
     'L/16': PIXEL,
 }
 
@@ -2413,12 +2414,12 @@ class Trainer(BaseTrainer):
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
-            num, most = settings.num_uncond, min(len(dataset), settings.uncond_queue_size)
-            wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size)'
-            check(0 < num <= most, f'{wanted}, got num_uncond = {num}; alpha_range = (1, 1) trains without')
+            most = min(len(dataset), settings.uncond_queue_size)
+            wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size), got num_uncond'
+            check(0 < self.num_uncond <= most, f'{wanted} = {self.num_uncond}; alpha_range = (1, 1) trains without')
             self.queues['unconditional'] = SampleQueue(size = settings.uncond_queue_size, **options)
 
-        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DriftField())
+        field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DRIFT_FIELD)
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
 
         if isinstance(self.loss_fn, FeatureDriftLoss):
@@ -2442,7 +2443,7 @@ class Trainer(BaseTrainer):
             held = cat([queue.filled for queue in self.queues.values()]).to(self.device)
             held = self.accelerator.gather(rearrange(held, 'n -> 1 n')).amin(dim = 0).tolist()
             short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
-            if not short and held[-1] >= self.num_uncond:
+            if not short and held[-1] >= self.num_uncond:  # last: unconditional
                 return
         some = dict(islice(short.items(), 10))
         found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
@@ -2454,9 +2455,9 @@ class Trainer(BaseTrainer):
         samples, labels = self.read(batches)
         if self.has_conditions:
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
-            check_range('real samples', samples, -math.inf)
-            each(lambda t: check_range('the condition', t, -math.inf), labels)
-            if hasattr(self.unwrapped, 'checked_condition'):  # a cpu sees them
+            check_range('real samples', samples)
+            each(partial(check_range, 'the condition'), labels)
+            if hasattr(self.unwrapped, 'checked_condition'):  # on a cpu also values
                 self.unwrapped.checked_condition(labels, len(samples))
             if self.num_uncond > 0:
                 self.queues['unconditional'].push(rearrange(positives, 'n p ... -> (n p) ...'))
@@ -2478,8 +2479,7 @@ class Trainer(BaseTrainer):
         if self.has_conditions:
             labels, pos = newest
         else:  # release: labels of the newest real samples, without replacement, or in turns
-            num, turns = len(newest), math.ceil(c / len(newest))
-            turns = [torch.randperm(num, generator = generator) for _ in range(turns)]
+            turns = [torch.randperm(len(newest), generator = generator) for _ in range(0, c, len(newest))]
             labels = newest[cat(turns)[:c]]
             pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
         uncond = None
@@ -2527,7 +2527,7 @@ class Trainer(BaseTrainer):
             options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
             options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
-
+        # gradients are averaged over processes, which may differ in groups
         share = len(alpha) * self.world / settings.num_groups / settings.gradient_accumulation_steps
         if not exists(size):
             with self.synced(sync):
@@ -2664,7 +2664,7 @@ class MAETrainer(BaseTrainer):
 
     def backward(self, batches, micro_step, sync):
         samples, labels = self.read(batches)
-        check_range('real samples', samples, -math.inf)
+        check_range('real samples', samples)
         labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
         samples, labels = (each(lambda t: t.to(self.device, non_blocking = True), t) for t in (samples, labels))
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
@@ -2725,7 +2725,7 @@ def from_pretrained(cls, name, *, revision = None):
             arguments, state_dict = release.TRANSLATIONS[kind](arguments['model_config'], state_dict)
         else:
             state_dict = load_file(weights)
-        # both cost memory before weights
+        # even on meta these cost memory
         blocks = sum(arguments.get('layers', [arguments.get('depth', 0)]))
         tokens = (arguments.get('image_size', 0) // arguments.get('patch_size', math.inf)) ** 2
         tokens += arguments.get('num_register_tokens', 0)
@@ -2741,7 +2741,7 @@ def from_pretrained(cls, name, *, revision = None):
     for key, t in state_dict.items():
         check(t.is_floating_point(), f'{key} in {weights} is {t.dtype}, expected floating point')
         state_dict[key] = t.float()
-        check_range(f'{key} in {weights}', state_dict[key], -math.inf)
+        check_range(f'{key} in {weights}', state_dict[key])
     check_fits(model.state_dict(), state_dict)
     model.load_state_dict(state_dict, assign = True)
     return model.eval()

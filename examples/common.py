@@ -277,7 +277,7 @@ def class_rows(images, num, num_classes = 10):
 def plot_curves(path, folder, encoder_folder = None):
     """What a training in folder logged, and that of its encoder.
 
-    The drift falls, the loss does not: it is a sum of fields normalised to one.
+    The drift falls to the noise of a batch, the loss does not: it is a sum of fields normalised to one.
     """
     from matplotlib.figure import Figure
 
