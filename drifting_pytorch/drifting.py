@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, convert_outputs_to_fp32, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from beartype import beartype
 from einops import rearrange, reduce, repeat
@@ -442,7 +442,6 @@ class Generator(Module, PyTorchModelHubMixin):
         alpha = alpha.expand(b) if alpha.ndim == 0 else alpha
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
-
         given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
         for name in self.condition_shapes:
             given[name] = given[name].to(like.dtype)
@@ -1018,7 +1017,6 @@ class FeatureDriftLoss(Module):
         unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, group_chunk_size = group_chunk_size)
-
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
         held = [*self.encoders, *existing(decoder = decoder).values()]
@@ -1067,7 +1065,6 @@ class FeatureDriftLoss(Module):
             twice = sorted(features.keys() & encoded.keys())
             check(not twice, f'two encoders return features of the same name: {twice}')
             features |= encoded
-
         for name, t in features.items():
             check_shape(f'feature {name!r}', t, (len(x), 'locations', 'feature dim'))
         return features
@@ -1431,7 +1428,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
         error = reduce(error_sq, 'b ch h w -> b', 'sum') / (positions + 1e-8)
         cross_entropy = accuracy = torch.zeros_like(error)
-
         if exists(labels):
             labels = checked_labels(labels, self.num_classes, len(x)).to(x.device)
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
@@ -1521,7 +1517,6 @@ class ConvNeXtFeatures(Module):
                 sets = ('locations', 'mean_std') if i > 0 else ('mean_std',)
                 name = f'convenxt_stage_{i}'  # the release's spelling
                 features |= map_features(name, (feature_map - mean) / (std + 1e-3), sets)
-
             features['global_mean'] = rearrange(out.pooler_output, 'b d -> b 1 d')
             features['global_std'] = features['convenxt_stage_3_std']
             return features
@@ -1648,7 +1643,8 @@ class SampleQueue:
         stays = number >= (pushed - self.size)[labels]
         places = labels, number % self.size, order
         labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in places)
-        self.samples[labels, slot] = samples.detach().to(self.samples, non_blocking = True)[order]
+        samples = samples.detach().to(self.samples, non_blocking = self.samples.is_cuda)
+        self.samples[labels, slot] = samples[order]
         self.pushed = pushed
 
     def draw(self, labels, num, generator = None):
@@ -1701,7 +1697,6 @@ class SeededDataset(Dataset):
             item = self.dataset[index]
         except Exception as error:
             raise RuntimeError(f'{name} cannot be read: {" ".join(str(error).split())}') from error
-
         parts = item if isinstance(item, (tuple, list)) else (item,)
         fits = len(parts) == 2 or len(parts) == 1 and not self.with_labels
         check(fits, f'{name} must be (sample, label), got {type(item).__name__}')
@@ -1710,16 +1705,17 @@ class SeededDataset(Dataset):
         check_floating(name, sample)
         self.sample_shape = default(self.sample_shape, tuple(sample.shape))
         check_shape(name, sample, self.sample_shape, ' like the first one')
+        sample = sample.cpu().float()
         is_label = self.with_labels and torch.is_tensor(label)
         self.has_conditions = default(self.has_conditions, is_condition(label, 0) and not is_label)
         if self.has_conditions:
-            condition = each(partial(as_tensor, f'the condition of {name}'), label)
+            condition = each(lambda t: as_tensor(f'the condition of {name}', t).cpu(), label)
             found = each(Tensor.size, condition)
             wanted = self.condition_shape = default(self.condition_shape, found)
             check(found == wanted, f'{name} has a condition of shape {found}, expected {wanted}')
-            return sample.float(), each(lambda t: t.float() if t.is_floating_point() else t, condition)
+            return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
-            return sample.float(), operator.index(label) if self.with_labels else 0
+            return sample, operator.index(label) if self.with_labels else 0
         except TypeError as error:
             raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
 
@@ -1944,6 +1940,9 @@ class BaseTrainer:
         )
         accelerator.gradient_accumulation_steps = 1  # whatever the environment says
         self.is_sharded = accelerator.is_fsdp2
+        if self.is_sharded:  # FSDP would round parameters; its loading needs nested names
+            plugin = accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy, plugin.cpu_ram_efficient_loading = None, False
         is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not self.is_sharded
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
@@ -1967,6 +1966,9 @@ class BaseTrainer:
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.unwrapped = self.accelerator.unwrap_model(self.model)
+        if self.is_sharded:  # as accelerate does it for other models
+            forward = self.accelerator.autocast()(self.unwrapped.forward)
+            self.unwrapped.forward = convert_outputs_to_fp32(forward)
 
         for decay, average in zip(decays, averages, strict = True):
             average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else average.to(self.device)
@@ -2191,7 +2193,6 @@ class BaseTrainer:
                     if tracker.name in options:
                         pixels = np.array(grid.convert('RGB'))[None]
                         tracker.log_images({'samples': pixels}, self.step, **options[tracker.name])
-
         if exists(to_image):  # a sharded model needs every process
             together(draw, self.is_main or self.is_sharded)
 
@@ -2256,7 +2257,6 @@ class BaseTrainer:
             if not exists(problem):
                 self.load(folder)
                 break
-
             message = f'{folder} cannot be used: {problem}'
             check(given == 'latest', message)
             if self.is_main:
@@ -2425,8 +2425,10 @@ class Trainer(BaseTrainer):
         if isinstance(self.loss_fn, FeatureDriftLoss):
             self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):
-            layout = torch.channels_last if self.device.type == 'cuda' else torch.preserve_format
-            self.loss_fn.to(self.device, memory_format = layout)
+            self.loss_fn.to(self.device)
+            convs = [module for module in self.loss_fn.modules() if isinstance(module, nn.Conv2d)]
+            for conv in convs if self.device.type == 'cuda' else ():
+                conv.to(memory_format = torch.channels_last)
         self.resume()
 
     def before_training(self, batches):
@@ -2499,7 +2501,6 @@ class Trainer(BaseTrainer):
             noise.append(torch.randn(g, *self.noise_shape, generator = generator, device = self.device))
             if hasattr(self.unwrapped, 'draw_styles'):
                 styles.append(self.unwrapped.draw_styles(g, generator))
-
         labels = labels if exists(self.num_classes) or self.has_conditions else None
         return stack(noise), labels, alpha, stack(styles) if styles else None
 
@@ -2572,7 +2573,6 @@ class Trainer(BaseTrainer):
                 metrics |= {f'{prefix}/{kind}/{t}': value for t, value in values.items()}
             for temperature, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{temperature}', []).append(value)
-
         drifts = {name: stack(values).mean() for name, values in drifts.items()}
         return {**metrics, **drifts, **self.evaluated}, (*self.evaluated, *drifts, 'loss')
 

@@ -16,7 +16,7 @@ def frechet_distance(a, b):
 def coverage(a, b, k = 3):
     """The share of a [n d] within the k-th neighbour distance of some b [m d] (Kynkaanniemi et al.)."""
     a, b = (torch.as_tensor(t).double() for t in (a, b))
-    to_a, to_b = (torch.cdist(t, b, compute_mode = 'donot_use_mm_for_euclid_dist') for t in (a, b))
+    to_a, to_b = (torch.cdist(t, b, compute_mode = 'use_mm_for_euclid_dist') for t in (a, b))
     return float((to_a <= to_b.kthvalue(k + 1).values).any(dim = 1).double().mean())  # the nearest is itself
 
 def inception_features(weights = None):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import DriftField, FeatureDriftLoss, LatentMAE, MAETrainer, SinkhornField, drift_loss
+from drifting_pytorch.drifting import SampleQueue
 from helpers import (
     ROOT,
     Net,
@@ -162,14 +163,38 @@ def test_encoder_in_channels_last(device):
 
 # training
 
-def picture_trainer(folder, device, data = None, **kwargs):
+def picture_trainer(folder, device, data_device = 'cpu', **kwargs):
     """Of a generator and an encoder of pictures [1 8 8], in float32."""
     AcceleratorState._reset_state(reset_partial_state = True)       # the one before may have been on another device
     rng = torch.Generator().manual_seed(0)
-    pictures = TensorDataset(torch.rand(96, 1, 8, 8, generator = rng) * 2 - 1, torch.arange(96) % 3)
+    images = torch.rand(96, 1, 8, 8, generator = rng) * 2 - 1
+    pictures = TensorDataset(images.to(data_device), torch.arange(96, device = data_device) % 3)
     mae = encoder(dim = 16, channels = 1, layers = (1, 1, 1, 1), feature_sets = ('locations',))
     kwargs = dict(loss_fn = FeatureDriftLoss(mae), mixed_precision = 'no', num_train_steps = 4) | kwargs
     return trainer(folder, awake(picture_generator()), pictures, cpu = torch.device(device).type == 'cpu', **kwargs)
+
+class Volumes(torch.nn.Module):
+    """Of pictures, with weights of five dimensions, and of four that are viewed."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv3d(1, 4, (1, 3, 3))
+        self.scale = torch.nn.Parameter(torch.rand(1, 4, 2, 2) + 0.5)
+
+    def features(self, x):
+        maps = self.conv(x[:, :, None]).squeeze(2)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(maps, 2) * self.scale.view(-1).view(1, 4, 2, 2)
+        return dict(volumes = pooled.flatten(2).mT)
+
+def test_data_on_the_device_and_an_encoder_of_other_weights(device, tmp_path):
+    for name, place in (('there', device), ('here', 'cpu')):
+        picture_trainer(tmp_path / name, device, place, loss_fn = FeatureDriftLoss(Volumes())).train()
+    assert relative(*(row_of(tmp_path / name, *LOGGED) for name in ('there', 'here'))) < 1e-4
+
+    queue, x = SampleQueue(num_classes = 2, size = 4), torch.rand(6, 3, device = device)
+    queue.push(x, torch.arange(6) % 2)                      # stays on the cpu, and waits for x
+    assert torch.equal(queue.samples[0, :3], x[::2].cpu())
 
 def row_of(folder, *names):
     row = rows(folder)[-1]

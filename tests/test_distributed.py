@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, drift_loss, drifting
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, drift_loss, drifting
 from helpers import (
     DATA,
     PlainNet,
@@ -347,9 +347,11 @@ def sharding_accelerator(**kwargs):
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     accelerator = Accelerator(**kwargs)
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version = 2, auto_wrap_policy = 'no_wrap', cpu_ram_efficient_loading = False
-    )
+    plugin = FullyShardedDataParallelPlugin(fsdp_version = 2, auto_wrap_policy = 'no_wrap')
+    plugin.cpu_ram_efficient_loading = True                 # accelerate launch's default
+    if accelerator.mixed_precision != 'no':                 # as AcceleratorState does
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
     PartialState._shared_state['distributed_type'] = DistributedType.FSDP
     return accelerator
@@ -384,6 +386,33 @@ def test_sharded_training_equals_replicated(tmp_path):
     resumed, _ = launch(resumed_sharded_run, 2, tmp_path / 'b')
     assert all((a == b).all() for a, b in zip(resumed, sharded, strict = True))
     picture_generator(depth = 2).load_state_dict(load_file(checkpoint / 'ema.safetensors'))
+
+def encoder_trainer(folder, **kwargs):
+    torch.manual_seed(0)
+    model = LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = 3)
+    settings = dict(num_train_steps = 4, finetune_steps = 2, lr_warmup_steps = 0, batch_size = 8, sample_every = 2)
+    return MAETrainer(
+        model, PICTURES, results_folder = folder, cpu = True, progress_bar = False, **settings, **kwargs
+    )
+
+def half_precision_run(folder, make, is_sharded):
+    if is_sharded:
+        drifting.Accelerator = sharding_accelerator
+    t = make(folder, mixed_precision = 'bf16')
+    t.train()
+    t.save()                                                # pictures may leave the average whole
+    parts = t.unwrapped, t.ema.ema_model
+    return [whole_parameters(part) if is_sharded else flat_parameters(part).numpy() for part in parts]
+
+@pytest.mark.parametrize('make', [picture_trainer, encoder_trainer])
+def test_sharded_training_in_half_precision(tmp_path, make):
+    """Products are rounded, as accelerate does it for replicated models, and parameters are not."""
+    whole, _ = launch(half_precision_run, 2, tmp_path / 'a', make, False)
+    sharded, _ = launch(half_precision_run, 2, tmp_path / 'b', make, True)
+    exact = make(tmp_path / 'c')
+    exact.train()
+    assert all(relative(a, b) < 1e-4 for a, b in zip(sharded, whole, strict = True))
+    assert relative(sharded[0], weights(exact).numpy()) > 1e-4, 'nothing was rounded'
 
 if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])

@@ -167,6 +167,7 @@ def main(argv = None):
     encoders = [mae]
 
     if args.convnext is not None:
+        torch.set_float32_matmul_precision('high')          # TF32: it computes in float32, without bf16
         encoders.append(ConvNeXtFeatures.from_pretrained(args.convnext))
 
     evaluation = None
