@@ -14,8 +14,8 @@ wgan       one evaluation of drifting's generator, trained against a critic with
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
            many steps (2210.02747)
 
-All are class-conditional, without guidance, on 4,000 MNIST images, or on 4,000 crops of two photographs. The time is
-that of the process, on one thread, with all that is trained (encoder and critic too) and without the evaluations.
+All are class-conditional, sampled without guidance, on 4,000 MNIST images, or on 4,000 crops of two photographs. The
+time is that of the process, on one thread, with all that is trained (encoder, critic) and without the evaluations.
 MNIST's data, judge and measures are those of train_mnist.py. Writes into --results-folder: METHOD-SEED.json (every
 evaluation), METHOD-SEED.png (samples, a row per class), METHOD-SEED.pt and METHOD-SEED/ (to go on, with a larger
 budget), compare.png (the curves), samples.png (of every method, one above the other, and of real images).
@@ -69,9 +69,9 @@ def sizes_of(images, labels):
     return dict(channels = images.shape[1], num_classes = int(labels.max()) + 1)
 
 def conv_generator(image_size = 28, channels = 1, num_classes = 10, **others):
-    """That of drifting and of its rival WGAN-GP. Photographs have more detail, and textures."""
+    """That of drifting and of its rival WGAN-GP. Photographs have more detail."""
     sizes = dict(image_size = image_size, channels = channels, num_classes = num_classes)
-    detail = dict(output_conv_dim = 16, noise_channels = 1) if channels == 3 else {}
+    detail = dict(noise_channels = 1, output_conv_dim = 16 if channels == 3 else 0)
     return ConvGenerator(**sizes, **(detail | others))
 
 class ConditionedBlock(nn.Module):
@@ -267,8 +267,8 @@ class Drifting:
     """Few class groups and a cheap generator, so many steps.
 
     The field has unit size however near the samples are, so the steps have to become small by themselves, at a rate
-    that knows of no end; and the weights are averaged over about the last tenth of them. Its Trainer goes on from its
-    own checkpoint, in folder.
+    that knows of no end; and the weights are averaged over about the last tenth of them. A little guidance in training
+    gives better shapes at scale 1, which is sampled. Its Trainer goes on from its own checkpoint, in folder.
     """
 
     evaluations = 1
@@ -276,7 +276,7 @@ class Drifting:
     def __init__(
         self, images, labels, folder,
         num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
-        learning_rate = 4e-3, decay_start = 200, ema_decay = 1., **generator
+        alpha_range = (1., 1.2), learning_rate = 4e-3, decay_start = 200, ema_decay = 1., **generator
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
@@ -290,7 +290,7 @@ class Drifting:
 
         self.settings = dict(
             num_groups = num_groups, num_gen = num_gen, num_pos = num_pos, class_queue_size = 400,
-            alpha_range = (1., 1.), learning_rate = learning_rate, lr_warmup_steps = 0, lr_decay_start = decay_start,
+            alpha_range = alpha_range, learning_rate = learning_rate, lr_warmup_steps = 0, lr_decay_start = decay_start,
             log_every = 0, sample_every = 0, save_every = 0, keep_checkpoints = 1, progress_bar = False,
             seed = torch.initial_seed(), cpu = True, results_folder = folder
         )
@@ -508,8 +508,8 @@ DATA = dict(mnist = make_judge, photographs = PhotographJudge)
 # what methods do otherwise on photographs
 
 ON_PHOTOGRAPHS = {
-    'drifting': dict(encoder = TurnsClassifier, num_groups = 2),
-    'drifting-pixels': dict(num_groups = 2)
+    'drifting': dict(encoder = TurnsClassifier, num_groups = 2, alpha_range = (1., 1.)),
+    'drifting-pixels': dict(num_groups = 2, alpha_range = (1., 1.))
 }
 
 # the comparison
