@@ -192,7 +192,10 @@ def test_data_on_the_device_and_an_encoder_of_other_weights(device, tmp_path):
         picture_trainer(tmp_path / name, device, place, loss_fn = FeatureDriftLoss(Volumes())).train()
     assert relative(*(row_of(tmp_path / name, *LOGGED) for name in ('there', 'here'))) < 1e-4
 
-    queue, x = SampleQueue(num_classes = 2, size = 4), torch.rand(6, 3, device = device)
+    queue = SampleQueue(num_classes = 2, size = 4)
+    if device.type == 'cuda':
+        torch.cuda._sleep(10 ** 8)
+    x = torch.rand(6, 3, device = device)
     queue.push(x, torch.arange(6) % 2)                      # stays on the cpu, and waits for x
     assert torch.equal(queue.samples[0, :3], x[::2].cpu())
 
