@@ -10,7 +10,7 @@ python examples/measure/compare_mnist.py --method flow --set ema_decay=1. unifor
 drifting   one evaluation of a ConvGenerator, trained by Trainer with the drifting field of pixels and of the features
            of a classifier (2602.04770); drifting-pixels: of pixels alone, as the judge is a classifier too
 meanflow   one evaluation of a U-Net, the average velocity on the whole way from noise to data (2505.13447)
-wgan       one evaluation of drifting's generator, trained against a critic with gradient penalty (1704.00028)
+wgan       one evaluation of a generator like drifting's, trained against a critic with gradient penalty (1704.00028)
 flow       50 evaluations of meanflow's U-Net, the velocity at every time: flow matching, the reference that may take
            many steps (2210.02747)
 
@@ -69,10 +69,18 @@ def sizes_of(images, labels):
     return dict(channels = images.shape[1], num_classes = int(labels.max()) + 1)
 
 def conv_generator(image_size = 28, channels = 1, num_classes = 10, **others):
-    """That of drifting and of its rival WGAN-GP. Photographs have more detail."""
+    """That of drifting. Photographs have more detail."""
     sizes = dict(image_size = image_size, channels = channels, num_classes = num_classes)
-    detail = dict(noise_channels = 1, output_conv_dim = 16 if channels == 3 else 0)
+    detail = dict(output_conv_dim = 16) if channels == 3 else {}
     return ConvGenerator(**sizes, **(detail | others))
+
+class TransposedGenerator(ConvGenerator):
+    """That of WGAN-GP, for which transposed convolutions are better."""
+
+    def __init__(self, image_size, channels, num_classes, dim = 64):
+        super().__init__(image_size = image_size, channels = channels, num_classes = num_classes, dim = dim)
+        self.layers[2] = nn.Sequential(nn.ConvTranspose2d(dim, dim // 2, 4, 2, 1), nn.GroupNorm(8, dim // 2))
+        self.to_image = nn.ConvTranspose2d(dim // 2, channels, 4, 2, 1)
 
 class ConditionedBlock(nn.Module):
     """Two convolutions, scaled and shifted by the condition in between."""
@@ -280,7 +288,7 @@ class Drifting:
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
-        self.generator = generator                  # arguments
+        self.generator = dict(noise_channels = 1) | generator       # arguments
         self.ema_decay = ema_decay
         self.encoder = None
 
@@ -335,7 +343,7 @@ class WGAN(Method):
     def __init__(self, images, labels, batch_size = 64, critic_steps = 4, penalty = 10., **kwargs):
         settings = {**dict(learning_rate = 5e-4, ema_decay = 0.995, betas = (0., 0.9)), **kwargs}
         sizes = sizes_of(images, labels)
-        super().__init__(images, labels, conv_generator(images.shape[-1], **sizes), **settings)
+        super().__init__(images, labels, TransposedGenerator(images.shape[-1], **sizes), **settings)
         self.batch_size = batch_size
         self.critic_steps = critic_steps
         self.penalty = penalty
