@@ -2426,9 +2426,9 @@ class Trainer(BaseTrainer):
             self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):
             self.loss_fn.to(self.device)
-            convs = [module for module in self.loss_fn.modules() if isinstance(module, nn.Conv2d)]
-            for conv in convs if self.device.type == 'cuda' else ():
-                conv.to(memory_format = torch.channels_last)
+            for module in self.loss_fn.modules():
+                if isinstance(module, nn.Conv2d) and self.device.type == 'cuda':
+                    module.to(memory_format = torch.channels_last)
         self.resume()
 
     def before_training(self, batches):

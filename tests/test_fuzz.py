@@ -224,7 +224,7 @@ TARGETS = {
         dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 4, noise_channels = 1)
     ),
     'ConvGenerator.forward': (
-        5, ConvGenerator(image_size = 8, channels = 1, dim = 16, dim_noise = 4, **KINDS),
+        5, ConvGenerator(image_size = 8, channels = 1, dim = 16, dim_noise = 4, noise_channels = 1, **KINDS),
         dict(noise = floats(2, 24), labels = conditions(), alpha = torch.ones(2))
     ),
     'drift_loss': (

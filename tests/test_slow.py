@@ -86,8 +86,7 @@ def test_small_data_recipe(tmp_path, monkeypatch):
     encoder.train_on(judge.images, judge.labels, 600)
 
     t = Trainer(
-        conv_generator(noise_channels = 1), FeatureDriftLoss(encoder, affinity_floor = 0.),
-        TensorDataset(judge.images, judge.labels),
+        conv_generator(), FeatureDriftLoss(encoder, affinity_floor = 0.), TensorDataset(judge.images, judge.labels),
         num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2),
         num_train_steps = 2_000, learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200,
         ema_decay = 1 - 10 / 2_000,

@@ -69,9 +69,9 @@ def sizes_of(images, labels):
     return dict(channels = images.shape[1], num_classes = int(labels.max()) + 1)
 
 def conv_generator(image_size = 28, channels = 1, num_classes = 10, **others):
-    """That of drifting. Photographs have more detail."""
+    """That of drifting, with maps of noise. Photographs have more detail."""
     sizes = dict(image_size = image_size, channels = channels, num_classes = num_classes)
-    detail = dict(output_conv_dim = 16) if channels == 3 else {}
+    detail = dict(noise_channels = 1, output_conv_dim = 16 if channels == 3 else 0)
     return ConvGenerator(**sizes, **(detail | others))
 
 class TransposedGenerator(ConvGenerator):
@@ -288,7 +288,7 @@ class Drifting:
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
-        self.generator = dict(noise_channels = 1) | generator       # arguments
+        self.generator = generator                  # arguments
         self.ema_decay = ema_decay
         self.encoder = None
 

@@ -190,7 +190,7 @@ def mnist_trainer(judge, args, folder):
         FeatureDriftLoss(encoder, affinity_floor = 0.),
         TensorDataset(judge.images, judge.labels),
         num_groups = 10, num_gen = 8 if args.quick else 64, num_pos = 16 if args.quick else 128,
-        push_size = 16, class_queue_size = 400, alpha_range = (1., 1.),
+        push_size = 16, class_queue_size = 400, alpha_range = (1., 1.2),
         learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200, ema_decay = 0.999,
         mixed_precision = 'no', cpu = args.device.type == 'cpu',
         log_every = 0, sample_every = 0, save_every = 0, results_folder = folder, progress_bar = False
