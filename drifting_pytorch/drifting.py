@@ -255,7 +255,7 @@ class DriftField(Module):
         """
         negatives = default(y_neg, x)
         check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
-        check(0 < temperature < math.inf, f'temperature must be above 0 and finite, got {temperature}')
+        check_number(1e-30, 1e30, temperature = temperature)
         points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
         with torch.autocast(x.device.type, enabled = False):
@@ -389,7 +389,7 @@ def sincos_2d(size, dim):
     return rearrange(sin_first, 'n two d -> n (two d)')
 
 def channels_last(x):
-    """In memory pixel by pixel: convolutions are faster on a cpu."""
+    """Pixel by pixel in memory, which is faster on a cpu."""
     return x.to(memory_format = torch.channels_last) if x.device.type == 'cpu' else x
 
 class OutputConvs(nn.Sequential):
@@ -682,6 +682,7 @@ class ConvGenerator(Generator, coders = CODERS):
         check(fits, f'image_size must be a multiple of 4 from 8 to 32, or of 8 up to 64, got {image_size}')
 
         # layers: from noise to a vector, to a map, to maps of twice the side
+        image_size, dim, noise_channels = map(int, (image_size, dim, noise_channels))  # also of numpy
         size, widths = image_size // 2 ** num_ups, [dim] * (num_ups - 1) + [dim // 2]
         first_map = nn.Linear(4 * dim, dim // 4 * size ** 2), nn.Unflatten(1, (dim // 4, size, size))
         conv = nn.Conv2d(dim // 4, dim, 3, padding = 1)
@@ -1110,13 +1111,13 @@ class FeatureDriftLoss(Module):
         check(exists(alpha) or not exists(uncond), 'uncond needs alpha, guidance scales [groups]')
         if exists(alpha):
             alpha = as_tensor('alpha', alpha).to(gen.device)
-            check_shape('alpha', alpha, (len(gen),), ', one guidance scale per group')
+            check_shape('alpha', alpha, (len(gen),), ', one per group')
             check_range('alpha', alpha, 1, 10 ** 6)
             fits = exists(uncond) or not can_read(alpha) or (alpha == 1).all()
             check(fits, 'alpha above 1 needs uncond, unconditional samples')
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
-            samples['uncond_weight'] = repeat((alpha - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
+            samples['uncond_weight'] = repeat((full_precision(alpha) - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
 
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
@@ -1275,14 +1276,14 @@ class ResidualBlock(Module):
     """Where it widens the map, it halves its sides."""
     def __init__(self, dim_in, dim_out):
         super().__init__()
-        stride = 1 if dim_in == dim_out else 2
-        self.conv1 = conv_norm(dim_in, dim_out, stride = stride)
+        self.stride = 1 if dim_in == dim_out else 2
+        self.conv1 = conv_norm(dim_in, dim_out, stride = self.stride)
         self.conv2 = conv_norm(dim_out, dim_out)
-        self.shortcut = conv_norm(dim_in, dim_out, 1, stride) if stride > 1 else nn.Identity()
+        self.shortcut = nn.Identity() if dim_in == dim_out else conv_norm(dim_in, dim_out, 1)
 
     def forward(self, x):
-        h = F.relu(self.conv1(x))
-        return F.relu(self.conv2(h) + self.shortcut(x))
+        h, s = F.relu(self.conv1(x)), self.stride
+        return F.relu(self.conv2(h) + self.shortcut(x[..., ::s, ::s]))  # oneDNN can crash on strided 1x1
 
 class UpBlock(Module):
     def __init__(self, dim_in, dim_out):
@@ -1395,7 +1396,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
-        """A mask [b h w] over mask patches as one over pixels, [b 1 h w]."""
+        """A mask [b h w] of mask patches as one of pixels, [b 1 h w]."""
         p = self.mask_pixels
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
@@ -1416,7 +1417,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         labels [b]: None for no classification. mask [b h w]: 1 is dropped, drawn if None.
         Raises ValueError for what does not fit, labels without a classifier, cls_weight without labels.
         """
-        check(0 <= cls_weight <= 1, f'cls_weight must be between 0 and 1, got {cls_weight}')
+        check_number(0, 1, cls_weight = cls_weight)
         check(cls_weight == 0 or exists(labels), 'cls_weight above 0 needs labels')
         check(exists(self.to_logits) or not exists(labels), 'labels need a classifier: set num_classes')
         x = self.checked_samples(x)
@@ -1433,7 +1434,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
             logits = full_precision(self.to_logits(reduce(last, 'b d h w -> b d', 'mean')))
             cross_entropy = F.cross_entropy(logits, labels, reduction = 'none')
             accuracy = (logits.argmax(dim = -1) == labels).to(error)
-
         loss = cls_weight * cross_entropy + (1 - cls_weight) * error
         return loss.mean(), MAEBreakdown(error.mean(), cross_entropy.mean(), accuracy.mean())
 
@@ -2712,7 +2712,7 @@ def from_pretrained(cls, name, *, revision = None):
         check(not (folder / SHARED_FILES[0]).is_file(), f'{name} is of a run: resume it, then save_pretrained')
         config, weights = (folder / file for file in files)
     else:
-        known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
+        known = is_release or re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not folder.is_file()
         check(known, f'{name!r} is neither a folder nor a published model, which are {", ".join(published) or "none"}')
         repository, path = ('Goodeat/drifting', f'models/{kind}/jax/{name}/') if is_release else (str(name), '')
         config, weights = (Path(hf_hub_download(repository, path + file, revision = revision)) for file in files)

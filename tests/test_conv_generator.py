@@ -1,5 +1,6 @@
 """The generator of convolutions: shapes, what its condition reaches, sampling, files, refusals, a training."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -104,6 +105,13 @@ def test_saved_models_are_read_back(tmp_path):
         ConvGenerator.from_pretrained(tmp_path / 'other')
     with raises_one_line('is not a DriftingGenerator'):
         DriftingGenerator.from_pretrained(tmp_path / '8')
+
+def test_sizes_of_numpy(tmp_path):
+    sizes = dict(image_size = 8, channels = 1, num_classes = 3, dim = 16, dim_noise = 4, noise_channels = 2)
+    model = ConvGenerator(**{name: np.int64(size) for name, size in sizes.items()})
+    model.save_pretrained(tmp_path)
+    again = ConvGenerator.from_pretrained(tmp_path)
+    assert torch.equal(again.sample([0, 1], seed = 0), model.sample([0, 1], seed = 0))
 
 def test_nothing_is_published(tmp_path):
     with raises_one_line("'pixel_B_sota' is neither a folder nor a published model, which are none"):

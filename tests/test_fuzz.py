@@ -51,8 +51,6 @@ from drifting_pytorch import (
 )
 from helpers import REFERENCE, run
 
-pytestmark = pytest.mark.slow
-
 NUM_CALLS = 3_000
 LEAST_CLEAR = 0.9           # of refused calls whose arguments are of the right kind
 SECONDS = 20                # a call that takes longer hangs
@@ -599,14 +597,16 @@ def mutated(arguments, rng):
 
 # one call
 
-def prepared(seed, root):
-    """Function, arguments, and a description of the call, in a folder of its own."""
-    rng, name = random.Random(seed), list(TARGETS)[seed % len(TARGETS)]
-    section, function, arguments = TARGETS[name]
+def copy_folders(arguments, root):
     for value in arguments.values():
         if isinstance(value, Path):
             shutil.copytree(root / value, value)
 
+def prepared(seed, root):
+    """Function, arguments, and a description of the call, in a folder of its own."""
+    rng, name = random.Random(seed), list(TARGETS)[seed % len(TARGETS)]
+    section, function, arguments = TARGETS[name]
+    copy_folders(arguments, root)
     arguments, what, same_kinds = mutated(arguments, rng)
     return function, arguments, dict(seed = seed, section = section, name = name, what = what, same_kinds = same_kinds)
 
@@ -697,6 +697,19 @@ def main(first, last = None):
 
 # all calls
 
+@pytest.fixture(scope = 'module')
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp('folders')
+    write_folders(root)
+    return root
+
+@pytest.mark.parametrize('name', TARGETS)
+def test_unchanged_calls_work(name, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, function, arguments = TARGETS[name]
+    copy_folders(arguments, folders)
+    assert is_finite(function(**deepcopy(arguments)))
+
 OUTCOMES = 'clear', 'unclear', 'finite', 'not finite', 'crash', 'hang'
 
 def table(found):
@@ -713,6 +726,7 @@ def line(call):
         **{'error': '', 'where': '', **call}, kinds = kinds
     )
 
+@pytest.mark.slow
 def test_wrong_calls_are_refused_clearly_or_work():
     env = {**os.environ, 'DRIFTING_TYPECHECK': '0', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     found = [json.loads(text) for text in run(sys.executable, __file__, 0, NUM_CALLS, env = env).splitlines()]

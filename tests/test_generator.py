@@ -133,11 +133,15 @@ def test_damaged_files_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match = 'not a msgpack file of arrays'):
         DriftingGenerator.from_pretrained(folder)
 
-def test_missing_folder_is_refused(tmp_path):
+def test_missing_folder_is_refused(tmp_path, monkeypatch):
     message = 'is neither a folder nor a published model, which are latent_L_sota, latent_B_sota'
     for missing in (tmp_path / 'nothing', 'latent_XL_sota'):
         with pytest.raises(ValueError, match = message):
             DriftingGenerator.from_pretrained(missing)
+    shutil.copy(ARTIFACT / 'metadata.json', tmp_path / 'one')
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match = message):
+        DriftingGenerator.from_pretrained(f'{tmp_path.name}/one')
     with pytest.raises(ValueError, match = 'No such file or directory: .*config.json'):
         DriftingGenerator.from_pretrained(tmp_path)
     shutil.copy(ARTIFACT / 'metadata.json', tmp_path)

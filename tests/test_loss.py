@@ -640,7 +640,7 @@ NUMBERS = itertools.count()
         lambda: FeatureDriftLoss(lambda x: {'a': x[:1, None]})(X, X),
         "feature 'a' has shape (1, 1, 4), expected (6, locations, feature dim)"
     ),
-    (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha has shape (), expected (2,), one guidance scale per group'),
+    (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha has shape (), expected (2,), one per group'),
     (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be a whole number from 1 on'),
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
@@ -658,7 +658,7 @@ NUMBERS = itertools.count()
     (lambda: FeatureDriftLoss()(X, X, X, torch.tensor([float('nan'), 1.])), 'alpha must be'),
     (
         lambda: FeatureDriftLoss()(X, X, X, torch.ones(3)),
-        'alpha has shape (3,), expected (2,), one guidance scale per group'
+        'alpha has shape (3,), expected (2,), one per group'
     ),
     (lambda: FeatureDriftLoss()(X, X, None, torch.full((2,), 2.)), 'alpha above 1 needs uncond'),
     (lambda: FeatureDriftLoss(lambda x: dict(a = x))(X, X), "feature 'a' has shape"),
@@ -753,3 +753,9 @@ def test_negatives_of_half_precision(dtype):
     loss, _ = drift_loss(gen, pos, neg = neg, **options)
     expected, _ = drift_loss(gen.float(), pos.float(), neg = neg.float(), **options)
     assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64, torch.bool, torch.long])
+def test_alpha_of_other_dtypes(dtype):
+    alpha = torch.tensor([1, 3]).to(dtype)
+    loss, _ = FeatureDriftLoss()(X, X + 1, X.flip(1), alpha)
+    assert torch.equal(loss, FeatureDriftLoss()(X, X + 1, X.flip(1), alpha.float())[0])
