@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import operator
 import os
 import random
@@ -836,14 +837,15 @@ class DriftProblems:
             check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
             self.weight[:, 0, self.p:-self.m] = uncond_weight
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
-        self.temperature = temperature.to(gen.device, non_blocking = True)  # t 1 1
+        self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
         # a large V is not kept where |V| is cheap without it, see squared_lengths
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
         is_small = self.b * num_vectors * self.d <= PART_NUMBERS['cpu']
-        self.in_coefficients = is_cheap and not is_small and self.field.zero_sum and self.own_negatives
+        fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # loses products
+        self.in_coefficients = fits and is_cheap and not is_small
         largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
@@ -948,7 +950,7 @@ class DriftProblems:
         for part in self.parts:
             # V, or first its W: n is d, or y
             fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
-            V = factors.expand(len(fields), 1, -1) @ fields
+            V = factors.repeat(len(fields), 1, 1) @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
                 V = self.field.apply_coefficients(V, *self.points(part))
@@ -1477,7 +1479,6 @@ class BackboneFeatures(Module):
         if not isinstance(outputs, dict):
             outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
             outputs = {f'layer{i}': out for i, out in enumerate(outputs, 1)}
-
         for name, out in outputs.items():
             if torch.is_tensor(out) and out.ndim == 3:
                 out = out[:, self.num_prefix_tokens:]
@@ -1504,7 +1505,7 @@ class ConvNeXtFeatures(Module):
         try:
             from transformers import ConvNextV2Model
         except ImportError as error:
-            raise ImportError("ConvNeXt-V2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
+            raise ImportError('ConvNeXt-V2 needs transformers: pip install "drifting-pytorch[convnext]"') from error
         return cls(ConvNextV2Model.from_pretrained(name, revision = revision), **pixel_input_kwargs).eval()
 
     def features(self, x):
@@ -1538,14 +1539,6 @@ def seed_cpu(seed):
 
 IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
-def center_crop(picture, size):
-    """The centre [size, size] of a picture as ADM and DiT cut it."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
-    picture = ImageOps.scale(picture, size / min(picture.size), Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
-    return picture.crop((left, top, left + size, top + size))
-
 class ImageFolder(Dataset):
     """Images [ch size size] in [-1, 1] of a folder (jpeg, png, webp, bmp), and their labels.
 
@@ -1578,8 +1571,13 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     def cut(self, picture):
-        """A Pillow image as one of [image_size, image_size]."""
-        return center_crop(picture, self.image_size)
+        """The centre of a Pillow image, as ADM and DiT cut it."""
+        size = self.image_size
+        while min(picture.size) >= 2 * size:
+            picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
+        picture = ImageOps.scale(picture, size / min(picture.size), Image.Resampling.BICUBIC)
+        left, top = ((side - size) // 2 for side in picture.size)
+        return picture.crop((left, top, left + size, top + size))
 
     def __getitem__(self, index):
         name, label = self.files[index]
@@ -1642,7 +1640,7 @@ class SampleQueue:
         number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]  # in its class
         stays = number >= (pushed - self.size)[labels]
         places = labels, number % self.size, order
-        labels, slot, order = (t[stays].to(self.device, non_blocking = True) for t in places)
+        labels, slot, order = (t[stays].to(self.device, non_blocking = self.samples.is_cuda) for t in places)
         samples = samples.detach().to(self.samples, non_blocking = self.samples.is_cuda)
         self.samples[labels, slot] = samples[order]
         self.pushed = pushed
@@ -1658,7 +1656,7 @@ class SampleQueue:
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
         places = rearrange(labels, 'c -> c 1'), keys.topk(num, dim = -1).indices  # c num
-        labels, slot = (t.to(self.device, non_blocking = True) for t in places)
+        labels, slot = (t.to(self.device, non_blocking = self.samples.is_cuda) for t in places)
         return self.samples[labels, slot]
 
     def state_dict(self):
@@ -1844,7 +1842,6 @@ def described(part):
     """Class and attributes of a loss or field, values or names."""
     def name_of(value):
         return getattr(value, '__name__', type(value).__name__)
-
     own = {name: value for name, value in getattr(part, '__dict__', {}).items() if name[0] != '_'}
     return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
@@ -1915,6 +1912,8 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats the uninterrupted one, or warns.
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
+        is_again = getattr(multiprocessing.current_process(), '_inheriting', False)  # by a spawned worker
+        check(not is_again, "num_workers needs a script under if __name__ == '__main__'")
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
         fits = callable(evaluate) or not exists(evaluate) and settings.evaluate_every == 0
         check(fits, 'evaluate_every needs evaluate, a function')
@@ -1947,6 +1946,8 @@ class BaseTrainer:
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
+        to_device = partial(Tensor.to, device = self.device, non_blocking = self.device.type == 'cuda')
+        self.to_device = partial(each, to_device)
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)
@@ -2037,8 +2038,8 @@ class BaseTrainer:
         """What dropout draws next is a function of the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
         seed_cpu(seed)
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(seed)
+        if self.device.type != 'cpu':
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def learning_rate_at(self, step):
         settings = self.settings
@@ -2109,7 +2110,9 @@ class BaseTrainer:
             if self.step == 0 and self.queues:
                 self.before_training(batches)
             signals = self.run(batches)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if 'out of memory' not in str(error):
+                raise
             problem = f'step {self.step + 1} does not fit into memory'
             hint = f'{self.less_memory}, or give the networks checkpointing = True'
             raise torch.OutOfMemoryError(f'{problem}: {hint} ({error})') from error
@@ -2169,7 +2172,7 @@ class BaseTrainer:
         self.accelerator.log(metrics, step = self.step)
         if self.is_main:
             bar.set_postfix({name: f'{metrics[name]:.4g}' for name in on_bar})
-            with open(self.results_folder / 'metrics.jsonl', 'a') as file:
+            with open(self.results_folder / 'metrics.jsonl', 'a', newline = '') as file:
                 file.write(json.dumps(metrics) + '\n')
 
     def save_pictures(self, is_trial = False):
@@ -2300,7 +2303,7 @@ class BaseTrainer:
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
-        moments = {name: state for name, state in nested(moments).items() if name not in now['frozen']}
+        moments = {name: each(Tensor.clone, t) for name, t in nested(moments).items() if name not in now['frozen']}
         had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
         own = {name: state for name, state in state_dict['state'].items() if name not in had_none}
         check_fits(flat(own), flat(moments), 'states of the optimizer')
@@ -2426,9 +2429,8 @@ class Trainer(BaseTrainer):
             self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):
             self.loss_fn.to(self.device)
-            for module in self.loss_fn.modules():
-                if isinstance(module, nn.Conv2d) and self.device.type == 'cuda':
-                    module.to(memory_format = torch.channels_last)
+            if self.device.type == 'cuda':
+                nn.utils.convert_conv2d_weight_memory_format(self.loss_fn, torch.channels_last)
         self.resume()
 
     def before_training(self, batches):
@@ -2487,8 +2489,7 @@ class Trainer(BaseTrainer):
         uncond = None
         if self.num_uncond > 0:
             uncond = self.queues['unconditional'].draw(torch.zeros(c).long(), self.num_uncond, generator)
-        to_device = partial(Tensor.to, device = self.device, non_blocking = True)
-        labels, alpha, *sets = (each(to_device, value) for value in (labels, alpha, pos, uncond))
+        labels, alpha, *sets = map(self.to_device, (labels, alpha, pos, uncond))
         return labels, alpha, *(each(Tensor.float, t) for t in sets)
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
@@ -2632,12 +2633,11 @@ class MAESettings(LoopSettings):
     finetune_steps: int = free(0)  # the last ones: the weight of the classification rises
     cls_weight: float = 0.1  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
-    finetune_start: int | None = dataclasses.field(init = False, default = None)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.finetune_steps > 0:
-            self.finetune_start = self.num_train_steps - self.finetune_steps
+        start = self.num_train_steps - self.finetune_steps
+        self.finetune_start = start if self.finetune_steps > 0 else None
 
 class MAETrainer(BaseTrainer):
     """Pretrains a LatentMAE on a dataset of (sample, label) (A.3). The encoder is ema.ema_model.
@@ -2666,7 +2666,7 @@ class MAETrainer(BaseTrainer):
         samples, labels = self.read(batches)
         check_range('real samples', samples)
         labels = checked_labels(labels, self.num_classes, len(labels)) if exists(self.num_classes) else None
-        samples, labels = (each(lambda t: t.to(self.device, non_blocking = True), t) for t in (samples, labels))
+        samples, labels = map(self.to_device, (samples, labels))
         generator = seeded(self.settings.seed, self.step, micro_step, self.rank, device = self.device)
         mask, cls_weight = self.unwrapped.draw_mask(samples, generator), self.cls_weight_at(self.step)
         with self.synced(sync):

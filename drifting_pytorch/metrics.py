@@ -24,7 +24,7 @@ def inception_features(weights = None):
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ImportError("Inception is that of torch-fidelity: pip install 'drifting-pytorch[eval]'") from error
+        raise ImportError('Inception is that of torch-fidelity: pip install "drifting-pytorch[eval]"') from error
     net = FeatureExtractorInceptionV3('inception-v3-compat', ['2048'], weights)
     return lambda x: net.to(x.device)(((x + 1) * 127.5).clamp(0, 255).byte().expand(-1, 3, -1, -1))[0]
 
@@ -58,7 +58,7 @@ class Evaluation:
             found = getattr(self.features, 'features', self.features)(batch.to(own.device))
             if isinstance(found, dict):
                 found = torch.cat([t.flatten(1) for name, t in found.items() if name.endswith('mean')], dim = 1)
-            parts.append(found.double().cpu())
+            parts.append(found.cpu().double())
         features = torch.cat(parts).numpy()
         fits = features.ndim == 2 and len(features) == len(images) > 3 and np.isfinite(features).all()
         check(fits, f'features must be finite, [4 or more, d], a row per image: got {features.shape} of {len(images)}')

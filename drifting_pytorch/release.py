@@ -64,7 +64,7 @@ def read_msgpack(path):
     try:
         import msgpack
     except ImportError as error:
-        raise ImportError("these weights need msgpack: pip install 'drifting-pytorch[pretrained]'") from error
+        raise ImportError('these weights need msgpack: pip install "drifting-pytorch[pretrained]"') from error
 
     def to_tensor(code, data):  # extension type 1 is an array: (shape, dtype name, bytes)
         shape, name, raw = msgpack.unpackb(data, max_bin_len = len(data))

@@ -335,7 +335,7 @@ def load_vae(name):
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise ImportError("latents need the VAE of diffusers: pip install 'drifting-pytorch[imagenet]'") from error
+        raise ImportError('latents need the VAE of diffusers: pip install "drifting-pytorch[imagenet]"') from error
 
     try:
         return AutoencoderKL.from_pretrained(name).eval().requires_grad_(False)

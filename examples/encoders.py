@@ -107,7 +107,7 @@ def dinov2():
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ImportError("DINOv2 needs transformers: pip install 'drifting-pytorch[convnext]'") from error
+        raise ImportError('DINOv2 needs transformers: pip install "drifting-pytorch[convnext]"') from error
 
     return BackboneFeatures(PatchTokens(AutoModel.from_pretrained('facebook/dinov2-small')), num_prefix_tokens = 1)
 

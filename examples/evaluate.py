@@ -156,7 +156,7 @@ def fidelity(module):
     try:
         return importlib.import_module(f'torch_fidelity.{module}')
     except ImportError as error:
-        raise ImportError("the metrics are those of torch-fidelity: pip install 'drifting-pytorch[eval]'") from error
+        raise ImportError('the metrics are those of torch-fidelity: pip install "drifting-pytorch[eval]"') from error
 
 def chunk_of_features(source, indices, extractor, device, batch_size):
     """{features [n d], logits [n c], images [8 ch h w]: the first few, for pictures} of these images."""

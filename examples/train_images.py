@@ -403,14 +403,15 @@ def finish(run, trainer, judge, unseen, about, classes, steps):
     (folder / 'metrics.json').write_text(json.dumps(result, indent = 1))
 
     trainer.save_pretrained(folder / 'model')
-    (folder / 'model' / 'README.md').write_text(CARD.format(
+    card = CARD.format(
         name = name, num = len(pictures), kind = type(model).__name__, about = about, table = '\n'.join(table),
         **trainer.best, choosing = len(run.choosing), judged = len(unseen),
         asked = '[0, 0, 0, 0]' if classes else 'num_samples = 4',
         labels = '\n'.join(f'- {i}: {name}' for i, name in enumerate(classes)) or 'none',
         judge = 'Inception' if args.features == 'inception' else 'a small classifier',
         settings = json.dumps(dict(settings, steps = steps), indent = 1)
-    ))
+    )
+    (folder / 'model' / 'README.md').write_text(card, encoding = 'utf-8')
     return table
 
 def options():

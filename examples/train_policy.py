@@ -467,7 +467,7 @@ def main():
 
     text = table(results, training_seconds)
     record = dict(settings = vars(args), results = results, training_cpu_seconds = training_seconds)
-    (folder / 'policy.md').write_text(text + '\n')
+    (folder / 'policy.md').write_text(text + '\n', encoding = 'utf-8')
     (folder / 'metrics.json').write_text(json.dumps(record, indent = 1))
 
     parameters, episodes = num_parameters(models[args.methods[0]]), num_scenes * repeats

@@ -417,7 +417,7 @@ def main():
         texts.append(f'### {task}\n\n{table(results)}\n')
 
     text = '\n'.join(texts)
-    (folder / 'restore.md').write_text(text)
+    (folder / 'restore.md').write_text(text, encoding = 'utf-8')
     (folder / 'metrics.json').write_text(json.dumps(record, indent = 1))
     plot(columns, folder / 'restore.png')
 

@@ -337,7 +337,7 @@ def main():
 
     text = table(results)
     record = dict(settings = vars(args), results = results)
-    (folder / f'{name}.md').write_text(text + '\n')
+    (folder / f'{name}.md').write_text(text + '\n', encoding = 'utf-8')
     (folder / f'{name}.json').write_text(json.dumps(record, indent = 1))
     print(f'{text}\n\npicture: {folder / f"{name}.png"}')
 

@@ -187,7 +187,7 @@ def test_convnext_from_a_folder(tmp_path):
 
 def test_convnext_without_transformers_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    with pytest.raises(ImportError, match = r"pip install 'drifting-pytorch\[convnext\]'"):
+    with pytest.raises(ImportError, match = r'pip install "drifting-pytorch\[convnext\]"'):
         ConvNeXtFeatures.from_pretrained()
 
 def test_convnext_stays_in_float32_under_autocast():

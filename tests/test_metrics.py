@@ -42,7 +42,7 @@ def means(x):
 
 @pytest.mark.parametrize('features', [means, LatentMAE(dim = 8, channels = 1, layers = (1, 1, 1, 1), num_classes = 3)])
 def test_evaluation_of_images(features):
-    real = torch.rand(40, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1
+    real = torch.rand(40, 1, 32, 32, generator = torch.Generator().manual_seed(0)) * 2 - 1
     evaluation = Evaluation(real, features, batch_size = 7)
     same, other = evaluation.compare(real), evaluation.compare(real / 4 + 0.75)
     assert abs(same['frechet']) < 1e-6 and same['precision'] == same['recall'] == 1

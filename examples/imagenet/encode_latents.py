@@ -85,7 +85,7 @@ def finish(folder, plan, files, shards, scaling_factor):
 
     for path, shard in shards.items():
         note = path.with_suffix('.unreadable.txt')
-        names = note.read_text().splitlines() if note.exists() else []
+        names = note.read_text(encoding = 'utf-8').splitlines() if note.exists() else []
         left_out |= set(names)
         listed.append(dict(file = path.name, images = len(shard) - len(names)))
 
