@@ -950,7 +950,7 @@ class DriftProblems:
         for part in self.parts:
             # V, or first its W: n is d, or y
             fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
-            V = factors.repeat(len(fields), 1, 1) @ fields
+            V = factors.expand(len(fields), 1, -1).contiguous() @ fields
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
                 V = self.field.apply_coefficients(V, *self.points(part))
@@ -1398,7 +1398,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         return (keys < self.mask_ratio).to(x)
 
     def dropped(self, mask):
-        """A mask [b h w] of mask patches as one of pixels, [b 1 h w]."""
+        """A mask [b h w] of mask patches as [b 1 h w] of pixels."""
         p = self.mask_pixels
         return repeat(mask, 'b h w -> b 1 (h p1) (w p2)', p1 = p, p2 = p)
 
@@ -2035,7 +2035,7 @@ class BaseTrainer:
         return batch
 
     def seed_model(self, *key):
-        """What dropout draws next is a function of the place in the run."""
+        """What dropout draws next depends on the place in the run."""
         seed = seed_for(self.settings.seed, self.samples_read, *key, self.rank)
         seed_cpu(seed)
         if self.device.type != 'cpu':
