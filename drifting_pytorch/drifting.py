@@ -94,8 +94,8 @@ def check_whole(low, **values):
 
 def check_number(low, high, **values):
     for name, value in values.items():
-        fits = isinstance(value, (int, float, np.number)) and low <= value <= high
-        check(fits, f'{name} must be a number in {low} .. {high}, got {value!r}')
+        if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+            raise ValueError(f'{name} must be a number in {low} .. {high}, got {value!r}')
 
 def check_shape(name, t, expected, hint = ''):
     """A word in expected, as 'batch', stands for any size."""
@@ -844,7 +844,7 @@ class DriftProblems:
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
         is_small = self.b * num_vectors * self.d <= PART_NUMBERS['cpu']
-        fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # loses products
+        fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails there
         self.in_coefficients = fits and is_cheap and not is_small
         largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
@@ -950,7 +950,7 @@ class DriftProblems:
         for part in self.parts:
             # V, or first its W: n is d, or y
             fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
-            V = factors.expand(len(fields), 1, -1).contiguous() @ fields
+            V = factors.expand(len(fields), 1, -1).contiguous() @ fields  # for mps
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
                 V = self.field.apply_coefficients(V, *self.points(part))
@@ -1571,7 +1571,7 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     def cut(self, picture):
-        """The centre of a Pillow image, as ADM and DiT cut it."""
+        """The centre of a picture, as ADM and DiT cut it."""
         size = self.image_size
         while min(picture.size) >= 2 * size:
             picture = picture.resize([side // 2 for side in picture.size], Image.Resampling.BOX)
@@ -1912,8 +1912,8 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats the uninterrupted one, or warns.
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
-        is_again = getattr(multiprocessing.current_process(), '_inheriting', False)  # by a spawned worker
-        check(not is_again, "num_workers needs a script under if __name__ == '__main__'")
+        again = getattr(multiprocessing.current_process(), '_inheriting', False)  # by a worker
+        check(not again, "num_workers needs a script under if __name__ == '__main__'")
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
         fits = callable(evaluate) or not exists(evaluate) and settings.evaluate_every == 0
         check(fits, 'evaluate_every needs evaluate, a function')
@@ -1946,8 +1946,8 @@ class BaseTrainer:
         check(not is_fsdp1, 'FSDP is supported in its second version: set fsdp_version to 2')
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
-        to_device = partial(Tensor.to, device = self.device, non_blocking = self.device.type == 'cuda')
-        self.to_device = partial(each, to_device)
+        move = partial(Tensor.to, device = self.device, non_blocking = self.device.type == 'cuda')
+        self.to_device = partial(each, move)
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)

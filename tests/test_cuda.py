@@ -270,7 +270,7 @@ class Greedy(Net):
 
     def forward(self, noise, *args, **kwargs):
         if noise.device.type == 'cpu':
-            raise torch.OutOfMemoryError('out of memory')
+            raise RuntimeError('MPS backend out of memory')
         return torch.empty(2 ** 50, dtype = torch.uint8, device = noise.device)
 
 def test_out_of_memory_names_what_lowers_it(device, tmp_path):
@@ -292,6 +292,14 @@ def test_out_of_memory_names_what_lowers_it(device, tmp_path):
     with pytest.raises(torch.OutOfMemoryError) as error:
         t.train()
     assert all(name in str(error.value) for name in ('batch_size', 'gradient_accumulation_steps', 'checkpointing'))
+
+def test_another_error_is_no_lack_of_memory(tmp_path):
+    class Broken(Net):
+        def forward(self, *args, **kwargs):
+            raise RuntimeError('another')
+
+    with pytest.raises(RuntimeError, match = '^another$'):
+        trainer(tmp_path, Broken()).train()
 
 def test_settings_that_the_error_names_lower_the_peak(device, tmp_path):
     """And the loss needs at most twice the memory for twice the groups, as examples/README.md has it."""
@@ -436,6 +444,17 @@ def test_compiled_parts_are_one_graph_each(device):
             found, expected = dict(out = found), dict(out = expected)
         for name, t in expected.items():
             assert relative(found[name].detach().cpu(), t.detach().cpu()) < 1e-4, name
+
+def test_the_weight_of_the_classification_breaks_no_graph(device):
+    """It rises while the encoder trains."""
+    torch.compiler.reset()
+    mae = encoder(dim = 16, num_classes = 3).to(device)
+    x, labels = torch.rand(2, 2, 8, 8, device = device), torch.tensor([0, 2], device = device)
+    mask = torch.ones(2, 4, 4, device = device)
+    compiled = torch.compile(mae, fullgraph = True, backend = backend(device))
+    for cls_weight in (0., 0.01, 0.02):
+        (loss, _), (expected, _) = (m(x, labels, cls_weight = cls_weight, mask = mask) for m in (compiled, mae))
+        assert relative(loss.detach().cpu(), expected.detach().cpu()) < 1e-4
 
 @pytest.mark.parametrize('precision, bound', [('no', 1e-4), ('bf16', 2e-2)])
 @pytest.mark.parametrize('device', [pytest.param('cpu', marks = pytest.mark.slow), CUDA], indirect = True)

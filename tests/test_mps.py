@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import TensorDataset
 
 from drifting_pytorch import (
@@ -40,7 +41,10 @@ def kernels():
         entry = by_name[entry['structured_delegate']] if 'structured_delegate' in entry else entry
         return 'dispatch' not in entry or any('MPS' in key or 'Composite' in key for key in entry['dispatch'])
 
-    return {name: is_there(entry) for name, entry in by_name.items()}
+    found = {name: is_there(entry) for name, entry in by_name.items()}
+    if not found['native_group_norm_backward']:
+        pytest.skip('a version of PyTorch that has fewer kernels')
+    return found
 
 class Operations(TorchDispatchMode):
     """Their names, and where the library has numbers that mps does not know."""
@@ -51,10 +55,12 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args = (), kwargs = None):
         self.names.add(func.name().removeprefix('aten::').removesuffix('.default'))
-        if any(torch.is_tensor(t) and t.dtype in (torch.float64, torch.complex128) for t in args):
+        result = func(*args, **(kwargs or {}))
+        found = tree_leaves((args, kwargs, result))
+        if any(torch.is_tensor(t) and t.dtype in (torch.float64, torch.complex128) for t in found):
             frames = [frame for frame in extract_stack() if frame.filename == drifting.__file__]
             self.doubles.update(f'{frame.lineno}: {frame.line}' for frame in frames[-1:])
-        return func(*args, **(kwargs or {}))
+        return result
 
 SIZES = dict(image_size = 8, channels = 1, dim = 16, output_conv_dim = 4)
 PATCHES = dict(patch_size = 4, depth = 1, heads = 2)
@@ -113,5 +119,5 @@ def test_large_problems_have_kernels(kernels):
 def check(found, falls_back, kernels):
     names = {name for name in found.names if not name.startswith(OTHERWISE_THERE)}
     assert len(names) > 20 and names <= kernels.keys()
-    assert sorted(name for name in names if not kernels[name]) == falls_back
+    assert {name for name in names if not kernels[name]} <= set(falls_back)
     assert not found.doubles

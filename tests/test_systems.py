@@ -45,8 +45,16 @@ def test_evaluation_has_doubles_on_the_cpu_alone():
     evaluation = Evaluation(images, lambda x: x.flatten(1).as_subclass(OnMPS))
     assert abs(evaluation.compare(images)['frechet']) < 1e-6
 
+def test_dropout_is_seeded_on_any_device(tmp_path, monkeypatch):
+    t, seeds = trainer(tmp_path), []
+    monkeypatch.setattr(torch.mps, 'manual_seed', seeds.append)
+    t.device = torch.device('mps')
+    t.seed_model()
+    t.seed_model('chunk')
+    t.seed_model()
+    assert seeds[0] == seeds[2] != seeds[1]
+
 SCRIPT = '''
-import sys
 import torch
 from torch.utils.data import TensorDataset
 from drifting_pytorch import ConvGenerator, LatentMAE, MAETrainer, Trainer
@@ -70,7 +78,8 @@ GUARDtrain()
 def test_a_worker_that_runs_the_script_again_removes_nothing(tmp_path, guard):
     """Where processes are not forked, workers import the script that made them."""
     (tmp_path / 'script.py').write_text(SCRIPT.replace('GUARD', guard))
-    result = subprocess.run([sys.executable, 'script.py'], cwd = tmp_path, capture_output = True, text = True)
+    script = [sys.executable, 'script.py']
+    result = subprocess.run(script, cwd = tmp_path, capture_output = True, text = True, timeout = 300)
     if guard:
         assert result.returncode == 0 and 'trained' in result.stdout, result.stderr[-2000:]
     else:

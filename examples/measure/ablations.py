@@ -523,8 +523,8 @@ def write(results, seeds, folder):
                     values = [result[metric][i] for metric in COLUMNS]
                     writer.writerow((name, row, result['paper'], seed, *values))
 
-    (folder / 'ablations.md').write_text(full_tables(results))
-    (folder / 'summary.md').write_text(summary(results) + '\n')
+    (folder / 'ablations.md').write_text(full_tables(results), encoding = 'utf-8')
+    (folder / 'summary.md').write_text(summary(results) + '\n', encoding = 'utf-8')
     plot(results, folder / 'ablations.png')
 
 def options():
