@@ -94,7 +94,7 @@ def check_whole(low, **values):
 
 def check_number(low, high, **values):
     for name, value in values.items():
-        if not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+        if not isinstance(value, (int, float, np.number)) or not low <= value <= high:  # check would break graphs
             raise ValueError(f'{name} must be a number in {low} .. {high}, got {value!r}')
 
 def check_shape(name, t, expected, hint = ''):
@@ -1739,7 +1739,7 @@ def save_tensors(state_dict, path, copy = True):
     save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
 
 def discard(folder):
-    """Remove a folder so that it is never seen half removed."""
+    """Remove a folder. Nobody sees it half removed."""
     if folder.exists():
         shutil.rmtree(folder.rename(folder.with_name(f'unfinished-old-{folder.name}')))
 
@@ -1803,7 +1803,7 @@ SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextmanager
 def interruptions():
-    """The signals that came, so that a step can end. A second one acts at once."""
+    """Signals that came, so that a step can end. A second one acts at once."""
     received, handlers = [], {}
 
     def remember(number, frame):
@@ -1912,8 +1912,8 @@ class BaseTrainer:
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats the uninterrupted one, or warns.
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
-        again = getattr(multiprocessing.current_process(), '_inheriting', False)  # by a worker
-        check(not again, "num_workers needs a script under if __name__ == '__main__'")
+        is_rerun = getattr(multiprocessing.current_process(), '_inheriting', False)  # by a worker
+        check(not is_rerun, "num_workers needs a script under if __name__ == '__main__'")
         self.settings, self.to_image, self.evaluate = settings, to_image, evaluate
         fits = callable(evaluate) or not exists(evaluate) and settings.evaluate_every == 0
         check(fits, 'evaluate_every needs evaluate, a function')
@@ -1983,7 +1983,7 @@ class BaseTrainer:
             self.model = torch.compile(self.model)
 
     def hold_folder(self):
-        """Against another run at the same time. A dead process holds no lock."""
+        """Against a second run. A dead process holds no lock."""
         try:
             self.results_folder.mkdir(parents = True, exist_ok = True)
             self.lock.acquire()
@@ -2227,7 +2227,7 @@ class BaseTrainer:
         return {name: sha256(folder / name) for name in states}
 
     def complete(self, unfinished, written, kind):
-        """Its manifest, and when all is on the disk its name. The oldest go."""
+        """Its manifest, and when all is on disk its name. The oldest go."""
         folder = self.checkpoints / f'{kind}-{self.step:08d}'
         manifest = dict(
             step = self.step, samples_read = self.samples_read, best = self.best,
@@ -2267,7 +2267,7 @@ class BaseTrainer:
         together(self.leave_later, self.is_main)
 
     def leave_later(self):
-        """Later checkpoints count no more; later logs will be written again."""
+        """Later checkpoints count no more, later logs are written again."""
         for folder in (*self.checkpoints.glob(STEP), *self.checkpoints.glob(BEST)):
             if int(folder.name[5:]) > self.step:
                 aside = folder.with_name(f'left-{folder.name}')

@@ -85,12 +85,10 @@ def latents(images, vae, tmp_path_factory):
 
 # images
 
-def center_crop(picture, size):
-    folder = ImageFolder.__new__(ImageFolder)           # of no folder
-    folder.image_size = size
-    return folder.cut(picture)
+def test_center_crop_is_that_of_adm(images):
+    def center_crop(picture, size):
+        return ImageFolder(images, size).cut(picture)
 
-def test_center_crop_is_that_of_adm():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 70, 3), dtype = np.uint8)
     cropped = pixels[:, 3:67]
     assert (np.array(center_crop(Image.fromarray(pixels), 64)) == cropped).all()
@@ -152,7 +150,7 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
     assert with_classes.num_classes == 3 and without.num_classes is None and len(without) == 12
     assert with_classes[12][0].shape == (3, 32, 32) and {without[i][1] for i in range(12)} == {0}
 
-    picture = np.array(center_crop(Image.open(images / CLASSES[1] / without.files[0][0]).convert('L'), 32))
+    picture = np.array(without.cut(Image.open(without.root / without.files[0][0]).convert('L')))
     grey = torch.from_numpy(picture).float()[None] / 127.5 - 1
     assert both_ways_round([without[0][0] for _ in range(20)], grey)
 
