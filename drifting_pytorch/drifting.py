@@ -843,22 +843,23 @@ class DriftProblems:
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
-        is_small = self.b * num_vectors * self.d <= PART_NUMBERS['cpu']
-        fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails there
+        is_small = self.b * num_vectors * self.d < PART_NUMBERS['cpu'] / 4
+        fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails
         self.in_coefficients = fits and is_cheap and not is_small
         largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-        self.kept = {}  # what two rounds need, by part: distances, vectors
+        self.kept = {}  # what two rounds need: distances, vectors
         self.newest = None, None  # newest part, its W
-        self.placed = None, None, None  # newest part, its x, its y
+        self.placed = None, None, None  # its x, y
 
     # of one part
     def points(self, part):
         """x [b g d], y [b y d], centred on x, or distances lose digits."""
         if self.placed[0] != part:
             center = self.gen[part].mean(dim = 1, keepdim = True)
-            y = cat([t[part].to(center) for t in self.sets.values()], dim = 1).sub_(center)
+            y = cat([t[part].to(center) for t in self.sets.values()], dim = 1)
+            y -= center
             x = y[:, -self.g:] if self.own_negatives else self.gen[part] - center
             self.placed = part, x, y
         return self.placed[1:]
@@ -917,9 +918,6 @@ class DriftProblems:
     def scale(self, S_sums):
         return (S_sums[0] / S_sums[1]) ** (1 / self.field.scale_power)
 
-    def unit(self, scale):
-        return (scale / self.d ** 0.5).clamp(min = self.min_scale)
-
     # round 2: lambda, and where the drift comes from
     def sum_drift(self, part, S_sums):
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
@@ -941,9 +939,8 @@ class DriftProblems:
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     # round 3: fields at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
-    def loss(self, scale, rms):
+    def loss(self, scale, unit, rms):
         """The loss of each problem [b], and the gradient of their mean, like gen [b g d]."""
-        unit = self.unit(scale)
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
         fields_of = self.coefficients if self.in_coefficients else self.vectors
@@ -965,10 +962,11 @@ class DriftProblems:
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
             scale = self.scale(S_sums)
             V_sq, *diagnosed = V_sums[:-1] / V_sums[-1]
-            rms = (V_sq.clamp(min = 0) / self.d).sqrt() / self.unit(scale)
+            unit = (scale / self.d ** 0.5).clamp(min = self.min_scale)
+            rms = (V_sq.clamp(min = 0) / self.d).sqrt() / unit
             found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
             stats = DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
-            loss, grad = self.loss(scale, rms)
+            loss, grad = self.loss(scale, unit, rms)
         return KnownGradient.apply(self.x, loss, grad), stats
 
 @torch.no_grad()
@@ -981,8 +979,8 @@ def two_rounds(bundles):
             for name, problems in bundle.items():
                 known = [earlier[name] for earlier in rounds]  # S, for lambda
                 with torch.autocast(problems.gen.device.type, enabled = False):
-                    sums = sum(sums_of(problems, part, *known) for part in problems.parts)
-                totals[name] = totals.get(name, 0) + sums
+                    sums = (sums_of(problems, part, *known) for part in problems.parts)
+                    totals[name] = sum(sums, start = totals.get(name, 0))
             del bundle, problems  # or those of two are held
         if torch.distributed.is_initialized():
             joined = cat([sums.flatten() for sums in totals.values()])
