@@ -1254,11 +1254,14 @@ def map_features(name, x, sets = FEATURE_SETS):
     mean, var, (h, w) = full_precision(x), None, x.shape[-2:]
     for feature_set, suffix, size in (('2x2', '_2', 2), ('4x4', '_4', 4), ('mean_std', '', 1)):
         if feature_set in sets and h % size == 0 and w % size == 0:
-            # of finer patches: variance is mean variance and variance of means
-            finer, pool_all = mean, partial(torch.mean, dim = (-2, -1), keepdim = True)
-            pool = partial(F.avg_pool2d, kernel_size = size * finer.shape[-1] // w) if suffix else pool_all
+            finer = mean  # means of smaller patches, or the map
+            pool = partial(torch.mean, dim = (-2, -1), keepdim = True)  # the whole map
+            if suffix:
+                pool = partial(F.avg_pool2d, kernel_size = size * finer.shape[-1] // w)
             mean = pool(finer)
-            squares = (finer - (F.interpolate(mean, finer.shape[-2:]) if suffix else mean)).square()
+            spread = F.interpolate(mean, finer.shape[-2:]) if suffix else mean
+            squares = (finer - spread).square()
+            # variance: of the finer means, and the mean of the finer variances
             var = pool(squares + var if exists(var) else squares)
             maps[f'{name}_mean{suffix}'], maps[f'{name}_std{suffix}'] = mean, (var + 1e-6).sqrt()
     return {key: rearrange(t, 'b d h w -> b (h w) d') for key, t in maps.items()}
@@ -1454,7 +1457,7 @@ class PixelInput(Module):
     def forward(self, x):
         x = floating(x, self.mean)
         check_shape('x', x, ('batch', len(self.mean), 'height', 'width'), ', images in [-1, 1]')
-        x = F.interpolate(x, size = (self.image_size, self.image_size), mode = 'bilinear', antialias = True)
+        x = F.interpolate(x, size = self.image_size, mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
@@ -1633,9 +1636,10 @@ class SampleQueue:
         check_shape('real samples', samples, (num, *self.samples.shape[2:]))
 
         # each class is a ring: the newest stay
-        counts, order = labels.bincount(minlength = self.num_classes), labels.argsort(stable = True)
+        counts = labels.bincount(minlength = self.num_classes)
+        order = labels.argsort(stable = True)
         labels, pushed = labels[order], self.pushed + counts
-        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]  # in its class
+        number = torch.arange(num) + (pushed - counts.cumsum(dim = 0))[labels]  # of its class, ever
         stays = number >= (pushed - self.size)[labels]
         places = labels, number % self.size, order
         labels, slot, order = (t[stays].to(self.device, non_blocking = self.samples.is_cuda) for t in places)
@@ -1682,7 +1686,7 @@ class SeededDataset(Dataset):
         check(fits, f'the dataset must be map-style and not empty, got {type(dataset).__name__}')
         self.dataset, self.seed, self.with_labels = dataset, seed, with_labels
         self.sample_shape = self.condition_shape = self.has_conditions = None
-        self.sample(0)  # sets them
+        self.sample(0)  # sets what all others must be like
 
     def __len__(self):
         return len(self.dataset)
@@ -1747,7 +1751,7 @@ OURS = ['metrics.jsonl', f'samples/{STEP}.png', 'checkpoints/unfinished-*']
 OURS += [f'checkpoints/{before}{name}' for before in ('', 'left-') for name in (STEP, BEST)]
 SHARED_FILES = 'ema.safetensors', 'averages.safetensors', 'model.safetensors', 'optimizer.safetensors'
 
-def damage(folder, rank = 0):
+def damage(folder, rank):
     """What is wrong with a checkpoint, or None. A process looks at its queue."""
     try:
         path = folder / 'manifest.json'
@@ -1843,31 +1847,27 @@ def described(part):
     own = {name: value for name, value in getattr(part, '__dict__', {}).items() if name[0] != '_'}
     return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
-def free(value):
-    """A default that a resumed run may change without a warning."""
-    return dataclasses.field(default = value, metadata = dict(free = True))
+def bounded(value, low = 0, high = 1e20, **metadata):
+    """A default, and the bounds of its numbers."""
+    return dataclasses.field(default = value, metadata = dict(bounds = (low, high), **metadata))
 
-AT_LEAST_1 = 'num_train_steps', 'lr_decay_start', 'gradient_accumulation_steps', 'keep_checkpoints'
-AT_LEAST_1 += 'num_groups', 'num_pos', 'push_size', 'group_chunk_size', 'batch_size'
-BOUNDS = dict.fromkeys(AT_LEAST_1, (1, 1e20))  # of the others: (0, 1e20)
-BOUNDS |= dict(num_gen = (2, 1e20), max_grad_norm = (1e-20, 1e20), alpha_power = (-1e20, 1e20))
-BOUNDS |= dict.fromkeys(('ema_decay', 'no_cfg_frac', 'cls_weight', 'betas'), (0, 1))
+free = partial(bounded, free = True)  # a resumed run may change it without a warning
 
 @dataclasses.dataclass(kw_only = True)
 class LoopSettings:
     """What every trainer is told."""
-    num_train_steps: int = free(30_000)
+    num_train_steps: int = free(30_000, low = 1)
     seed: int = 0
 
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
-    lr_decay_start: int | None = None  # then it falls as 1 / sqrt(step). None: never (paper)
-    betas: tuple | list = (0.9, 0.95)  # of AdamW
+    lr_decay_start: int | None = bounded(None, low = 1)  # then it falls as 1 / sqrt(step). None: never (paper)
+    betas: tuple | list = bounded((0.9, 0.95), high = 1)  # of AdamW
     weight_decay: float = 0.01
-    max_grad_norm: float | None = 2.  # None: no clipping
-    ema_decay: float | tuple | list = 0.999  # of the averaged weights; several: see evaluate
+    max_grad_norm: float | None = bounded(2., low = 1e-20)  # None: no clipping
+    ema_decay: float | tuple | list = bounded(0.999, high = 1)  # of the averaged weights; several: see evaluate
 
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = bounded(1, low = 1)
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
     compile: bool = False  # model, encoders and, on a GPU, the field
     cpu: bool = False  # train on the cpu even where there is a GPU
@@ -1879,7 +1879,7 @@ class LoopSettings:
     save_every: int = free(1_000)  # steps: into checkpoints/
     evaluate_every: int = free(0)  # steps
     keep_best: str | None = free(None)  # 'name', evaluate's number to minimise, or 'max:name'
-    keep_checkpoints: int = free(3)  # the newest
+    keep_checkpoints: int = free(3, low = 1)  # the newest
     progress_bar: bool = free(True)
 
     results_folder: str | Path = free('./results')
@@ -1899,7 +1899,7 @@ class LoopSettings:
             check(fits, f'{name} cannot be {len(numbers)} numbers, got {value!r}')
             for number in numbers:
                 if is_list or isinstance(number, (int, float)):
-                    check_number(*BOUNDS.get(name, (0, 1e20)), **{name: number})
+                    check_number(*entry.metadata.get('bounds', (0, 1e20)), **{name: number})
 
 class BaseTrainer:
     """The training loop of any model.
@@ -1946,6 +1946,7 @@ class BaseTrainer:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         move = partial(Tensor.to, device = self.device, non_blocking = self.device.type == 'cuda')
         self.to_device = partial(each, move)
+        self.draws = self.is_main or self.is_sharded  # a sharded model needs every process
         self.hide_bar = not (settings.progress_bar and self.is_main)
 
         self.num_classes = getattr(model, 'num_classes', None)
@@ -1960,7 +1961,7 @@ class BaseTrainer:
         wanted = 'use one process, or persistent = False for constants'
         check(self.world == 1 or not kept, f'the buffers {kept} would differ between processes: {wanted}')
         decays = settings.ema_decay if isinstance(settings.ema_decay, (tuple, list)) else [settings.ema_decay]
-        averages = [deepcopy(model) for _ in decays]
+        averages = {decay: deepcopy(model) for decay in decays}
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -1969,7 +1970,7 @@ class BaseTrainer:
             forward = self.accelerator.autocast()(self.unwrapped.forward)
             self.unwrapped.forward = convert_outputs_to_fp32(forward)
 
-        for decay, average in zip(decays, averages, strict = True):
+        for decay, average in averages.items():
             average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else average.to(self.device)
             self.emas[decay] = EMA(  # which would warm its decay up otherwise
                 self.unwrapped, average, beta = decay, min_value = decay, update_every = 1,
@@ -2009,8 +2010,9 @@ class BaseTrainer:
         record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
         return json.loads(json.dumps(vars(self.settings) | record, default = str))
 
-    def is_due(self, every, step):
-        return every > 0 and (step % every == 0 or step == self.settings.num_train_steps)
+    def is_due(self, step, *periods):
+        is_last = step == self.settings.num_train_steps
+        return any(every > 0 and (is_last or step % every == 0) for every in periods)
 
     # a step
     def batches(self):
@@ -2104,7 +2106,7 @@ class BaseTrainer:
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
-                self.save_pictures(is_trial = True)
+                together(self.grid, self.draws)
             if self.step == 0 and self.queues:
                 self.before_training(batches)
             signals = self.run(batches)
@@ -2127,19 +2129,18 @@ class BaseTrainer:
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
-        ask_every = 1 if self.world == 1 else 10  # to share signals
         self.clock = time.perf_counter(), self.step
 
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
         with interruptions() as received, bar:
             while self.step < num_steps and not signals:
-                self.logs_this_step, self.in_step = self.is_due(settings.log_every, self.step + 1), True
-                self.logs_this_step |= self.is_due(settings.evaluate_every, self.step + 1)
+                self.in_step = True
+                self.logs_this_step = self.is_due(self.step + 1, settings.log_every, settings.evaluate_every)
                 result = self.train_step(batches)
                 bar.update()
-                if self.step % ask_every == 0:
+                if self.world == 1 or self.step % 10 == 0:  # to share signals takes time
                     signals = gather_object([*received])
-                saves = signals or self.is_due(settings.save_every, self.step)
+                saves = signals or self.is_due(self.step, settings.save_every)
                 if self.logs_this_step or saves or self.step % 10 == 0 or self.step == num_steps:
                     self.check_finite(*result)
                 self.in_step = False
@@ -2149,8 +2150,8 @@ class BaseTrainer:
                 finally:  # an evaluation may fail
                     if saves:
                         self.save()
-                if self.is_due(settings.sample_every, self.step):
-                    self.save_pictures()
+                if self.is_due(self.step, settings.sample_every):
+                    together(self.save_pictures, self.draws)
         return signals or received
 
     def log(self, bar, loss, details, norms):
@@ -2173,29 +2174,32 @@ class BaseTrainer:
             with open(self.results_folder / 'metrics.jsonl', 'a', newline = '') as file:
                 file.write(json.dumps(metrics) + '\n')
 
-    def save_pictures(self, is_trial = False):
+    @torch.no_grad()
+    def grid(self):
+        """A picture of samples, or None where they are no images."""
         is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
-        to_image = default(self.to_image, (lambda samples: (samples + 1) / 2) if is_image else None)
-
-        @torch.no_grad()
-        def draw():
-            largest = 0 if exists(self.to_image) else self.dataset.sample(0)[0].max()
+        if not is_image and not exists(self.to_image):
+            return None
+        if not exists(self.to_image):
+            largest = self.dataset.sample(0)[0].max()
             check(not largest > 100, 'pictures are not in [-1, 1]: scale them, or pass to_image')
-            samples, rows = self.pictures()
-            images, shape = to_image(samples), (len(samples), 'channels', 'height', 'width')
-            check_shape('what to_image returns', images, shape)
-            grid = image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
-            if self.is_main and not is_trial:
-                folder = self.results_folder / 'samples'
-                folder.mkdir(exist_ok = True)
-                grid.save(folder / f'step-{self.step:08d}.png')
-                options = dict(tensorboard = dict(dataformats = 'NHWC'), wandb = {})
-                for tracker in self.accelerator.trackers:
-                    if tracker.name in options:
-                        pixels = np.array(grid.convert('RGB'))[None]
-                        tracker.log_images({'samples': pixels}, self.step, **options[tracker.name])
-        if exists(to_image):  # a sharded model needs every process
-            together(draw, self.is_main or self.is_sharded)
+        samples, rows = self.pictures()
+        images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
+        check_shape('what to_image returns', images, (len(samples), 'channels', 'height', 'width'))
+        return image_grid(rearrange(images, '(rows cols) ... -> rows cols ...', rows = rows))
+
+    def save_pictures(self):
+        grid = self.grid()
+        if not exists(grid) or not self.is_main:
+            return
+        folder = self.results_folder / 'samples'
+        folder.mkdir(exist_ok = True)
+        grid.save(folder / f'step-{self.step:08d}.png')
+        pixels = np.array(grid.convert('RGB'))[None]
+        options = dict(tensorboard = dict(dataformats = 'NHWC'), wandb = {})
+        for tracker in self.accelerator.trackers:
+            if tracker.name in options:
+                tracker.log_images({'samples': pixels}, self.step, **options[tracker.name])
 
     # checkpoints
     def save(self, kind = 'step'):
@@ -2215,14 +2219,14 @@ class BaseTrainer:
         queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
         states = {f'queue-{self.rank}.safetensors': queues}
         if self.is_main:
-            by_name = {name: {i: other[name] for i, other in enumerate(others)} for name in average}
-            found = average, flat(by_name), model, flat(optimizer['state'])
+            numbered = {f'{name}.{i}': t for i, other in enumerate(others) for name, t in other.items()}
+            found = average, numbered, model, flat(optimizer['state'])
             states |= zip(SHARED_FILES, found, strict = True)
 
         folder.mkdir(parents = True, exist_ok = True)
         for name, state in states.items():
             save_tensors(state, folder / name, copy = name in SHARED_FILES)
-        return {name: sha256(folder / name) for name in states}
+        return [(name, sha256(folder / name)) for name in states]
 
     def complete(self, unfinished, written, kind):
         """Its manifest, and when all is on disk its name. The oldest go."""
@@ -2231,7 +2235,7 @@ class BaseTrainer:
             step = self.step, samples_read = self.samples_read, best = self.best,
             num_processes = self.world, device = str(self.device), config = self.record(),
             torch = torch.__version__,
-            sha256 = {name: digest for hashes in written for name, digest in hashes.items()}
+            sha256 = dict(chain(*written))
         )
         (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
@@ -2282,7 +2286,7 @@ class BaseTrainer:
         manifest = json.loads((folder / 'manifest.json').read_text())
         before, now, num = manifest['config'], self.record(), manifest['num_processes']
         check(num == self.world, f'the checkpoint is of {num} processes, these are {self.world}')
-        may_change = [entry.name for entry in dataclasses.fields(self.settings) if entry.metadata]
+        may_change = [entry.name for entry in dataclasses.fields(self.settings) if 'free' in entry.metadata]
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
         if found and self.is_main:
@@ -2297,14 +2301,14 @@ class BaseTrainer:
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
 
-        # no states: frozen now, or never had a gradient (and so equal their average)
+        # no states: frozen now, or never had a gradient (and so equal their average). Cloned, or the file stays open
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
         moments = {name: each(Tensor.clone, t) for name, t in nested(moments).items() if name not in now['frozen']}
         had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
-        own = {name: state for name, state in state_dict['state'].items() if name not in had_none}
-        check_fits(flat(own), flat(moments), 'states of the optimizer')
+        expected = {name: state for name, state in state_dict['state'].items() if name not in had_none}
+        check_fits(flat(expected), flat(moments), 'states of the optimizer')
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
@@ -2333,17 +2337,17 @@ class BaseTrainer:
 @dataclasses.dataclass(kw_only = True)
 class GeneratorSettings(LoopSettings):
     """What Trainer is told, besides; the defaults are the paper's ablation."""
-    num_groups: int = 64  # class groups, or rows with a condition, per step
-    num_gen: int = 64  # generated samples per group
-    num_pos: int = 64  # real samples per group; with a condition its row's, often 1
+    num_groups: int = bounded(64, low = 1)  # class groups, or rows with a condition, per step
+    num_gen: int = bounded(64, low = 2)  # generated samples per group
+    num_pos: int = bounded(64, low = 1)  # real samples per group; with a condition its row's, often 1
     num_uncond: int = 16  # unconditional samples per group
-    group_chunk_size: int | None = None  # groups at a time: less memory, but slower
+    group_chunk_size: int | None = bounded(None, low = 1)  # groups at a time: less memory, but slower
 
     alpha_range: tuple | list = (1., 4.)  # of the guidance scale; (1, 1): no guidance
-    alpha_power: float = 3.
-    no_cfg_frac: float = 0.
+    alpha_power: float = bounded(3., low = -1e20)
+    no_cfg_frac: float = bounded(0., high = 1)
 
-    push_size: int = 64  # real samples a process reads per step (release); not with conditions
+    push_size: int = bounded(64, low = 1)  # real samples a process reads per step (release); not with conditions
     class_queue_size: int = 128  # real samples that stay, of each class
     uncond_queue_size: int = 1000  # and of all classes
     queue_device: str | torch.device | None = None  # None: the accelerator
@@ -2351,8 +2355,8 @@ class GeneratorSettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        fits = not exists(self.queue_dtype) or self.queue_dtype.is_floating_point
-        check(fits, f'queue_dtype must be floating point, got {self.queue_dtype}')
+        is_float = default(self.queue_dtype, torch.float32).is_floating_point
+        check(is_float, f'queue_dtype must be floating point, got {self.queue_dtype}')
         (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
         check(1 <= low <= high, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
         check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
@@ -2487,8 +2491,8 @@ class Trainer(BaseTrainer):
         uncond = None
         if self.num_uncond > 0:
             uncond = self.queues['unconditional'].draw(torch.zeros(c).long(), self.num_uncond, generator)
-        labels, alpha, *sets = map(self.to_device, (labels, alpha, pos, uncond))
-        return labels, alpha, *(each(Tensor.float, t) for t in sets)
+        pos, uncond = (each(Tensor.float, self.to_device(t)) for t in (pos, uncond))
+        return self.to_device(labels), self.to_device(alpha), pos, uncond
 
     def inputs(self, labels, alpha, micro_step, which = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s], for any number of processes the same."""
@@ -2597,7 +2601,7 @@ class Trainer(BaseTrainer):
 
     def log(self, bar, loss, details, norms):
         self.evaluated = {}
-        if self.is_due(self.settings.evaluate_every, self.step):
+        if self.is_due(self.step, self.settings.evaluate_every):
             self.evaluate_averages()
         super().log(bar, loss, details, norms)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
@@ -2624,12 +2628,12 @@ class Trainer(BaseTrainer):
 @dataclasses.dataclass(kw_only = True)
 class MAESettings(LoopSettings):
     """What MAETrainer is told besides. Smaller batches want a smaller learning rate."""
-    batch_size: int = 8192  # of all processes together
+    batch_size: int = bounded(8192, low = 1)  # of all processes together
     learning_rate: float = 4e-3
     lr_warmup_steps: int = 4_000
-    ema_decay: float = 0.9995
+    ema_decay: float = bounded(0.9995, high = 1)
     finetune_steps: int = free(0)  # the last ones: the weight of the classification rises
-    cls_weight: float = 0.1  # linearly to this
+    cls_weight: float = bounded(0.1, high = 1)  # linearly to this
     cls_warmup_steps: int = 1_000  # in so many steps
 
     def __post_init__(self):
@@ -2689,11 +2693,9 @@ class MAETrainer(BaseTrainer):
 # ── 11. weights - our own, and those that the authors published ───
 
 # kind and names in the authors' repository, which release.py reads
-PUBLISHED = {
-    DriftingGenerator: ('gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation')),
-    LatentMAE: ('mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640')),
-    ConvGenerator: ('', ())
-}
+Generator.published = '', ()
+DriftingGenerator.published = 'gen', ('latent_L_sota', 'latent_B_sota', 'pixel_L_sota', 'pixel_B_sota', 'ablation')
+LatentMAE.published = 'mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640')
 
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
@@ -2702,7 +2704,7 @@ def from_pretrained(cls, name, *, revision = None):
     revision: of the repository, a commit, tag or branch.
     Raises ValueError for unknown names, damaged files, unfit weights; OSError for what is not found.
     """
-    kind, published = next(PUBLISHED[base] for base in cls.__mro__ if base in PUBLISHED)
+    kind, published = cls.published
     folder = Path(name)
     is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
@@ -2744,5 +2746,5 @@ def from_pretrained(cls, name, *, revision = None):
     model.load_state_dict(state_dict, assign = True)
     return model.eval()
 
-for model_class in PUBLISHED:  # last, so that the models could come first
+for model_class in (Generator, LatentMAE):  # last, so that the models could come first
     model_class.from_pretrained = classmethod(from_pretrained)
