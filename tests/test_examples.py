@@ -354,7 +354,7 @@ def test_benchmark_compares_equals(examples):
     check_equal(losses, inputs[0])
 
     gen, pos, uncond, uncond_weight = benchmark.problems(argparse.Namespace(device = torch.device('cpu')), 3, 12, u = 0)
-    contenders = benchmark.ours_without_weights, benchmark.plain_loop, benchmark.plain_drift_loss
+    contenders = benchmark.ours_without_weights, benchmark.bare_loss, benchmark.plain_loop, benchmark.plain_drift_loss
     check_equal([fn(gen, pos, uncond, uncond_weight) for fn in contenders], gen)
 
 def check_equal(losses, gen):

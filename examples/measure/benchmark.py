@@ -118,6 +118,31 @@ def plain_loop(gen, pos, uncond, uncond_weight):
 
     return (gen / unit - target).square().mean(dim = (1, 2))
 
+def bare_loss(gen, pos, uncond, _):
+    """The operations of drift_loss and nothing around them: no checks, weights, parts, statistics, other processes."""
+    (b, g, d), p = gen.shape, pos.shape[1]
+
+    with torch.no_grad():
+        x = gen.detach()
+        y = cat((pos, uncond, x), dim = 1).sub_(x.mean(dim = 1, keepdim = True))
+        dist = drifting.squared_distances(y[:, -g:], y).clamp_(min = 1e-8).sqrt_()
+        scale = dist.mean()
+        dist /= scale.clamp(min = 1e-3)
+        dist[:, :, -g:].diagonal(dim1 = -2, dim2 = -1).add_(100.)
+        temperature = gen.new_tensor(TEMPERATURES).view(-1, 1, 1)
+        W = drifting.DRIFT_FIELD.coefficients(dist[:, None], p, g, temperature, None, 1e-6)
+        V = (W.flatten(1, 2) @ y).view(b, len(TEMPERATURES), g * d)
+
+        # 1 / (lambda unit), for fields at root mean square 1
+        unit = (scale / d ** 0.5).clamp(min = 1e-3)
+        lengths = torch.linalg.vector_norm(V, dim = (0, 2)) / (b * g * d) ** 0.5
+        factors = 1 / lengths.clamp(min = 1e-4 * unit)
+        V = (factors.expand(b, 1, -1).contiguous() @ V).view(b, g, d)
+        loss = V.square().mean(dim = (1, 2))
+        grad = V.mul_(-2 / (b * g * d * unit))
+
+    return drifting.KnownGradient.apply(gen, loss, grad)
+
 def var_mean_features(name, x, sets):
     """map_features with the pixels of a patch in the last dimension, and torch.var_mean over them."""
     h, w = x.shape[-2:]
@@ -438,6 +463,7 @@ def benchmark_small(args):
         gen, pos, uncond, uncond_weight = problems(args, b, d, g, p, u)
         inputs = gen, pos + 1, uncond, torch.ones_like(uncond_weight)
         losses = {'plain loop': plain_loop, 'plain_drift_loss': plain_drift_loss, 'drift_loss': ours_without_weights}
+        losses['its operations alone'] = bare_loss
 
         if args.compile:
             losses['plain loop, compiled'] = torch.compile(plain_loop, dynamic = False)
