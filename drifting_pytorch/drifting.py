@@ -407,22 +407,24 @@ CODERS = {np.integer: (int, int), np.floating: (float, float), np.bool_: (bool, 
 
 class Generator(Module, PyTorchModelHubMixin):
     """What generators share: their conditions, and checks of what they get."""
-    def __init__(self, image_size, channels, num_classes, dim_condition, condition_channels):
+    def __init__(self, image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim):
         super().__init__()
-        check_whole(1, image_size = image_size, channels = channels, num_classes = num_classes)
+        check_whole(1, image_size = image_size, channels = channels, dim = dim, num_classes = num_classes)
         check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
+        check_whole(0, output_conv_dim = output_conv_dim)
         self.image_size, self.num_classes = image_size, num_classes
         self.noise_shape = channels, image_size, image_size
-        self.condition_shapes = existing(
-            vector = (dim_condition,) if exists(dim_condition) else None,
-            image = (condition_channels, 'height', 'width') if exists(condition_channels) else None
-        )
+        shapes = dict(vector = (dim_condition,), image = (condition_channels, 'height', 'width'))
+        self.condition_shapes = {name: shape for name, shape in shapes.items() if exists(shape[0])}
+        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
+        self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
+        self.output_convs = OutputConvs(channels, output_conv_dim) if output_conv_dim > 0 else nn.Identity()
 
     def checked_condition(self, labels, b):
         """Its conditions, of {'labels': [b], 'vector': [b k], 'image': [b ch h w]}."""
         names = [*existing(labels = self.num_classes), *self.condition_shapes]
-        only = names[0] if names else 'labels'  # a bare tensor
-        given = dict(labels) if isinstance(labels, dict) else existing(**{only: labels})
+        bare = names[0] if names else 'labels'  # what a tensor alone is
+        given = dict(labels) if isinstance(labels, dict) else existing(**{bare: labels})
         wanted = f'are needed: {" and ".join(names)}' if names else 'must be None'
         check(given.keys() == set(names), f'num_classes is {self.num_classes}, so labels {wanted}, got {list(given)}')
         for name, shape in self.condition_shapes.items():
@@ -477,9 +479,8 @@ class DriftingGenerator(Generator, coders = CODERS):
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
         output_conv_dim = 0, bf16_rotary = False, checkpointing = False
     ):
-        super().__init__(image_size, channels, num_classes, dim_condition, condition_channels)
-        check_whole(1, patch_size = patch_size, dim = dim, heads = heads, style_codebook_size = style_codebook_size)
-        check_whole(0, output_conv_dim = output_conv_dim)
+        super().__init__(image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim)
+        check_whole(1, patch_size = patch_size, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
@@ -494,8 +495,6 @@ class DriftingGenerator(Generator, coders = CODERS):
         num_tables = 1 if share_style_codebook else num_style_tokens
         self.num_style_tokens, self.style_codebook_size = num_style_tokens, style_codebook_size
         self.style_stride = 0 if share_style_codebook else style_codebook_size
-        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
-        self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
         self.style_embed = nn.Embedding(style_codebook_size * num_tables, dim)
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim), RMSNorm(dim))
 
@@ -518,7 +517,6 @@ class DriftingGenerator(Generator, coders = CODERS):
         self.final_norm = RMSNorm(dim)
         self.final_modulation = Modulation(dim, 2)
         self.to_patch = nn.Linear(dim, dim_patch)
-        self.output_convs = OutputConvs(channels, output_conv_dim) if output_conv_dim > 0 else nn.Identity()
         self.init_weights()
 
     def init_weights(self):
@@ -575,7 +573,7 @@ class DriftingGenerator(Generator, coders = CODERS):
         styles = styles if exists(styles) else self.draw_styles(b)
         styles = checked_labels(styles, self.style_codebook_size, b, self.num_style_tokens, name = 'styles')
         cond = self.condition(given.get('labels'), alpha, styles.to(noise.device), given.get('vector'))  # b d
-        p, h = self.patch_size, noise.shape[-2] // self.patch_size
+        p, h = self.patch_size, self.image_size // self.patch_size
         x = self.patch_embed(self.cut(noise)) + self.pos_embed  # b n d
         if 'image' in given:
             x = x + self.image_embed(self.cut(given['image']))
@@ -615,7 +613,8 @@ def sample_from(
     alpha: a number >= 1 or [b]. batch_size bounds the memory.
     Noise and styles of a sample depend on the seed and its place, not on the device or the batch.
     """
-    num_classes, labels = getattr(model, 'num_classes', None), each(partial(as_tensor, 'labels'), labels)
+    num_classes = getattr(model, 'num_classes', None)
+    labels = each(partial(as_tensor, 'labels'), labels)
     labels = each(lambda t: t.float() if t.is_floating_point() else t, labels)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
     needs_labels = exists(num_classes) or is_condition(labels)
@@ -674,9 +673,9 @@ class ConvGenerator(Generator, coders = CODERS):
         self, *, image_size, channels, num_classes = None, dim_condition = None, condition_channels = None,
         dim = 64, dim_noise = 64, noise_channels = 0, output_conv_dim = 0
     ):
-        super().__init__(image_size, channels, num_classes, dim_condition, condition_channels)
-        check_whole(1, dim = dim, dim_noise = dim_noise)
-        check_whole(0, noise_channels = noise_channels, output_conv_dim = output_conv_dim)
+        super().__init__(image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim)
+        check_whole(1, dim_noise = dim_noise)
+        check_whole(0, noise_channels = noise_channels)
         check(dim % 16 == 0, f'dim must be a multiple of 16, got {dim}')
         num_ups = 2 if image_size <= 32 else 3
         fits = image_size % 2 ** num_ups == 0 and 8 <= image_size <= 64
@@ -696,11 +695,8 @@ class ConvGenerator(Generator, coders = CODERS):
         to_pixels = nn.Conv2d(dim // 2, 4 * channels, 3, padding = 1), nn.PixelShuffle(2)
         mean = nn.ReplicationPad2d((1, 0, 1, 0)), nn.AvgPool2d(2, stride = 1)  # no checkerboard
         self.to_image = nn.Sequential(*to_pixels, *mean)
-        self.output_convs = OutputConvs(channels, output_conv_dim) if output_conv_dim > 0 else nn.Identity()
 
         # the condition, by which every layer is scaled and shifted
-        self.class_embed = nn.Embedding(num_classes, dim) if exists(num_classes) else None
-        self.vector_embed = nn.Linear(dim_condition, dim) if exists(dim_condition) else None
         self.alpha_embed = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.sizes = [2 * width for width in (4 * dim, *widths)]
         self.to_scale_shift = nn.Linear(dim, sum(self.sizes))
@@ -757,7 +753,7 @@ class Breakdown(NamedTuple):
 @typecheck
 def effective_neighbors(affinity: Float[Tensor, '... n m']) -> Float[Tensor, '... n']:
     """To how many of m samples a point listens: exp of the entropy of its affinities, 1 .. m."""
-    prob = affinity / reduce(affinity, '... n m -> ... n 1', 'sum').clamp(min = 1e-12)
+    prob = F.normalize(affinity, p = 1, dim = -1)
     return torch.special.entr(prob).sum(dim = -1).exp()
 
 @typecheck
@@ -787,7 +783,7 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19, cuda = 2 ** 27)  # at a time: a cache, half a GiB
+PART_NUMBERS = dict(cpu = 2 ** 19)  # at a time: a cache; elsewhere half a GiB
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
@@ -829,17 +825,15 @@ class DriftProblems:
         sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = sizes[0], sizes[-1], sum(sizes)
-        self.is_guided = exists(uncond_weight)
-        self.weight = self.gen.new_ones(self.b, 1, self.y)
-        if self.is_guided:
-            num_uncond = self.y - self.p - self.m
-            check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
-            check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
-            self.weight[:, 0, self.p:-self.m] = uncond_weight
+        num_uncond = self.y - self.p - self.m
+        uncond_weight = default(uncond_weight, self.gen.new_ones(self.b, num_uncond))
+        check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
+        check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
+        self.weight = F.pad(uncond_weight.to(self.gen), (self.p, self.m), value = 1.).unsqueeze(1)  # b 1 y
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
-        # a large V is not kept where |V| is cheap without it, see squared_lengths
+        # in coefficients: lengths by W and distances, and one V of the summed W, not one per temperature
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
@@ -849,9 +843,11 @@ class DriftProblems:
         largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
-        self.kept = {}  # what two rounds need: distances, vectors
-        self.newest = None, None  # newest part, its W
-        self.placed = None, None, None  # its x, y
+
+        # caches: of every part what two rounds need, of the newest one what several methods need
+        self.kept = {}  # {start: squares, (start, 'V'): V}
+        self.newest = None, None  # part, W
+        self.placed = None, None, None  # part, x, y
 
     # of one part
     def points(self, part):
@@ -886,7 +882,8 @@ class DriftProblems:
     def coefficients(self, part, scale):
         """W [b t g y], V = W (y - x), kept for the newest part."""
         if self.newest[0] != part:
-            dist, weight = self.masked_distances(part, scale), self.weight[part] if self.is_guided else None
+            dist = self.masked_distances(part, scale)
+            weight = self.weight[part] if 'uncond' in self.sets else None
             W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
             self.newest = part, W
         return self.newest[1]
@@ -965,7 +962,8 @@ class DriftProblems:
             unit = (scale / self.d ** 0.5).clamp(min = self.min_scale)
             rms = (V_sq.clamp(min = 0) / self.d).sqrt() / unit
             found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
-            stats = DriftStats(scale, *found, *({} for _ in range(4 - len(found))))
+            found += [{}] * (4 - len(found))  # without diagnostics, or a potential
+            stats = DriftStats(scale, *found)
             loss, grad = self.loss(scale, unit, rms)
         return KnownGradient.apply(self.x, loss, grad), stats
 
@@ -1024,14 +1022,14 @@ class FeatureDriftLoss(Module):
         for part in held:  # grows: networks inside are frozen too
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
-            inner = [getattr(part, '__self__', None)]
+            inner = [getattr(part, '__self__', None)]  # of a method
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
             codes = [part.__code__] if inspect.isfunction(part) else []
             for code in codes:  # grows: inner functions
                 codes += filter(inspect.iscode, code.co_consts)
-                steps = [step for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL']
-                inner += [part.__globals__.get(step.argval) for step in steps]
+                names = [step.argval for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL']
+                inner += map(part.__globals__.get, names)
             inner += [cell.cell_contents for cell in getattr(part, '__closure__', None) or ()]
             held += [value for value in inner if callable(value) and all(value is not other for other in held)]
 
@@ -1071,7 +1069,7 @@ class FeatureDriftLoss(Module):
         return features
 
     def problems(self, options, gen, uncond_weight = None, **others):
-        """Yields {feature: DriftProblems}, small ones together: fewer all_reduce."""
+        """Yields {feature: DriftProblems}, small ones together: fewer all_reduce. others: pos, uncond, neg."""
         c, sizes = len(gen), [t.shape[1] for t in others.values()]
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
@@ -1082,6 +1080,7 @@ class FeatureDriftLoss(Module):
         without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
+        # numbers of points and distances. A bundle has at most half of the largest one's
         sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
@@ -1193,8 +1192,8 @@ class SharpField(GradientField):
     def potential(self, dist, num_pos, temperature, weight):
         """[... n], log of the mean of k c over negatives minus that over positives."""
         _, (mass_pos, mass_neg) = self.log_kernels(dist, num_pos, temperature, weight)
-        totals = [t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1)]
-        return (mass_neg - mass_pos).squeeze(-1) - (totals[1].log() - totals[0].log())
+        pos, neg = (t.sum(dim = -1, keepdim = True) for t in weight.tensor_split((num_pos,), dim = -1))
+        return (mass_neg - mass_pos).squeeze(-1) - (neg / pos).log()
 
 class SinkhornField(DriftField):
     """Entropic optimal transport, W-Flow (2605.11755): V = T_pos - T_neg + (alpha - 1) (T_pos - T_uncond).

@@ -466,6 +466,16 @@ def test_bad_input_is_one_clear_line(call, says):
     with raises_one_line(says):
         call(tiny(), torch.zeros(2, 2, 8, 8), torch.tensor([0, 1]))
 
+def test_labels_are_checked_for_a_model_that_does_not():
+    model = torch.nn.Embedding(5, 2)
+    model.num_classes = 5
+    model.forward = lambda noise, labels, alpha, styles: noise + model.weight[labels]
+    assert drifting.sample_from(model, (2,), [4]).shape == (1, 2)
+
+    for label in (5, -1):
+        with raises_one_line('labels must be finite and in 0 .. 4'):
+            drifting.sample_from(model, (2,), [label])
+
 def test_other_dtypes_of_the_input_and_no_registers():
     model = awake(tiny(num_register_tokens = 0)).eval()
     noise = torch.randn(2, 2, 8, 8)
