@@ -825,11 +825,12 @@ class DriftProblems:
         sizes = [t.shape[1] for t in self.sets.values()]
         self.b, self.g, self.d = gen.shape
         self.p, self.m, self.y = sizes[0], sizes[-1], sum(sizes)
-        num_uncond = self.y - self.p - self.m
-        uncond_weight = default(uncond_weight, self.gen.new_ones(self.b, num_uncond))
-        check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
-        check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
-        self.weight = F.pad(uncond_weight.to(self.gen), (self.p, self.m), value = 1.).unsqueeze(1)  # b 1 y
+        self.weight = self.gen.new_ones(self.b, 1, self.y)
+        if exists(uncond_weight):
+            num_uncond = self.y - self.p - self.m
+            check_shape('uncond_weight', uncond_weight, (self.b, num_uncond), ', one for each of uncond')
+            check_range('uncond_weight', uncond_weight, 0, 10 ** 9)
+            self.weight[:, 0, self.p:-self.m] = uncond_weight
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
@@ -962,7 +963,7 @@ class DriftProblems:
             unit = (scale / self.d ** 0.5).clamp(min = self.min_scale)
             rms = (V_sq.clamp(min = 0) / self.d).sqrt() / unit
             found = [dict(zip(self.temperatures, mean, strict = True)) for mean in (rms, *diagnosed)]
-            found += [{}] * (4 - len(found))  # without diagnostics, or a potential
+            found += ({} for _ in range(4 - len(found)))  # no diagnostics, or no potential
             stats = DriftStats(scale, *found)
             loss, grad = self.loss(scale, unit, rms)
         return KnownGradient.apply(self.x, loss, grad), stats
@@ -1258,8 +1259,8 @@ def map_features(name, x, sets = FEATURE_SETS):
             if suffix:
                 pool = partial(F.avg_pool2d, kernel_size = size * finer.shape[-1] // w)
             mean = pool(finer)
-            spread = F.interpolate(mean, finer.shape[-2:]) if suffix else mean
-            squares = (finer - spread).square()
+            repeated = F.interpolate(mean, finer.shape[-2:]) if suffix else mean
+            squares = (finer - repeated).square()
             # variance: of the finer means, and the mean of the finer variances
             var = pool(squares + var if exists(var) else squares)
             maps[f'{name}_mean{suffix}'], maps[f'{name}_std{suffix}'] = mean, (var + 1e-6).sqrt()
@@ -1847,7 +1848,7 @@ def described(part):
     return json.loads(json.dumps({'class': name_of(part), **own}, default = name_of, skipkeys = True))
 
 def bounded(value, low = 0, high = 1e20, **metadata):
-    """A default, and the bounds of its numbers."""
+    """A default, and the bounds of its numbers: another default needs them again."""
     return dataclasses.field(default = value, metadata = dict(bounds = (low, high), **metadata))
 
 free = partial(bounded, free = True)  # a resumed run may change it without a warning

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import cat, nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import ConvGenerator, FeatureDriftLoss, Trainer
+from drifting_pytorch import ConvGenerator, DriftField, FeatureDriftLoss, Trainer
 from drifting_pytorch.drifting import sinusoidal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
@@ -284,12 +284,13 @@ class Drifting:
     def __init__(
         self, images, labels, folder,
         num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
-        alpha_range = (1., 1.2), learning_rate = 4e-3, decay_start = 200, ema_decay = 1., **generator
+        alpha_range = (1., 1.2), learning_rate = 4e-3, decay_start = 200, ema_decay = 1., repulsion = 1., **generator
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
         self.generator = generator                  # arguments
         self.ema_decay = ema_decay
+        self.field = DriftField(repulsion = repulsion)      # above 1: more recall, less precision
         self.encoder = None
 
         if encoder is not None:
@@ -305,7 +306,7 @@ class Drifting:
         self.make_trainer(overwrite = True)
 
     def make_trainer(self, **kwargs):
-        loss_fn = FeatureDriftLoss(self.encoder, affinity_floor = 0.)
+        loss_fn = FeatureDriftLoss(self.encoder, affinity_floor = 0., field = self.field)
         model = conv_generator(self.dataset.tensors[0].shape[-1], **self.sizes, **self.generator)
         self.trainer = Trainer(model, loss_fn, self.dataset, **self.settings, **kwargs)
 
