@@ -2106,7 +2106,7 @@ class BaseTrainer:
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
-                together(self.grid, self.draws)
+                together(lambda: exists(self.grid()), self.draws)  # tried, not sent
             if self.step == 0 and self.queues:
                 self.before_training(batches)
             signals = self.run(batches)
