@@ -467,6 +467,7 @@ class DriftingGenerator(Generator, coders = CODERS):
     num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
     output_conv_dim: width of two convolutions on the picture, against seams. 0: none (paper).
+    outer_slope: of samples outside [-1, 1], where pictures are cut off: 0.1 for pixels. 1: as they are (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass, in less memory.
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
@@ -477,17 +478,19 @@ class DriftingGenerator(Generator, coders = CODERS):
         self, *, image_size, channels, patch_size, dim, depth, heads, ff_mult = 4., num_classes = None,
         dim_condition = None, condition_channels = None,
         num_register_tokens = 16, num_style_tokens = 32, style_codebook_size = 64, share_style_codebook = False,
-        output_conv_dim = 0, bf16_rotary = False, checkpointing = False
+        output_conv_dim = 0, outer_slope = 1., bf16_rotary = False, checkpointing = False
     ):
         super().__init__(image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim)
         check_whole(1, patch_size = patch_size, heads = heads, style_codebook_size = style_codebook_size)
         check_number(1e-3, 1e3, ff_mult = ff_mult)
+        check_number(1e-3, 1, outer_slope = outer_slope)
         check_whole(0, depth = depth, num_register_tokens = num_register_tokens, num_style_tokens = num_style_tokens)
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
-        fits = dim % (2 * heads) == 0 and dim % 4 == 0
+        fits = dim % math.lcm(4, 2 * heads) == 0
         check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
 
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
+        self.outer_slope = float(outer_slope)
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
         dim_ff = math.ceil(int(2 / 3 * ff_mult * dim) / 32) * 32  # release
 
@@ -585,7 +588,8 @@ class DriftingGenerator(Generator, coders = CODERS):
         shift, scale = self.final_modulation(cond)  # b 1 d
         patches = self.to_patch(self.final_norm(x) * (1 + scale) + shift)  # b n (p1 p2 ch)
         x = rearrange(patches, 'b (h w) (p1 p2 ch) -> b ch (h p1) (w p2)', h = h, p1 = p, p2 = p)
-        return self.output_convs(x)
+        x = self.output_convs(x)
+        return x if self.outer_slope == 1 else x.clamp(-1, 1).lerp(x, self.outer_slope)
 
 # ── 5. samples, and a generator for small pictures ────────
 
@@ -1225,7 +1229,6 @@ class SinkhornField(DriftField):
         sets = num_pos, y - num_neg
         T_pos, T_uncond, T_neg = (self.barycenter(t, temperature) for t in dist.tensor_split(sets, dim = -1))
         uncond_weight = default(weight, dist.new_ones(y))[..., num_pos:y - num_neg]
-
         # alpha - 1 from the weights (alpha - 1) (g - 1) / u
         guidance = reduce(uncond_weight, '... u -> ... 1 1', 'sum') / max(1, dist.shape[-2] - 1)
         W_pos = self.attraction * (1 + guidance) * T_pos
@@ -1426,7 +1429,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         x = self.checked_samples(x)
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
-
         mask = mask.to(x)
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
         error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
@@ -1969,7 +1971,6 @@ class BaseTrainer:
         if self.is_sharded:  # as accelerate does it for other models
             forward = self.accelerator.autocast()(self.unwrapped.forward)
             self.unwrapped.forward = convert_outputs_to_fp32(forward)
-
         for decay, average in averages.items():
             average = fsdp2_prepare_model(self.accelerator, average) if self.is_sharded else average.to(self.device)
             self.emas[decay] = EMA(  # which would warm its decay up otherwise
@@ -2119,7 +2120,6 @@ class BaseTrainer:
         finally:
             batches.close()
             self.lock.release()
-
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:
@@ -2162,9 +2162,9 @@ class BaseTrainer:
         values = self.accelerator.reduce(values, 'mean').tolist()
         metrics = {'step': self.step, **dict(zip(metrics, values, strict = True))}
         metrics['learning_rate'] = self.optimizer.param_groups[0]['lr']
-
         # these differ when a run is repeated
-        (before, first_step), self.clock = self.clock, (time.perf_counter(), self.step)
+        before, first_step = self.clock
+        self.clock = time.perf_counter(), self.step
         metrics['machine/steps_per_second'] = (self.step - first_step) / (self.clock[0] - before)
         if self.device.type == 'cuda':
             metrics['machine/memory_mib'] = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
@@ -2301,7 +2301,7 @@ class BaseTrainer:
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
 
-        # no states: frozen now, or never had a gradient (and so equal their average). Cloned, or the file stays open
+        # no states: frozen now, or never a gradient (they equal their average). Cloned, or the file stays open
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)

@@ -90,7 +90,7 @@ def options():
     parser.add_argument('--steps', type = int, default = 1_600, help = 'optimiser steps')
     parser.add_argument('--groups', type = int, default = 10, help = 'class groups per step')
     parser.add_argument('--num-gen', type = int, default = 32, help = 'generated samples per group')
-    parser.add_argument('--num-pos', type = int, default = 64, help = 'real samples per group')
+    parser.add_argument('--num-pos', type = int, default = 128, help = 'real samples per group')
     parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of AdamW')
     parser.add_argument(
         '--lr-decay-start', type = int, default = 300,
@@ -109,6 +109,10 @@ def options():
     parser.add_argument(
         '--output-conv-dim', type = int, default = 16,
         help = 'width of the convolutions behind its patches, 0 for none'
+    )
+    parser.add_argument(
+        '--outer-slope', type = float, default = 0.1,
+        help = 'slope of pixels outside [-1, 1], which pictures cut off, 1 for pixels as they are'
     )
     parser.add_argument(
         '--seed', type = int, default = 0,
@@ -146,7 +150,8 @@ def main():
         num_register_tokens = 4,
         num_style_tokens = 8,
         style_codebook_size = 16,
-        output_conv_dim = args.output_conv_dim
+        output_conv_dim = args.output_conv_dim,
+        outer_slope = args.outer_slope
     )
 
     trainer = Trainer(

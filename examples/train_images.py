@@ -222,8 +222,9 @@ class Run:
             detail = dict(output_conv_dim = 16, noise_channels = 1) if self.args.details else {}
             return ConvGenerator(**self.images, **size['conv'], **detail)
 
-        patches = dict(patch_size = self.args.image_size // size['tokens'], output_conv_dim = 32)      # against seams
-        return DriftingGenerator(**self.images, **patches, **size['transformer'])
+        patch_size = self.args.image_size // size['tokens']
+        pixels = dict(output_conv_dim = 32, outer_slope = 0.1)                      # against seams, of a bounded range
+        return DriftingGenerator(**self.images, patch_size = patch_size, **pixels, **size['transformer'])
 
     @property
     def num_pos(self):

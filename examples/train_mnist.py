@@ -51,13 +51,13 @@ PRESETS = dict(
     transformer = dict(
         MNIST_ON_CPU, raw_steps = 1_200, network = DriftingGenerator,
         trainer = dict(SMALL_DATA, learning_rate = 8e-3),
-        generator = dict(MNIST_ON_CPU['generator'], output_conv_dim = 8)
+        generator = dict(MNIST_ON_CPU['generator'], output_conv_dim = 8, outer_slope = 0.1)
     ),
     gpu = dict(
         steps = 20_000, raw_steps = 2_000, mae_steps = 10_000, network = DriftingGenerator,
         generator = dict(
             patch_size = 4, dim = 256, depth = 6, heads = 8,
-            num_register_tokens = 8, num_style_tokens = 16, style_codebook_size = 32
+            num_register_tokens = 8, num_style_tokens = 16, style_codebook_size = 32, outer_slope = 0.1
         ),
         trainer = dict(
             num_groups = 10, num_gen = 64, num_pos = 128, num_uncond = 32,

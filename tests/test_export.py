@@ -17,7 +17,7 @@ def conv_generator():
     return ConvGenerator(image_size = 8, channels = 2, num_classes = 5, dim = 16, dim_noise = 6, output_conv_dim = 4)
 
 KINDS = dict(
-    everything = partial(tiny_generator, depth = 1),
+    everything = partial(tiny_generator, depth = 1, outer_slope = 0.1),
     noise_and_alpha = partial(
         tiny_generator, depth = 1, num_classes = None, num_style_tokens = 0, num_register_tokens = 0
     ),

@@ -316,6 +316,29 @@ def test_widths_of_output_convolutions_that_cannot_be_are_refused(given):
     with raises_one_line('output_conv_dim must be a whole number from 0 on'):
         tiny(output_conv_dim = given)
 
+def test_outer_slope_brings_samples_outside_the_range_nearer(tmp_path):
+    noise, labels, styles = torch.randn(2, 2, 8, 8), torch.tensor([1, 3]), torch.zeros(2, 4, dtype = torch.long)
+    plain, bent = awake(tiny()), tiny(outer_slope = 0.1)
+    bent.load_state_dict(plain.state_dict())
+    bent.save_pretrained(tmp_path)
+    x = plain(noise, labels, styles = styles)
+    excess = x.sign() * (x.abs() - 1)
+    expected = torch.where(x.abs() <= 1, x, x.sign() + 0.1 * excess)
+    assert 0.2 < (x.abs() > 1).float().mean() < 0.8                 # both happen
+    for model in (bent, DriftingGenerator.from_pretrained(tmp_path)):
+        torch.testing.assert_close(model(noise, labels, styles = styles), expected)
+
+    # its gradient has the same slope, so no pixel stays where it cannot be seen
+
+    (x * torch.where(x.abs() <= 1, 1., 0.1)).sum().backward()
+    bent(noise, labels, styles = styles).sum().backward()
+    torch.testing.assert_close(flat_gradients(bent), flat_gradients(plain))
+
+@pytest.mark.parametrize('given', [0, -0.1, 1.1, float('nan'), None, 'leaky'])
+def test_outer_slopes_that_cannot_be_are_refused(given):
+    with raises_one_line('outer_slope must be a number in 0.001 .. 1'):
+        tiny(outer_slope = given)
+
 def test_initialisation():
     model = tiny(dim = 128, num_classes = 100, style_codebook_size = 64)
     for weight in (model.class_embed.weight, model.style_embed.weight, model.register_embed):

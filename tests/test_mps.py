@@ -63,7 +63,7 @@ class Operations(TorchDispatchMode):
         return result
 
 SIZES = dict(image_size = 8, channels = 1, dim = 16, output_conv_dim = 4)
-PATCHES = dict(patch_size = 4, depth = 1, heads = 2)
+PATCHES = dict(patch_size = 4, depth = 1, heads = 2, outer_slope = 0.1)
 
 def pictures(num = 64, size = 8):
     return TensorDataset(torch.randn(num, 1, size, size).tanh(), torch.arange(num) % 3)
