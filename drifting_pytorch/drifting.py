@@ -467,7 +467,7 @@ class DriftingGenerator(Generator, coders = CODERS):
     num_style_tokens, style_codebook_size: random style embeddings, one of each table (0: none).
     share_style_codebook: one table for all style tokens (paper) instead of one each (release).
     output_conv_dim: width of two convolutions on the picture, against seams. 0: none (paper).
-    outer_slope: of samples outside [-1, 1], where pictures are cut off: 0.1 for pixels. 1: as they are (paper).
+    outer_slope: share that stays of what exceeds [-1, 1]: 0.1 for pixels, cut off there anyway. 1: all (paper).
     bf16_rotary: rotary positions rounded to bfloat16, as some published weights want.
     checkpointing: compute blocks again in the backward pass, in less memory.
     save_pretrained and push_to_hub write it, from_pretrained (section 11) reads it.
@@ -2008,7 +2008,8 @@ class BaseTrainer:
     def record(self):
         """The settings, and what else a run depends on."""
         frozen = [name for name, p in self.unwrapped.named_parameters() if not p.requires_grad]
-        record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat(self.parts))
+        model = getattr(self.unwrapped, '_hub_mixin_config', None) or {}
+        record = dict(dataset_length = len(self.dataset), frozen = frozen, **flat({**self.parts, 'model': model}))
         return json.loads(json.dumps(vars(self.settings) | record, default = str))
 
     def is_due(self, step, *periods):
@@ -2300,8 +2301,7 @@ class BaseTrainer:
         for module, saved in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
-
-        # no states: frozen now, or never a gradient (they equal their average). Cloned, or the file stays open
+        # no states: frozen now, or never a gradient (equal their average). Cloned, or the file stays open
         optimizer = self.optimizer.optimizer
         optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)

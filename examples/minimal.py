@@ -30,7 +30,7 @@ trainer = Trainer(
 
 trainer.train()
 
-samples = trainer.sample(torch.arange(10), num_samples_each = 16, seed = 0)         # sixteen of each, in [-1, 1]
+samples = trainer.sample(torch.arange(10), num_samples_each = 16, seed = 0)         # sixteen of each
 
 if trainer.accelerator.is_main_process:
     image_grid((samples + 1) / 2).save('results/minimal/samples.png')

@@ -112,7 +112,7 @@ def options():
     )
     parser.add_argument(
         '--outer-slope', type = float, default = 0.1,
-        help = 'slope of pixels outside [-1, 1], which pictures cut off, 1 for pixels as they are'
+        help = 'share that stays of what exceeds [-1, 1], where pictures are cut off anyway, 1 for all of it'
     )
     parser.add_argument(
         '--seed', type = int, default = 0,

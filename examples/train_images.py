@@ -223,7 +223,7 @@ class Run:
             return ConvGenerator(**self.images, **size['conv'], **detail)
 
         patch_size = self.args.image_size // size['tokens']
-        pixels = dict(output_conv_dim = 32, outer_slope = 0.1)                      # against seams, of a bounded range
+        pixels = dict(output_conv_dim = 32, outer_slope = 0.1)                      # no seams, hardly outside [-1, 1]
         return DriftingGenerator(**self.images, patch_size = patch_size, **pixels, **size['transformer'])
 
     @property

@@ -188,12 +188,12 @@ def awake(model):
             p += 0.2 * torch.randn(p.shape, generator = generator)
     return model
 
-def picture_generator(depth = 1):
+def picture_generator(depth = 1, **kwargs):
     """For images [1 8 8] of three classes."""
     torch.manual_seed(0)
     return DriftingGenerator(
         image_size = 8, channels = 1, patch_size = 4, dim = 16, depth = depth, heads = 2, num_classes = 3,
-        num_register_tokens = 1, num_style_tokens = 2
+        num_register_tokens = 1, num_style_tokens = 2, **kwargs
     )
 
 # a small training: three clusters in the plane

@@ -224,6 +224,14 @@ def test_what_else_a_run_depends_on_is_warned_of(tmp_path, kwargs, change):
     t.train()
     assert t.step == 20
 
+def test_other_arguments_of_the_model_are_warned_of(tmp_path):
+    """Those too that no weight tells of."""
+    data = TensorDataset(torch.randn(240, 1, 8, 8), torch.arange(240) % 3)
+    settings = dict(data = data, num_train_steps = 2, save_every = 2)
+    trainer(tmp_path, model = picture_generator(), **settings).train()
+    with pytest.warns(UserWarning, match = r'other settings than it had: model.outer_slope 1.0 -> 0.1$'):
+        trainer(tmp_path, model = picture_generator(outer_slope = 0.1), **settings, resume_from_checkpoint = 'latest')
+
 def test_guidance_cannot_be_switched_on(tmp_path):
     trainer(tmp_path, num_train_steps = 4, save_every = 2, alpha_range = (1., 1.)).train()
     with pytest.raises(ValueError, match = r'no queue of unconditional samples: set alpha_range = \(1, 1\)'):

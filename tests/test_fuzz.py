@@ -199,7 +199,10 @@ TARGETS = {
     'DriftField.forward': (2, DriftField(), POINTS),
     'DriftingGenerator(...)': (
         4, then(DriftingGenerator, with_generator),
-        dict(SIZES, **TOKENS, ff_mult = 4., share_style_codebook = False, outer_slope = 0.1, bf16_rotary = False)
+        dict(
+            SIZES, **TOKENS, ff_mult = 4., share_style_codebook = False, outer_slope = 0.1, bf16_rotary = False,
+            checkpointing = False
+        )
     ),
     'DriftingGenerator.from_preset': (
         4, then(DriftingGenerator.from_preset, with_generator), dict(SIZES, **TOKENS, name = 'B/2')
