@@ -417,6 +417,7 @@ if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])
     result = train_and_resume(place / 'run')
     (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))
+    Accelerator(cpu = True).end_training()      # or gloo may abort
 
 def no_picture(samples):
     raise RuntimeError('there is no picture')
