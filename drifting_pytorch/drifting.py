@@ -51,7 +51,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
@@ -1636,7 +1636,6 @@ class SampleQueue:
             shape = self.num_classes, self.size, *samples.shape[1:]
             self.samples = samples.new_zeros(shape, device = self.device, dtype = self.dtype)
         check_shape('real samples', samples, (num, *self.samples.shape[2:]))
-
         # each class is a ring: the newest stay
         counts = labels.bincount(minlength = self.num_classes)
         order = labels.argsort(stable = True)
@@ -1656,7 +1655,6 @@ class SampleQueue:
         filled = self.filled[labels]
         short = {int(label): int(held) for label, held in zip(labels, filled, strict = True) if held < num}
         check(not short, f'these classes hold fewer than {num} samples (class: samples): {short}')
-
         is_empty = einx.greater_equal('size, c -> c size', torch.arange(self.size), filled)
         keys = torch.rand(len(filled), self.size, generator = generator).masked_fill_(is_empty, -1.)
         places = rearrange(labels, 'c -> c 1'), keys.topk(num, dim = -1).indices  # c num
@@ -1724,7 +1722,15 @@ class SeededDataset(Dataset):
     def batch(self, places):
         """float32 samples [b ...] and labels [b], zeros, or conditions [b ...]."""
         seed_cpu(seed_for(self.seed, 'sample', places[0][0]))
-        return default_collate([self.sample(index) for _, index in places])
+        index = [i for _, i in places]
+        if type(self.dataset) is not TensorDataset:
+            return default_collate([self.sample(i) for i in index])
+        samples, *labels = (t[index].cpu() for t in self.dataset.tensors)  # all are like the first
+        if self.has_conditions:
+            return samples.float(), labels[0].float() if labels[0].is_floating_point() else labels[0]
+        if self.with_labels:
+            return samples.float(), labels[0].flatten().long()
+        return samples.float(), torch.zeros(len(index)).long()
 
     def __getitem__(self, places):
         try:
@@ -1762,7 +1768,6 @@ def damage(folder, rank):
         manifest = json.loads(path.read_text())
         for name, kind in dict(step = int, samples_read = int, num_processes = int, config = dict).items():
             check(type(manifest[name]) is kind, f'{name} is {manifest[name]!r} in its manifest')
-
         queue = [f'queue-{rank}.safetensors'] if rank < manifest['num_processes'] else []
         for name in (*SHARED_FILES, *queue) if rank == 0 else queue:
             path, expected = folder / name, manifest['sha256'][name]
@@ -1931,9 +1936,9 @@ class BaseTrainer:
             precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
         settings.mixed_precision = precision  # recorded
-
+        without_gpus = 'LOCAL_RANK' in os.environ and not torch.accelerator.is_available()  # torchrun
         self.accelerator = accelerator = Accelerator(
-            mixed_precision = precision, cpu = settings.cpu, log_with = settings.log_with,
+            mixed_precision = precision, cpu = settings.cpu or without_gpus, log_with = settings.log_with,
             project_dir = self.results_folder,
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
@@ -1950,7 +1955,6 @@ class BaseTrainer:
         self.to_device = partial(each, move)
         self.draws = self.is_main or self.is_sharded  # a sharded model needs every process
         self.hide_bar = not (settings.progress_bar and self.is_main)
-
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
@@ -1966,7 +1970,8 @@ class BaseTrainer:
         averages = {decay: deepcopy(model) for decay in decays}
         options = dict(weight_decay = settings.weight_decay, fused = self.device.type in ('cuda', 'cpu'))
         optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, **options)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, prepared = self.accelerator.prepare(model, optimizer)
+        self.optimizer = prepared.optimizer  # a step of accelerate's is slower
         self.unwrapped = self.accelerator.unwrap_model(self.model)
         if self.is_sharded:  # as accelerate does it for other models
             forward = self.accelerator.autocast()(self.unwrapped.forward)
@@ -1998,7 +2003,8 @@ class BaseTrainer:
         names = ['checkpoints/unfinished-*'] if exists(given) else OURS
         earlier = [path for name in names for path in folder.glob(name)]
         wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
-        check(exists(given) or self.settings.overwrite or not earlier, f'{folder} holds an earlier run: {wanted}')
+        fits = exists(given) or self.settings.overwrite or not earlier
+        check(fits, f'{folder} holds an earlier run: {wanted}')
         is_own = given in (None, 'latest') or Path(given).parent.resolve() == self.checkpoints.resolve()
         check(is_own or not any(self.checkpoints.glob(STEP)), f'{folder} has another run than {given}')
         for path in earlier:
@@ -2069,7 +2075,7 @@ class BaseTrainer:
         limit = default(self.settings.max_grad_norm, math.inf)
         norm = nn.utils.clip_grad_norm_(self.unwrapped.parameters(), limit)
         norm = norm.full_tensor() if self.is_sharded else norm
-        self.optimizer.optimizer.step()  # accelerate's is slower
+        self.optimizer.step()
         for ema in self.emas.values():
             for part in ema.ema_model.modules() if self.is_sharded else ():
                 if isinstance(part, FSDPModule):  # pictures may leave it whole
@@ -2131,7 +2137,6 @@ class BaseTrainer:
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
         self.clock = time.perf_counter(), self.step
-
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
         with interruptions() as received, bar:
             while self.step < num_steps and not signals:
@@ -2214,7 +2219,7 @@ class BaseTrainer:
             raise OSError(f'checkpoint {self.step} could not be written: {error}') from error
 
     def write_states(self, folder):
-        model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer.optimizer, options = FULL_STATE)
+        model, optimizer = dcp.get_state_dict(self.unwrapped, self.optimizer, options = FULL_STATE)
         modules = [ema.ema_model for ema in self.emas.values()]
         average, *others = (dcp.get_model_state_dict(module, options = FULL_STATE) for module in modules)
         queues = flat({name: queue.state_dict() for name, queue in self.queues.items()})
@@ -2223,7 +2228,6 @@ class BaseTrainer:
             numbered = {f'{name}.{i}': t for i, other in enumerate(others) for name, t in other.items()}
             found = average, numbered, model, flat(optimizer['state'])
             states |= zip(SHARED_FILES, found, strict = True)
-
         folder.mkdir(parents = True, exist_ok = True)
         for name, state in states.items():
             save_tensors(state, folder / name, copy = name in SHARED_FILES)
@@ -2302,15 +2306,14 @@ class BaseTrainer:
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
         # no states: frozen now, or never a gradient (equal their average). Cloned, or the file stays open
-        optimizer = self.optimizer.optimizer
-        optimizer.zero_grad()  # or dcp makes no states
-        state_dict = dcp.get_optimizer_state_dict(self.unwrapped, optimizer)
+        self.optimizer.zero_grad()  # or dcp makes no states
+        state_dict = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer)
         moments = {name: each(Tensor.clone, t) for name, t in nested(moments).items() if name not in now['frozen']}
         had_none = [name for name in model.keys() - moments.keys() if torch.equal(model[name], average[name])]
         expected = {name: state for name, state in state_dict['state'].items() if name not in had_none}
         check_fits(flat(expected), flat(moments), 'states of the optimizer')
         state_dict['state'] = moments
-        dcp.set_optimizer_state_dict(self.unwrapped, optimizer, state_dict, options = TO_LOAD)
+        dcp.set_optimizer_state_dict(self.unwrapped, self.optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
         best = default(manifest['best'], dict(step = 0))
@@ -2414,7 +2417,6 @@ class Trainer(BaseTrainer):
         if not self.has_conditions:
             size = settings.class_queue_size
             self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = size, **options)
-
         # without a condition, or at alpha = 1, nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
@@ -2423,7 +2425,6 @@ class Trainer(BaseTrainer):
             wanted = f'guidance needs 1 to {most} unconditional samples (dataset, uncond_queue_size), got num_uncond'
             check(0 < self.num_uncond <= most, f'{wanted} = {self.num_uncond}; alpha_range = (1, 1) trains without')
             self.queues['unconditional'] = SampleQueue(size = settings.uncond_queue_size, **options)
-
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DRIFT_FIELD)
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
 
@@ -2480,7 +2481,6 @@ class Trainer(BaseTrainer):
             settings.num_groups, low = low, high = high, power = settings.alpha_power,
             no_cfg_frac = settings.no_cfg_frac, generator = seeded(*key)
         ).tensor_split(self.world)[self.rank]
-
         c = len(alpha)
         if self.has_conditions:
             labels, pos = newest

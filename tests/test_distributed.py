@@ -179,8 +179,8 @@ def loss_between_processes(rank = None):
     loss, stats = drift_loss(gen[own], pos[own])
     return loss.tolist(), stats.scale.item()
 
-def train_and_resume(folder):
-    settings = dict(data = DATA, num_train_steps = 6, num_pos = 12)
+def train_and_resume(folder, **kwargs):
+    settings = dict(data = DATA, num_train_steps = 6, num_pos = 12, **kwargs)
     t = trainer(folder, save_every = 3, **settings)
     t.train()
     loss, scale = loss_between_processes(t.accelerator.process_index)
@@ -200,9 +200,10 @@ def by_launch(folder):
     return launch(train_and_resume, 2, folder / 'run')
 
 def by_torchrun(folder):
-    """This module as a script, see the end of it."""
+    """This module as a script, see the end of it. Without GPUs, and nobody has to say so."""
     torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
-    run(*torchrun, __file__, folder, timeout = 200, env = {**os.environ, 'OMP_NUM_THREADS': '1'})
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    run(*torchrun, __file__, folder, timeout = 200, env = environment)
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(2)]
 
 @pytest.mark.parametrize('start', [by_launch, by_torchrun])
@@ -415,7 +416,7 @@ def test_sharded_training_in_half_precision(tmp_path, make):
 
 if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])
-    result = train_and_resume(place / 'run')
+    result = train_and_resume(place / 'run', cpu = False)
     (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))
     Accelerator(cpu = True).end_training()      # or gloo may abort
 

@@ -329,7 +329,7 @@ def test_benchmark(tmp_path):
     text = run_example('measure/benchmark.py', 'all', '--quick', '--step', '--device', 'cpu', '--output', output)
 
     results = json.loads(output.read_text())
-    assert all(results[what] for what in ('loss', 'small', 'features', 'maps', 'step', 'sampling', 'growth'))
+    assert all(results[what] for what in ('loss', 'small', 'features', 'maps', 'step', 'trainer', 'sampling', 'growth'))
     assert text.count('\n| ') > 25
     assert {row['contender'] for row in results['loss']} == {'transcription', 'drift_loss', 'floor'}
     assert all(row['/ products'] > 1 for row in results['sampling'])
@@ -342,6 +342,7 @@ def test_benchmark(tmp_path):
 
     assert [row['/ plain loop'] > 0 for row in results['small']] == [True, True]
     assert [row['/ var_mean'] > 0 for row in results['maps']] == [True, True, True]
+    assert [row['/ bare'] > 0 for row in results['trainer']] == [True, True]
     growth = {row['what varies']: row for row in results['growth']}
     assert list(growth) == ['groups', 'samples', 'groups of a whole step']
     assert growth['groups']['exponent of the peak'] < 1.1 and 'Not linear in time: ' in text

@@ -151,7 +151,7 @@ def test_plan_is_what_a_step_on_the_cpu_needs(name, tmp_path):
     assert 2 <= len(result.sums) < 2 / 3 * num_features     # of 2 * num_features, many are summed in one call
 
     planned = {what: on_gpu for what, (on_gpu, _) in plan.held(model, loss_fn, settings, 1).items()}
-    states = trainer.optimizer.optimizer.state.values()
+    states = trainer.optimizer.state.values()
     moments = [state[name] for state in states for name in ('exp_avg', 'exp_avg_sq')]
     assert planned['weights'] == bytes_of(plan.tensors_of(trainer.unwrapped))
     assert planned['averages'] == bytes_of(plan.tensors_of(trainer.ema.ema_model))

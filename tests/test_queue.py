@@ -6,9 +6,10 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset, TensorDataset
 
 from drifting_pytorch import SampleQueue
-from drifting_pytorch.drifting import endless_shuffle, image_grid, sample_alpha
+from drifting_pytorch.drifting import SeededDataset, endless_shuffle, image_grid, sample_alpha
 from helpers import raises_one_line
 
 # the queue
@@ -108,6 +109,24 @@ def test_shuffle_covers_every_epoch_and_starts_anywhere():
     assert all(sorted(order[i:i + 7]) == list(range(7)) for i in (0, 7, 14))
     assert order[:7] != order[7:14]
     assert list(islice(endless_shuffle(7, seed = 1, start = 9), 12)) == order[9:]
+
+@pytest.mark.parametrize('rest, with_labels', [
+    ([], False),
+    ([torch.arange(9)], False),
+    ([torch.arange(9)], True),
+    ([torch.arange(9, dtype = torch.uint8)], True),
+    ([torch.arange(9).view(9, 1)], True),
+    ([torch.arange(9.)], False),
+    ([torch.arange(9.).double().view(9, 1)], False),
+    ([torch.arange(18).view(9, 2)], False),
+])
+def test_tensors_are_read_at_once_as_one_by_one(rest, with_labels):
+    tensors = TensorDataset(torch.randn(9, 3).double(), *rest)
+    whole, single = (SeededDataset(dataset, 0, with_labels) for dataset in (tensors, Subset(tensors, range(9))))
+
+    batches = (dataset.batch([(0, 5), (1, 8), (2, 5)]) for dataset in (whole, single))
+    for found, expected in zip(*batches, strict = True):
+        torch.testing.assert_close(found, expected, rtol = 0, atol = 0)
 
 def test_image_grid():
     images = torch.tensor([0., 0.5, 1., 2.]).view(2, 2, 1, 1, 1)

@@ -5,6 +5,7 @@ python examples/measure/benchmark.py small --clock cpu          five small probl
 python examples/measure/benchmark.py features                   the loss over every feature of a MAE
 python examples/measure/benchmark.py maps --clock cpu           features of an encoder's maps, against var_mean
 python examples/measure/benchmark.py step --clock cpu           seconds and memory of a training step, and of its parts
+python examples/measure/benchmark.py trainer --clock cpu        Trainer's steps against those of a bare loop
 python examples/measure/benchmark.py sampling --models B/2 L/2  images per second
 python examples/measure/benchmark.py growth --clock cpu         the loss over groups, samples, locations, dimension; and
                                                                 over processes, with torchrun
@@ -35,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
-from torch import cat
+from torch import cat, nn
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from drifting_pytorch import (
+    ConvGenerator,
     DriftField,
     DriftingGenerator,
     FeatureDriftLoss,
@@ -786,6 +788,89 @@ def benchmark_step(args):
     show("The Trainer's step as a whole; utilisation is against the measured rate of a large product", summary)
     return dict(parts = rows, whole = summary)
 
+class VectorNet(nn.Sequential):
+    """The README's generator of vectors."""
+
+    noise_shape, num_classes = (6,), None
+
+    def __init__(self):
+        super().__init__(nn.Linear(6, 64), nn.SiLU(), nn.Linear(64, 6))
+
+    def forward(self, noise, labels = None, alpha = None, styles = None):
+        return super().forward(noise)
+
+TRAINED = {         # make a generator, the shape of a sample, number of classes, settings, steps of a timed call
+    'vectors of 6 numbers': (VectorNet, (6,), 1, dict(num_groups = 1, num_gen = 64, num_pos = 64), 100),
+    'pictures of 28x28, by a ConvGenerator': (
+        partial(ConvGenerator, image_size = 28, channels = 1, num_classes = 10, noise_channels = 1), (1, 28, 28), 10,
+        dict(num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2)), 10
+    )
+}
+
+def bare_loop(model, loss_fn, samples, settings):
+    """A step of the same loss, optimizer and clipping, as one would write it: samples [classes n ...] lie in memory."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr = 2e-4, betas = (0.9, 0.95), weight_decay = 0.01, fused = True)
+    groups, num_gen, num_pos = (settings[name] for name in ('num_groups', 'num_gen', 'num_pos'))
+
+    def step():
+        labels = torch.randperm(len(samples))[:groups]
+        pos = torch.stack([samples[i][torch.randperm(samples.shape[1])[:num_pos]] for i in labels.tolist()])
+        noise, alpha, uncond = torch.randn(groups * num_gen, *model.noise_shape), None, None
+
+        if model.num_classes is not None:
+            alpha = drifting.sample_alpha(groups, low = 1., high = 1.2)
+            uncond = samples.flatten(0, 1)[torch.randint(samples.shape[:2].numel(), (groups, 16))]
+
+        given = [t if t is None else t.repeat_interleave(num_gen) for t in (labels, alpha)]
+        gen = model(noise, *given).unflatten(0, (groups, num_gen))
+        loss, _ = loss_fn(gen, pos, uncond, alpha, diagnostics = False)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 2.)
+        optimizer.step()
+
+    return step
+
+def trainer_loop(trainer, batches, steps):
+    """So many steps, with all that Trainer does in them: average, checks, logs, signals, reading of samples."""
+    def run():
+        trainer.settings.num_train_steps = trainer.step + steps
+        trainer.run(batches)
+
+    return run
+
+def benchmark_trainer(args):
+    """What Trainer costs beyond a bare loop, on the cpu. The loss compares raw samples."""
+    rows = []
+
+    for what, (make, shape, num_classes, settings, steps) in TRAINED.items():
+        samples = torch.randn(num_classes, 400, *shape)
+        labels = torch.arange(num_classes).repeat_interleave(400)
+        loss_fn = FeatureDriftLoss(affinity_floor = 0.)
+        steps = 2 if args.quick else steps
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                make(), loss_fn, TensorDataset(samples.flatten(0, 1), labels), **settings, cpu = True,
+                sample_every = 0, save_every = 0, progress_bar = False, results_folder = folder
+            )
+            batches = trainer.batches()
+            trainer.before_training(batches)
+            bare = repeated(bare_loop(make(), loss_fn, samples, settings), steps)
+            times = interleaved({'bare': bare, 'Trainer': trainer_loop(trainer, batches, steps)}, args)
+
+        bare, ours = (wall / steps * 1e3 for wall, _ in times.values())
+        rows.append({
+            'what': what,
+            'bare loop, ms': bare,
+            'Trainer, ms': ours,
+            'more, ms': ours - bare,
+            '/ bare': ours / bare
+        })
+
+    show('A step of Trainer and one of a bare loop with the same loss, optimizer and clipping', rows)
+    return rows
+
 def benchmark_maps(args):
     """map_features, alone, in an encoder and in a step, against var_mean of maps that lie channel by channel."""
     preset = STEPS['tiny' if args.quick else 'cpu']
@@ -937,6 +1022,7 @@ BENCHMARKS = dict(
     features = benchmark_features,
     maps = benchmark_maps,
     step = benchmark_step,
+    trainer = benchmark_trainer,
     sampling = benchmark_sampling,
     growth = benchmark_growth
 )

@@ -612,7 +612,7 @@ def calls_of_run(trainer):
 
 def held_by(trainer):
     """Bytes of tensors between two steps: weights, averages, gradients, moments, encoder, queues."""
-    states = trainer.optimizer.optimizer.state.values()
+    states = trainer.optimizer.state.values()
     tensors = [t for state in states for t in state.values()] + [queue.samples for queue in trainer.queues.values()]
     tensors += [p.grad for p in trainer.unwrapped.parameters()]
     return nbytes(trainer.unwrapped, trainer.ema.ema_model, trainer.loss_fn) + sum(t.nbytes for t in tensors)
