@@ -1725,11 +1725,11 @@ class SeededDataset(Dataset):
         index = [i for _, i in places]
         if type(self.dataset) is not TensorDataset:
             return default_collate([self.sample(i) for i in index])
-        samples, *labels = (t[index].cpu() for t in self.dataset.tensors)  # all are like the first
+        samples, *rest = (t[index].cpu().contiguous() for t in self.dataset.tensors)  # like the first
         if self.has_conditions:
-            return samples.float(), labels[0].float() if labels[0].is_floating_point() else labels[0]
+            return samples.float(), rest[0].float() if rest[0].is_floating_point() else rest[0]
         if self.with_labels:
-            return samples.float(), labels[0].flatten().long()
+            return samples.float(), rest[0].flatten().long()
         return samples.float(), torch.zeros(len(index)).long()
 
     def __getitem__(self, places):
@@ -1936,9 +1936,10 @@ class BaseTrainer:
             precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
         settings.mixed_precision = precision  # recorded
-        without_gpus = 'LOCAL_RANK' in os.environ and not torch.accelerator.is_available()  # torchrun
+        # or accelerate takes those of torchrun for runs of their own
+        on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = accelerator = Accelerator(
-            mixed_precision = precision, cpu = settings.cpu or without_gpus, log_with = settings.log_with,
+            mixed_precision = precision, cpu = settings.cpu or on_cpus, log_with = settings.log_with,
             project_dir = self.results_folder,
             kwargs_handlers = [DistributedDataParallelKwargs(broadcast_buffers = False)]
         )
@@ -2427,7 +2428,6 @@ class Trainer(BaseTrainer):
             self.queues['unconditional'] = SampleQueue(size = settings.uncond_queue_size, **options)
         field = getattr(self.loss_fn, 'drift_loss_kwargs', {}).get('field', DRIFT_FIELD)
         self.parts = dict(loss = described(self.loss_fn), field = described(field))
-
         if isinstance(self.loss_fn, FeatureDriftLoss):
             self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):

@@ -121,12 +121,21 @@ def test_shuffle_covers_every_epoch_and_starts_anywhere():
     ([torch.arange(18).view(9, 2)], False),
 ])
 def test_tensors_are_read_at_once_as_one_by_one(rest, with_labels):
-    tensors = TensorDataset(torch.randn(9, 3).double(), *rest)
+    tensors = TensorDataset(torch.randn(9, 4, 3).double().transpose(1, 2), *rest)
     whole, single = (SeededDataset(dataset, 0, with_labels) for dataset in (tensors, Subset(tensors, range(9))))
 
     batches = (dataset.batch([(0, 5), (1, 8), (2, 5)]) for dataset in (whole, single))
     for found, expected in zip(*batches, strict = True):
-        torch.testing.assert_close(found, expected, rtol = 0, atol = 0)
+        torch.testing.assert_close(found, expected, rtol = 0, atol = 0, check_stride = True)
+
+def test_tensors_that_are_augmented_are_read_one_by_one():
+    class Negative(TensorDataset):
+        def __getitem__(self, index):
+            x, label = super().__getitem__(index)
+            return -x, label
+
+    samples, labels = SeededDataset(Negative(torch.ones(4, 3), torch.arange(4)), 0, True).batch([(0, 2), (1, 3)])
+    assert (samples == -1).all() and labels.tolist() == [2, 3]
 
 def test_image_grid():
     images = torch.tensor([0., 0.5, 1., 2.]).view(2, 2, 1, 1, 1)
