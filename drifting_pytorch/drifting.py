@@ -1725,7 +1725,7 @@ class SeededDataset(Dataset):
         index = [i for _, i in places]
         if type(self.dataset) is not TensorDataset:
             return default_collate([self.sample(i) for i in index])
-        samples, *rest = (t[index].cpu().contiguous() for t in self.dataset.tensors)  # like the first
+        samples, *rest = (t[index].cpu().contiguous() for t in self.dataset.tensors)  # the first was checked
         if self.has_conditions:
             return samples.float(), rest[0].float() if rest[0].is_floating_point() else rest[0]
         if self.with_labels:
@@ -1936,7 +1936,7 @@ class BaseTrainer:
             precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
         settings.mixed_precision = precision  # recorded
-        # or accelerate takes those of torchrun for runs of their own
+        # or accelerate takes torchrun's processes for runs of their own
         on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = accelerator = Accelerator(
             mixed_precision = precision, cpu = settings.cpu or on_cpus, log_with = settings.log_with,

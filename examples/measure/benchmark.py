@@ -800,7 +800,7 @@ class VectorNet(nn.Sequential):
         return super().forward(noise)
 
 TRAINED = {         # make a generator, the shape of a sample, number of classes, settings, steps of a timed call
-    'vectors of 6 numbers': (VectorNet, (6,), 1, dict(num_groups = 1, num_gen = 64, num_pos = 64), 200),
+    'vectors of 6 numbers': (VectorNet, (6,), 1, dict(num_groups = 1, num_gen = 64, num_pos = 64, alpha_range = (1., 1.)), 200),
     'pictures of 28x28, by a ConvGenerator': (
         partial(ConvGenerator, image_size = 28, channels = 1, num_classes = 10, noise_channels = 1), (1, 28, 28), 10,
         dict(num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2)), 30
@@ -811,14 +811,15 @@ def bare_loop(model, loss_fn, samples, settings):
     """A step of the same loss, optimizer and clipping, as one would write it: samples [classes n ...] lie in memory."""
     optimizer = torch.optim.AdamW(model.parameters(), lr = 2e-4, betas = (0.9, 0.95), weight_decay = 0.01, fused = True)
     groups, num_gen, num_pos = (settings[name] for name in ('num_groups', 'num_gen', 'num_pos'))
+    low, high = settings['alpha_range']
 
     def step():
         labels = torch.randperm(len(samples))[:groups]
         pos = torch.stack([samples[i][torch.randperm(samples.shape[1])[:num_pos]] for i in labels.tolist()])
         noise, alpha, uncond = torch.randn(groups * num_gen, *model.noise_shape), None, None
 
-        if model.num_classes is not None:
-            alpha = drifting.sample_alpha(groups, low = 1., high = 1.2)
+        if high > 1:
+            alpha = drifting.sample_alpha(groups, low = low, high = high)
             uncond = samples.flatten(0, 1)[torch.randint(samples.shape[:2].numel(), (groups, 16))]
 
         given = [t if t is None else t.repeat_interleave(num_gen) for t in (labels, alpha)]
@@ -842,7 +843,7 @@ def trainer_loop(trainer, batches, steps):
 def benchmark_trainer(args):
     """What Trainer costs beyond a bare loop. The loss compares raw samples."""
     if args.device.type == 'cuda' or int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        print('\nTrainer is compared with a bare loop in one process: pass --device cpu', flush = True)
+        print('\nTrainer is compared with a bare loop on the cpu, in one process', flush = True)
         return []
 
     rows = []
