@@ -800,7 +800,10 @@ class VectorNet(nn.Sequential):
         return super().forward(noise)
 
 TRAINED = {         # make a generator, the shape of a sample, number of classes, settings, steps of a timed call
-    'vectors of 6 numbers': (VectorNet, (6,), 1, dict(num_groups = 1, num_gen = 64, num_pos = 64, alpha_range = (1., 1.)), 200),
+    'vectors of 6 numbers': (
+        VectorNet, (6,), 1,
+        dict(num_groups = 1, num_gen = 64, num_pos = 64, alpha_range = (1., 1.)), 200
+    ),
     'pictures of 28x28, by a ConvGenerator': (
         partial(ConvGenerator, image_size = 28, channels = 1, num_classes = 10, noise_channels = 1), (1, 28, 28), 10,
         dict(num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2)), 30
