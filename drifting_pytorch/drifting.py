@@ -1930,13 +1930,12 @@ class BaseTrainer:
         self.queues, self.parts, self.emas, self.best = {}, {}, {}, None
         self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
 
+        has_bf16 = not settings.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
-        if not exists(precision):
-            has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-            precision = 'bf16' if has_bf16 and not settings.cpu else 'no'
+        precision = default(precision, 'bf16' if has_bf16 else 'no')
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
         settings.mixed_precision = precision  # recorded
-        # or accelerate takes torchrun's processes for runs of their own
+        # or accelerate takes each process for a run
         on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = accelerator = Accelerator(
             mixed_precision = precision, cpu = settings.cpu or on_cpus, log_with = settings.log_with,
@@ -2068,7 +2067,6 @@ class BaseTrainer:
             group['lr'] = self.learning_rate_at(self.step)
         for micro_step in range(num_micro_steps):
             loss, details = self.backward(batches, micro_step, sync = micro_step == num_micro_steps - 1)
-
         if self.world > 1 and not self.is_sharded:
             parameters = self.unwrapped.named_parameters()
             unused = [name for name, p in parameters if p.requires_grad and not exists(p.grad)]
@@ -2122,9 +2120,8 @@ class BaseTrainer:
         except RuntimeError as error:
             if 'out of memory' not in str(error):
                 raise
-            problem = f'step {self.step + 1} does not fit into memory'
             hint = f'{self.less_memory}, or give the networks checkpointing = True'
-            raise torch.OutOfMemoryError(f'{problem}: {hint} ({error})') from error
+            raise torch.OutOfMemoryError(f'step {self.step + 1} does not fit into memory: {hint} ({error})') from error
         finally:
             batches.close()
             self.lock.release()
@@ -2133,6 +2130,12 @@ class BaseTrainer:
         for number in signals[:1]:
             self.accelerator.print(f'stopped by a signal after step {self.step}')
             signal.raise_signal(number)
+
+    def end_training(self):
+        """The last call of several processes. Sampling still works."""
+        self.model = self.unwrapped  # or DDP may wait for gloo's threads, and they for Python
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def run(self, batches):
         """The steps that are left. Returns the signals that came."""
@@ -2264,11 +2267,11 @@ class BaseTrainer:
             return
         newest_first = reversed(sorted(self.checkpoints.glob(STEP)))
         for folder in newest_first if given == 'latest' else [Path(given)]:
-            problem = next(filter(exists, gather_object([damage(folder, self.rank)])), None)
-            if not exists(problem):
+            problems = [*filter(exists, gather_object([damage(folder, self.rank)]))]
+            if not problems:
                 self.load(folder)
                 break
-            message = f'{folder} cannot be used: {problem}'
+            message = f'{folder} cannot be used: {problems[0]}'
             check(given == 'latest', message)
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
@@ -2413,7 +2416,6 @@ class Trainer(BaseTrainer):
         if self.has_conditions or exists(chunk) and self.is_sharded:
             wanted = f'conditions, and sharded models in chunks, need a multiple of {self.world} processes'
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
-
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         if not self.has_conditions:
             size = settings.class_queue_size
@@ -2538,7 +2540,6 @@ class Trainer(BaseTrainer):
                 loss, details = self.loss(self.generate(*chunks[0]), pos, uncond, alpha, options)
                 self.accelerator.backward(loss * share)
             return loss.detach(), details
-
         gen = self.without_graph(chunks).requires_grad_()
         loss, details = self.loss(gen, pos, uncond, alpha, options)
         grads = torch.autograd.grad(loss * share, gen)[0].split(size)
@@ -2594,7 +2595,6 @@ class Trainer(BaseTrainer):
             value = numbers.get(name, math.nan)
             if wanted and math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
                 best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
-
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
             self.save('best')

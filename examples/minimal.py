@@ -35,4 +35,4 @@ samples = trainer.sample(torch.arange(10), num_samples_each = 16, seed = 0)     
 if trainer.accelerator.is_main_process:
     image_grid((samples + 1) / 2).save('results/minimal/samples.png')
 
-trainer.accelerator.end_training()
+trainer.end_training()

@@ -269,7 +269,7 @@ def main():
     seconds['generator'] = time.perf_counter() - start
 
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    trainer.end_training()
 
     if not trainer.accelerator.is_main_process:     # of several, one looks at the result
         return

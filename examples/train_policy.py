@@ -232,7 +232,7 @@ def train_by_drifting(model, observations, chunks, settings, seed):
     )
 
     trainer.train()
-    trainer.accelerator.end_training()
+    trainer.end_training()
     return trainer.ema.ema_model
 
 def train(method, observations, chunks, settings, seed):

@@ -190,7 +190,7 @@ def main(argv = None):
     folder = Path(args.results_folder) / 'generator'
     trainer.save_pretrained(folder)
     trainer.accelerator.print(folder)
-    trainer.accelerator.end_training()
+    trainer.end_training()
 
 if __name__ == '__main__':
     main()
