@@ -1326,8 +1326,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         check_whole(1, dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
         check_whole(1, mask_patch_size = mask_patch_size)
         is_four = isinstance(layers, (list, tuple)) and [type(num) for num in layers] == [int] * 4
-        check(is_four, f'layers must be the number of blocks of four stages, got {layers!r}')
-        check_whole(1, **{f'layers[{i}]': num for i, num in enumerate(layers)})
+        check(is_four and min(layers) > 0, f'layers must be four numbers of blocks from 1 on, got {layers!r}')
         check_number(1e-6, 1 - 1e-6, mask_ratio = mask_ratio)
         check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
 
@@ -2059,7 +2058,7 @@ class BaseTrainer:
         return nullcontext() if sync else self.accelerator.no_sync(self.model)
 
     def train_step(self, batches):
-        """Returns loss, details of the last micro step, and norms."""
+        """Returns loss, details of the last micro step, and the gradient's norm."""
         num_micro_steps = self.settings.gradient_accumulation_steps
         self.optimizer.zero_grad()
         self.model.train()
@@ -2084,11 +2083,10 @@ class BaseTrainer:
                 if not buffer.is_floating_point():  # integers have no average
                     averaged.copy_(buffer)
         self.step += 1
-        return loss, details, dict(grad_norm = norm)
+        return loss, details, norm
 
-    def check_finite(self, loss, details, norms):
+    def check_finite(self, loss, details, norm):
         """Raise before broken weights are saved."""
-        norm = norms['grad_norm']
         is_finite = loss.isfinite() & norm.isfinite()
         if self.accelerator.reduce(is_finite.float(), 'mean') == 1:
             return
@@ -2120,8 +2118,9 @@ class BaseTrainer:
         except RuntimeError as error:
             if 'out of memory' not in str(error):
                 raise
+            problem = f'step {self.step + 1} does not fit into memory'
             hint = f'{self.less_memory}, or give the networks checkpointing = True'
-            raise torch.OutOfMemoryError(f'step {self.step + 1} does not fit into memory: {hint} ({error})') from error
+            raise torch.OutOfMemoryError(f'{problem}: {hint} ({error})') from error
         finally:
             batches.close()
             self.lock.release()
@@ -2164,9 +2163,9 @@ class BaseTrainer:
                     together(self.save_pictures, self.draws)
         return signals or received
 
-    def log(self, bar, loss, details, norms):
+    def log(self, bar, loss, details, norm):
         metrics, on_bar = self.metrics(details)
-        metrics = {'loss': loss, **norms, **metrics}
+        metrics = {'loss': loss, 'grad_norm': norm, **metrics}
         kind = dict(dtype = torch.float32, device = self.device)
         values = stack([torch.as_tensor(value, **kind) for value in metrics.values()]).detach()
         values = self.accelerator.reduce(values, 'mean').tolist()
@@ -2595,15 +2594,16 @@ class Trainer(BaseTrainer):
             value = numbers.get(name, math.nan)
             if wanted and math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
                 best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
+
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
             self.save('best')
 
-    def log(self, bar, loss, details, norms):
+    def log(self, bar, loss, details, norm):
         self.evaluated = {}
         if self.is_due(self.step, self.settings.evaluate_every):
             self.evaluate_averages()
-        super().log(bar, loss, details, norms)
+        super().log(bar, loss, details, norm)
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         *_, spread = details
         if self.step >= first_step and exists(spread) and spread < 0.1:

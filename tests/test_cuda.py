@@ -244,13 +244,13 @@ def test_step_does_not_wait_for_the_gpu(device, tmp_path, kind):
         torch.cuda.set_sync_debug_mode('error')
     try:
         for _ in range(2):
-            loss, _, norms = t.train_step(batches)
+            loss, _, norm = t.train_step(batches)
     finally:
         if device.type == 'cuda':
             torch.cuda.set_sync_debug_mode('default')
 
-    assert loss.device.type == norms['grad_norm'].device.type == device.type
-    assert loss.isfinite() and norms['grad_norm'].isfinite()
+    assert loss.device.type == norm.device.type == device.type
+    assert loss.isfinite() and norm.isfinite()
 
 def test_queues_on_the_host_in_half_precision(device, tmp_path):
     t = picture_trainer(tmp_path, device, queue_device = 'cpu', queue_dtype = torch.float16)

@@ -76,8 +76,8 @@ def replay(folder, **kwargs):
     record = []
 
     for _ in range(train['total_steps']):
-        loss, _, norms = trainer.train_step(None)
-        record.append((loss.item(), norms['grad_norm'].item(), trainer.optimizer.param_groups[0]['lr']))
+        loss, _, norm = trainer.train_step(None)
+        record.append((loss.item(), norm.item(), trainer.optimizer.param_groups[0]['lr']))
 
     return trainer, np.array(record).T
 
