@@ -55,7 +55,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
-# ── 1. helpers ────────────────────────────────────────────
+# ── 1. helpers ────────────────────────
 
 # dimension letters, everywhere in this file
 #
@@ -128,8 +128,9 @@ def checked_labels(labels, num_classes, *shape, name = 'labels'):
     check_shape(name, labels, shape)
     is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
     check(is_integer, f'{name} must be integers, got {labels.dtype}')
+    labels = labels.long()
     check_range(name, labels, 0, num_classes - 1)
-    return labels.long()
+    return labels
 
 def full_precision(t):
     """Half precision in float32; float32 and float64 as they are."""
@@ -144,8 +145,9 @@ def check_samples(axis, **sets):
     (first, reference), *_ = sets.items()
     for name, t in sets.items():
         check_floating(name, t)
-        fits = t.ndim > 1 + max(axis, 0) and t.numel() > 0
-        check(fits, f'{name} has shape {tuple(t.shape)}, expected [groups, samples, ...] and no empty set')
+        least = 3 if axis == 1 else 2  # points have no groups
+        fits = t.ndim >= least and t.numel() > 0
+        check(fits, f'{name} has shape {tuple(t.shape)}, expected {least} dimensions or more, and no empty set')
         expected = list(reference.shape)
         expected[axis] = 'samples'
         check_shape(name, t, expected, f' like {first}: nothing is broadcast')
@@ -311,7 +313,7 @@ def plain_drift_loss(
         target = gen / unit + V
     return (gen / unit - target).square().mean(dim = (1, 2))
 
-# ── 4. generator - A.2, Table 8 ───────────────────────────
+# ── 4. generator - A.2, Table 8 ───────
 
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
@@ -591,7 +593,7 @@ class DriftingGenerator(Generator, coders = CODERS):
         x = self.output_convs(x)
         return x if self.outer_slope == 1 else x.clamp(-1, 1).lerp(x, self.outer_slope)
 
-# ── 5. samples, and a generator for small pictures ────────
+# ── 5. samples, and a generator for small pictures ───
 
 def chunked(values, size = None):
     """Tensors, dicts of them, or None, in chunks [value, ...] of so many rows."""
@@ -622,8 +624,8 @@ def sample_from(
     labels = each(lambda t: t.float() if t.is_floating_point() else t, labels)
     wanted = 'labels' if exists(num_classes) else 'num_samples, no labels'
     needs_labels = exists(num_classes) or is_condition(labels)
-    fits = exists(labels) == needs_labels and exists(num_samples) != needs_labels
-    check(fits, f'num_classes is {num_classes}, so pass {wanted}')
+    given = exists(labels), exists(num_samples)
+    check(given == (needs_labels, not needs_labels), f'num_classes is {num_classes}, so pass {wanted}')
     if exists(labels) and not is_condition(labels):
         labels = checked_labels(labels, num_classes, 'batch')
     rows, k = num_samples, default(num_samples_each, 1)
@@ -741,7 +743,7 @@ class ConvGenerator(Generator, coders = CODERS):
             x = F.silu(x * (1 + scale) + shift)
         return self.output_convs(self.to_image(x)).tanh()
 
-# ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ────────
+# ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ───
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
@@ -838,7 +840,7 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
-        # in coefficients: lengths by W and distances, and one V of the summed W, not one per temperature
+        # in coefficients: |V|^2 of W and distances, and one V in the end, if that is less to multiply
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
@@ -1018,7 +1020,7 @@ class FeatureDriftLoss(Module):
     """
     def __init__(self, encoder = None, *, decoder = None, raw = True, group_chunk_size = None, **drift_loss_kwargs):
         super().__init__()
-        unknown = sorted(drift_loss_kwargs.keys() - inspect.signature(DriftProblems).parameters.keys())
+        unknown = sorted(drift_loss_kwargs.keys() - {'temperatures', 'field', 'affinity_floor', 'diagnostics'})
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, group_chunk_size = group_chunk_size)
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
@@ -1153,7 +1155,7 @@ class FeatureDriftLoss(Module):
             del bundle, problems
         return sum(losses.values()), Breakdown(losses, stats)
 
-# ── 7. fields of later work ───────────────────────────────
+# ── 7. fields of later work ───────────
 
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, sum_y k (y - x) / (r t) / sum_y k (2605.10727).
@@ -1235,7 +1237,7 @@ class SinkhornField(DriftField):
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
 
-# ── 8. feature encoders - A.3-A.5 ─────────────────────────
+# ── 8. feature encoders - A.3-A.5 ─────
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
@@ -1524,7 +1526,7 @@ class ConvNeXtFeatures(Module):
             features['global_std'] = features['convenxt_stage_3_std']
             return features
 
-# ── 9. data - A.7, A.8 ────────────────────────────────────
+# ── 9. data - A.7, A.8 ────────────────
 
 # every random number of a run comes from its place there: it can be repeated
 def seed_for(*key):
@@ -1714,9 +1716,10 @@ class SeededDataset(Dataset):
             check(found == wanted, f'{name} has a condition of shape {found}, expected {wanted}')
             return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
-            return sample, operator.index(label) if self.with_labels else 0
+            return sample, operator.index(label) * self.with_labels
         except TypeError as error:
-            raise ValueError(f'{name} has the label {label!r}, expected an integer') from error
+            wanted = 'an integer' if self.with_labels else 'an integer, or tensors as a condition'
+            raise ValueError(f'{name} has the label {label!r}, expected {wanted}') from error
 
     def batch(self, places):
         """float32 samples [b ...] and labels [b], zeros, or conditions [b ...]."""
@@ -1737,7 +1740,7 @@ class SeededDataset(Dataset):
         except (RuntimeError, ValueError) as error:  # a worker would add its traceback
             return error
 
-# ── 10. trainers - A.3, A.8, A.9 ───────────────────────────
+# ── 10. trainers - A.3, A.8, A.9 ──────
 
 # checkpoints: files, nothing of training
 def sha256(path):
@@ -1779,8 +1782,9 @@ def together(work, here = True):
     """Results of work() in processes `here`; an error of one is raised in all."""
     try:
         result = work() if here else None
-    except Exception as error:
-        result = error
+    except Exception as error:  # as text: not all can be sent
+        gather_object([RuntimeError(f'in another process: {type(error).__name__}: {error}')])
+        raise
     results = gather_object([result])
     for result in results:
         if isinstance(result, Exception):
@@ -1863,7 +1867,7 @@ free = partial(bounded, free = True)  # a resumed run may change it without a wa
 class LoopSettings:
     """What every trainer is told."""
     num_train_steps: int = free(30_000, low = 1)
-    seed: int = 0
+    seed: int = bounded(0, high = 2 ** 63)
 
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
@@ -1873,7 +1877,7 @@ class LoopSettings:
     max_grad_norm: float | None = bounded(2., low = 1e-20)  # None: no clipping
     ema_decay: float | tuple | list = bounded(0.999, high = 1)  # of the averaged weights; several: see evaluate
 
-    gradient_accumulation_steps: int = bounded(1, low = 1)
+    gradient_accumulation_steps: int = bounded(1, low = 1)  # each has samples of its own
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
     compile: bool = False  # model, encoders and, on a GPU, the field
     cpu: bool = False  # train on the cpu even where there is a GPU
@@ -1931,10 +1935,9 @@ class BaseTrainer:
 
         has_bf16 = not settings.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
         precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
-        precision = default(precision, 'bf16' if has_bf16 else 'no')
+        precision = settings.mixed_precision = default(precision, 'bf16' if has_bf16 else 'no')  # recorded
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
-        settings.mixed_precision = precision  # recorded
-        # or accelerate takes each process for a run
+        # or accelerate runs each alone
         on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = accelerator = Accelerator(
             mixed_precision = precision, cpu = settings.cpu or on_cpus, log_with = settings.log_with,
@@ -1952,7 +1955,6 @@ class BaseTrainer:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         move = partial(Tensor.to, device = self.device, non_blocking = self.device.type == 'cuda')
         self.to_device = partial(each, move)
-        self.draws = self.is_main or self.is_sharded  # a sharded model needs every process
         self.hide_bar = not (settings.progress_bar and self.is_main)
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
@@ -2111,7 +2113,7 @@ class BaseTrainer:
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
-                together(lambda: exists(self.grid()), self.draws)  # tried, not sent
+                together(lambda: exists(self.grid()))  # tried, not sent
             if self.step == 0 and self.queues:
                 self.before_training(batches)
             signals = self.run(batches)
@@ -2160,7 +2162,7 @@ class BaseTrainer:
                     if saves:
                         self.save()
                 if self.is_due(self.step, settings.sample_every):
-                    together(self.save_pictures, self.draws)
+                    together(self.save_pictures)
         return signals or received
 
     def log(self, bar, loss, details, norm):
@@ -2242,8 +2244,7 @@ class BaseTrainer:
         manifest = dict(
             step = self.step, samples_read = self.samples_read, best = self.best,
             num_processes = self.world, device = str(self.device), config = self.record(),
-            torch = torch.__version__,
-            sha256 = dict(chain(*written))
+            torch = torch.__version__, sha256 = dict(chain(*written))
         )
         (unfinished / 'config.json').write_text(json.dumps(getattr(self.unwrapped, '_hub_mixin_config', None)))
         (unfinished / 'manifest.json').write_text(json.dumps(manifest, indent = 1))
@@ -2319,10 +2320,10 @@ class BaseTrainer:
         dcp.set_optimizer_state_dict(self.unwrapped, self.optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
         self.step, self.samples_read = manifest['step'], manifest['samples_read']
-        best = default(manifest['best'], dict(step = 0))
-        is_there = (self.checkpoints / f'best-{best["step"]:08d}').is_dir()
-        if is_there and before['keep_best'] == now['keep_best']:
-            self.best, self.ema = best, self.emas.get(best['ema_decay'], self.ema)
+        best = manifest['best']
+        if exists(best) and before['keep_best'] == now['keep_best']:
+            if (self.checkpoints / f'best-{best["step"]:08d}').is_dir():
+                self.best, self.ema = best, self.emas.get(best['ema_decay'], self.ema)
 
     def load_queues(self, folder):
         states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
@@ -2350,7 +2351,7 @@ class GeneratorSettings(LoopSettings):
     group_chunk_size: int | None = bounded(None, low = 1)  # groups at a time: less memory, but slower
 
     alpha_range: tuple | list = (1., 4.)  # of the guidance scale; (1, 1): no guidance
-    alpha_power: float = bounded(3., low = -1e20)
+    alpha_power: float = bounded(3., low = -9, high = 9)
     no_cfg_frac: float = bounded(0., high = 1)
 
     push_size: int = bounded(64, low = 1)  # real samples a process reads per step (release); not with conditions
@@ -2363,9 +2364,8 @@ class GeneratorSettings(LoopSettings):
         super().__post_init__()
         is_float = default(self.queue_dtype, torch.float32).is_floating_point
         check(is_float, f'queue_dtype must be floating point, got {self.queue_dtype}')
-        (low, high), num_pos, size = self.alpha_range, self.num_pos, self.class_queue_size
+        low, high = self.alpha_range
         check(1 <= low <= high, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
-        check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
 
 # Table 8: what differs from the ablation (release)
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
@@ -2417,7 +2417,8 @@ class Trainer(BaseTrainer):
             check(num % self.world == 0, f'num_groups is {num}: {wanted}')
         options = dict(device = default(settings.queue_device, self.device), dtype = settings.queue_dtype)
         if not self.has_conditions:
-            size = settings.class_queue_size
+            size, num_pos = settings.class_queue_size, settings.num_pos
+            check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
             self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = size, **options)
         # without a condition, or at alpha = 1, nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
@@ -2438,24 +2439,24 @@ class Trainer(BaseTrainer):
         self.resume()
 
     def before_training(self, batches):
-        """Read until every class has enough positives, one epoch at most."""
+        """Read until every class has enough positives, an epoch at most."""
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
             queue.pushed.zero_()
-        num_pos = self.settings.num_pos
-        num_classes = 0 if self.has_conditions else self.queues['positives'].num_classes
-        num_batches = math.ceil(len(self.dataset) / self.samples_per_process)
+        num_pos, num_epochs = self.settings.num_pos, 1 if self.world == 1 else 3  # shares are random
+        needed = dict(positives = num_pos, unconditional = self.num_uncond)
+        num_batches = math.ceil(num_epochs * len(self.dataset) / self.samples_per_process)
         for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
             self.push(batches)
-            held = cat([queue.filled for queue in self.queues.values()]).to(self.device)
-            held = self.accelerator.gather(rearrange(held, 'n -> 1 n')).amin(dim = 0).tolist()
-            short = {label: num for label, num in enumerate(held[:num_classes]) if num < num_pos}
-            if not short and held[-1] >= self.num_uncond:  # last: unconditional
+            missing = cat([needed[name] - queue.filled for name, queue in self.queues.items()]).to(self.device)
+            missing = self.accelerator.gather(rearrange(missing, 'n -> 1 n')).amax(dim = 0).tolist()
+            if max(missing) <= 0:
                 return
+        short = {label: num_pos - num for label, num in enumerate(missing) if num > 0}
         some = dict(islice(short.items(), 10))
         found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
-        raise ValueError(f'one pass over the data left {found}. Lower num_pos, or leave them out')
+        raise ValueError(f'the data left {found}. Lower num_pos, or leave them out')
 
     # what goes into a step
     def push(self, batches):
@@ -2463,7 +2464,6 @@ class Trainer(BaseTrainer):
         samples, labels = self.read(batches)
         if self.has_conditions:
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
-            check_range('real samples', samples)
             each(partial(check_range, 'the condition'), labels)
             if hasattr(self.unwrapped, 'checked_condition'):  # on a cpu also values
                 self.unwrapped.checked_condition(labels, len(samples))

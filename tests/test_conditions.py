@@ -384,6 +384,13 @@ def test_numbers_are_conditions_too(tmp_path, of_row):
     assert t.has_conditions and condition.dtype == torch.float32
     assert condition.flatten()[-1] == 0.5
 
+def test_rows_may_have_more_positives_than_a_queue_of_classes_holds(tmp_path):
+    """They come with their row: there is no such queue."""
+    rows = TensorDataset(POINTS[:, None].repeat(1, 20, 1), POINTS)
+    t = rows_trainer(tmp_path, data = rows, num_pos = 20, class_queue_size = 16, num_train_steps = 1)
+    t.train()
+    assert t.step == 1 and 'positives' not in t.queues
+
 def test_integers_are_still_labels(tmp_path):
     """Of a model without classes they are ignored, whatever the data have."""
     labels = torch.arange(120)

@@ -432,21 +432,44 @@ def test_sharded_training_in_half_precision(tmp_path, make):
     assert all(relative(a, b) < 1e-6 for a, b in zip(sharded, whole, strict = True))
     assert all(relative(a, b) > 1e-5 for a, b in zip(exact, whole, strict = True)), 'nothing was rounded'
 
+class CannotBeSentError(Exception):
+    """Not as it is: it needs two arguments, and a lambda cannot be pickled."""
+
+    def __init__(self, text, of_what):
+        super().__init__(text)
+        self.of_what = of_what
+
+def no_picture(samples):
+    if os.environ['RANK'] == '0':
+        raise CannotBeSentError('there is no picture', lambda: samples)
+    return torch.zeros(len(samples), 1, 8, 8)
+
+def train_without_pictures(folder):
+    with pytest.raises((CannotBeSentError, RuntimeError)) as error:
+        trainer(folder, to_image = no_picture, sample_every = 1).train()
+    return type(error.value).__name__, str(error.value)
+
+def test_an_error_of_one_process_is_told_in_all(tmp_path):
+    own, others = launch(train_without_pictures, 2, tmp_path, timeout = 60)
+    assert own == ('CannotBeSentError', 'there is no picture')
+    assert others == ('RuntimeError', 'in another process: CannotBeSentError: there is no picture')
+
+def train_on_few(folder):
+    """Every class has just as many samples as are drawn of it."""
+    few = TensorDataset(*(t[:48] for t in DATA.tensors))
+    assert few.tensors[1].bincount().tolist() == [16] * 3
+    t = trainer(folder, data = few, num_pos = 16, num_train_steps = 1)
+    t.train()
+    return t.queues['positives'].filled.tolist()
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_queues_fill_in_any_number_of_processes(tmp_path, world):
+    """A process reads every second batch: of one epoch it may miss some of a class."""
+    assert launch(train_on_few, world, tmp_path) == [[16] * 3] * world
+
 if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])
     result = train_and_resume(place / 'run', cpu = False)
     (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))
     gc.collect()                                # what may be left of the trainers goes before the group
     Accelerator(cpu = True).end_training()      # or gloo may abort
-
-def no_picture(samples):
-    raise RuntimeError('there is no picture')
-
-def train_without_pictures(folder):
-    with pytest.raises(RuntimeError) as error:
-        trainer(folder, to_image = no_picture, sample_every = 1).train()
-    return str(error.value)
-
-def test_an_error_of_one_process_is_told_in_all(tmp_path):
-    """The first one draws, the other would wait for it."""
-    assert launch(train_without_pictures, 2, tmp_path, timeout = 60) == ['there is no picture'] * 2

@@ -505,7 +505,7 @@ def test_other_dtypes_of_the_input_and_no_registers():
     styles = torch.zeros(2, 4, dtype = torch.long)
     out = model(noise, torch.tensor([1, 2]), styles = styles)
 
-    for dtype in (torch.uint8, torch.int16, torch.int32):
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32):
         labels = torch.tensor([1, 2], dtype = dtype)
         assert torch.equal(model(noise.double(), labels, styles = styles), out)
 

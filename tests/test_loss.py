@@ -648,6 +648,7 @@ NUMBERS = itertools.count()
     (lambda: FeatureDriftLoss()(X, X, X, 2.), 'alpha has shape (), expected (2,), one per group'),
     (lambda: FeatureDriftLoss(group_chunk_size = 0), 'group_chunk_size must be a whole number from 1 on'),
     (lambda: FeatureDriftLoss(chunk_size = 5), "unknown arguments ['chunk_size']"),
+    (lambda: FeatureDriftLoss(pos = X), "unknown arguments ['pos']"),
     (lambda: drift_loss(X, X, field = SinkhornField()), 'SinkhornField needs neg'),
     (lambda: FeatureDriftLoss(raw = False), 'raw = False'),
     (lambda: FeatureDriftLoss('resnet'), "callable or have .features(x), got 'resnet'"),

@@ -450,7 +450,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
-        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
+        'the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
     ),
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
@@ -479,6 +479,9 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = [(x, 'a cat') for x in X]), "sample 0 of the dataset has the label 'a cat', expected an integer"),
     (dict(data = [(x, None) for x in X]), 'sample 0 of the dataset has the label None, expected an integer'),
     (dict(data = TensorDataset(X, Y + 0.5)), 'has the label tensor(0.5000), expected an integer'),
+    (dict(model = Net(None), data = [(x, [0.1, 0.2]) for x in X]), 'expected an integer, or tensors as a condition'),
+    (dict(alpha_power = -1000.), 'alpha_power must be a number in -9 .. 9'),
+    (dict(seed = 2 ** 64), 'seed must be a number in 0 .. 9223372036854775808'),
     (dict(data = [(x.numpy(), 0) for x in X]), 'sample 0 of the dataset must be a tensor, got ndarray'),
     (dict(data = [(x.byte(), 0) for x in X]), 'sample 0 of the dataset must be floating point, got torch.uint8'),
     (dict(data = ONE_LONGER, num_workers = 1, alpha_range = (1., 1.)), 'sample 7 of the dataset has shape (3,)'),
