@@ -25,7 +25,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from tqdm.auto import tqdm
 from x_transformers.x_transformers import Attention, FeedForward
 
-# ── 1. helpers ────────────────────────
+# ── 1. helpers ───
 
 # dimension letters, everywhere in this file
 #
@@ -126,7 +126,7 @@ def checked_labels(labels, num_classes, *shape, name = 'labels'):
     """As int64, also of a list or another integer type."""
     labels = as_tensor(name, labels)
     check_shape(name, labels, shape)
-    is_integer = not labels.is_floating_point() and labels.dtype != torch.bool
+    is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     check(is_integer, f'{name} must be integers, got {labels.dtype}')
     labels = labels.long()
     check_range(name, labels, 0, num_classes - 1)
@@ -145,9 +145,8 @@ def check_samples(axis, **sets):
     (first, reference), *_ = sets.items()
     for name, t in sets.items():
         check_floating(name, t)
-        least = 3 if axis == 1 else 2  # points have no groups
-        fits = t.ndim >= least and t.numel() > 0
-        check(fits, f'{name} has shape {tuple(t.shape)}, expected {least} dimensions or more, and no empty set')
+        fits = t.ndim > (2 if axis == 1 else 1) and t.numel() > 0
+        check(fits, f'{name} has shape {tuple(t.shape)}, expected [groups, samples, ...] or points, and no empty set')
         expected = list(reference.shape)
         expected[axis] = 'samples'
         check_shape(name, t, expected, f' like {first}: nothing is broadcast')
@@ -313,7 +312,7 @@ def plain_drift_loss(
         target = gen / unit + V
     return (gen / unit - target).square().mean(dim = (1, 2))
 
-# ── 4. generator - A.2, Table 8 ───────
+# ── 4. generator - A.2, Table 8 ───
 
 PRESETS = {
     'B/2': dict(image_size = 32, channels = 4, patch_size = 2, dim = 768, depth = 12, heads = 12),  # latent
@@ -1155,7 +1154,7 @@ class FeatureDriftLoss(Module):
             del bundle, problems
         return sum(losses.values()), Breakdown(losses, stats)
 
-# ── 7. fields of later work ───────────
+# ── 7. fields of later work ───
 
 class GradientField(DriftField):
     """The direction of the kernel's own gradient, sum_y k (y - x) / (r t) / sum_y k (2605.10727).
@@ -1237,7 +1236,7 @@ class SinkhornField(DriftField):
         W_neg = -self.repulsion * cat((guidance * T_uncond, T_neg), dim = -1)
         return cat((W_pos, W_neg), dim = -1)
 
-# ── 8. feature encoders - A.3-A.5 ─────
+# ── 8. feature encoders - A.3-A.5 ───
 
 FEATURE_SETS = ('locations', 'mean_std', '2x2', '4x4')
 
@@ -1526,7 +1525,7 @@ class ConvNeXtFeatures(Module):
             features['global_std'] = features['convenxt_stage_3_std']
             return features
 
-# ── 9. data - A.7, A.8 ────────────────
+# ── 9. data - A.7, A.8 ───
 
 # every random number of a run comes from its place there: it can be repeated
 def seed_for(*key):
@@ -1716,7 +1715,7 @@ class SeededDataset(Dataset):
             check(found == wanted, f'{name} has a condition of shape {found}, expected {wanted}')
             return sample, each(lambda t: t.float() if t.is_floating_point() else t, condition)
         try:
-            return sample, operator.index(label) * self.with_labels
+            return sample, operator.index(label) * self.with_labels  # or 0
         except TypeError as error:
             wanted = 'an integer' if self.with_labels else 'an integer, or tensors as a condition'
             raise ValueError(f'{name} has the label {label!r}, expected {wanted}') from error
@@ -1740,7 +1739,7 @@ class SeededDataset(Dataset):
         except (RuntimeError, ValueError) as error:  # a worker would add its traceback
             return error
 
-# ── 10. trainers - A.3, A.8, A.9 ──────
+# ── 10. trainers - A.3, A.8, A.9 ───
 
 # checkpoints: files, nothing of training
 def sha256(path):
@@ -1783,7 +1782,8 @@ def together(work, here = True):
     try:
         result = work() if here else None
     except Exception as error:  # as text: not all can be sent
-        gather_object([RuntimeError(f'in another process: {type(error).__name__}: {error}')])
+        kind = next(kind for kind in (OSError, ValueError, RuntimeError, Exception) if isinstance(error, kind))
+        gather_object([kind(f'in another process: {type(error).__name__}: {error}')])
         raise
     results = gather_object([result])
     for result in results:
@@ -1932,10 +1932,9 @@ class BaseTrainer:
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.queues, self.parts, self.emas, self.best = {}, {}, {}, None
         self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
-
         has_bf16 = not settings.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-        precision = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
-        precision = settings.mixed_precision = default(precision, 'bf16' if has_bf16 else 'no')  # recorded
+        given = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
+        precision = settings.mixed_precision = default(given, 'bf16' if has_bf16 else 'no')
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
         # or accelerate runs each alone
         on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
@@ -2120,9 +2119,8 @@ class BaseTrainer:
         except RuntimeError as error:
             if 'out of memory' not in str(error):
                 raise
-            problem = f'step {self.step + 1} does not fit into memory'
-            hint = f'{self.less_memory}, or give the networks checkpointing = True'
-            raise torch.OutOfMemoryError(f'{problem}: {hint} ({error})') from error
+            hint = f'{self.less_memory}, or give the networks checkpointing = True ({error})'
+            raise torch.OutOfMemoryError(f'step {self.step + 1} does not fit into memory: {hint}') from error
         finally:
             batches.close()
             self.lock.release()
@@ -2389,7 +2387,7 @@ class Trainer(BaseTrainer):
     condition: a floating-point tensor, or a dict of tensors. Each row is a group, its sample (or [num_pos ...]
         samples) the positive; real samples of all rows are the unconditional ones.
     loss_fn: (gen, pos, uncond, alpha) -> (loss, Breakdown), see FeatureDriftLoss; None: of raw samples.
-    to_image: samples to images [b 1|3 h w] in [0, 1]. None: samples of 1 or 3 channels are in [-1, 1].
+    to_image: samples to images [b 1|3 h w] in [0, 1], in all processes. None: those of 1 or 3 channels are in [-1, 1].
     evaluate: sample -> {name: number}, every evaluate_every steps, in all processes.
     settings: see GeneratorSettings and LoopSettings.
     Raises ValueError, before the first step, for settings and data that do not fit.
@@ -2439,24 +2437,26 @@ class Trainer(BaseTrainer):
         self.resume()
 
     def before_training(self, batches):
-        """Read until every class has enough positives, an epoch at most."""
+        """Read until every class has enough positives."""
         # open: nothing is said of steps before the queues are full
         self.samples_read = 0  # again, if that was interrupted
         for queue in self.queues.values():
             queue.pushed.zero_()
-        num_pos, num_epochs = self.settings.num_pos, 1 if self.world == 1 else 3  # shares are random
+        num_pos = self.settings.num_pos
         needed = dict(positives = num_pos, unconditional = self.num_uncond)
-        num_batches = math.ceil(num_epochs * len(self.dataset) / self.samples_per_process)
-        for _ in tqdm(range(num_batches), desc = 'filling the queue', leave = False, disable = self.hide_bar):
+        epoch = math.ceil(len(self.dataset) / self.samples_per_process)
+        for number in tqdm(count(1), 'filling the queue', total = epoch, leave = False, disable = self.hide_bar):
             self.push(batches)
-            missing = cat([needed[name] - queue.filled for name, queue in self.queues.items()]).to(self.device)
-            missing = self.accelerator.gather(rearrange(missing, 'n -> 1 n')).amax(dim = 0).tolist()
-            if max(missing) <= 0:
+            extra = cat([queue.pushed - needed[name] for name, queue in self.queues.items()]).to(self.device)
+            extra = self.accelerator.gather(rearrange(extra, 'n -> 1 n'))
+            if extra.min() >= 0:
                 return
-        short = {label: num_pos - num for label, num in enumerate(missing) if num > 0}
-        some = dict(islice(short.items(), 10))
-        found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples): {some}'
-        raise ValueError(f'the data left {found}. Lower num_pos, or leave them out')
+            if number == epoch:  # all together have read `world` of them
+                extra = (extra.sum(dim = 0) // self.world).tolist()
+                short = {label: num_pos + num for label, num in enumerate(extra) if num < 0}
+                found = f'{len(short)} classes with fewer than num_pos = {num_pos} samples (class: samples)'
+                found = f'{found}: {dict(islice(short.items(), 10))}. Lower num_pos, or leave them out'
+                check(not short, f'one pass over the data left {found}')
 
     # what goes into a step
     def push(self, batches):
@@ -2464,6 +2464,7 @@ class Trainer(BaseTrainer):
         samples, labels = self.read(batches)
         if self.has_conditions:
             positives = samples if self.settings.num_pos > 1 else rearrange(samples, 'n ... -> n 1 ...')
+            check_range('real samples', samples)
             each(partial(check_range, 'the condition'), labels)
             if hasattr(self.unwrapped, 'checked_condition'):  # on a cpu also values
                 self.unwrapped.checked_condition(labels, len(samples))
@@ -2594,7 +2595,6 @@ class Trainer(BaseTrainer):
             value = numbers.get(name, math.nan)
             if wanted and math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
                 best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
-
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
             self.save('best')

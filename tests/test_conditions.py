@@ -391,6 +391,13 @@ def test_rows_may_have_more_positives_than_a_queue_of_classes_holds(tmp_path):
     t.train()
     assert t.step == 1 and 'positives' not in t.queues
 
+def test_nan_of_a_row_is_found_before_the_step_also_without_guidance(tmp_path):
+    points = POINTS.clone()
+    points[7] = float('nan')
+    t = rows_trainer(tmp_path, data = TensorDataset(points, points), alpha_range = (1., 1.))
+    with raises_one_line('real samples must be finite'):
+        t.train()
+
 def test_integers_are_still_labels(tmp_path):
     """Of a model without classes they are ignored, whatever the data have."""
     labels = torch.arange(120)

@@ -511,6 +511,10 @@ def test_other_dtypes_of_the_input_and_no_registers():
 
     assert relative(model.double()(noise, torch.tensor([1, 2]), styles = styles), out) < 1e-5
 
+def test_complex_labels_are_refused():
+    with raises_one_line('labels must be integers, got torch.complex64'):
+        tiny()(torch.randn(1, 2, 8, 8), torch.tensor([2 + 5j]))
+
 def test_preset_arguments_can_be_overridden():
     with torch.device('meta'):
         assert len(DriftingGenerator.from_preset('B/2', depth = 1).blocks) == 1

@@ -450,7 +450,7 @@ ONE_LONGER = [(torch.zeros(2 + (i == 7)), 0) for i in range(20)]
     (dict(data = TensorDataset(X, Y + 1)), 'labels must be finite and in 0 .. 2'),
     (
         dict(data = TensorDataset(X, Y.clamp(max = 1))),
-        'the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
+        'one pass over the data left 1 classes with fewer than num_pos = 8 samples (class: samples): {2: 0}.'
     ),
     (dict(data = TensorDataset(ONE_NAN, Y)), 'real samples must be finite'),
     (dict(num_pos = 20), 'does not fit into class_queue_size = 16'),
