@@ -121,6 +121,7 @@ def main(argv = None):
     args = options(argv)
     device = PartialState(cpu = args.cpu).device
     model = load_generator(args.model, args.revision).to(device)
+    check(model.num_classes, f'{args.model} has no classes to sample by')
     is_latent = draws_latents(model)
     vae = None
 

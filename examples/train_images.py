@@ -272,13 +272,13 @@ class Run:
         def seconds_per_step(train):
             times = []
 
-            for num_steps in (5, 25):
+            for num_steps in (1, 5, 25):                            # the first one warms up
                 with TemporaryDirectory() as folder:
                     start = time.perf_counter()
                     result = train(num_steps, Path(folder), progress_bar = False)
                     times.append(time.perf_counter() - start)
 
-            return max((times[1] - times[0]) / 20, 1e-3), result
+            return max((times[2] - times[1]) / 20, 1e-3), result
 
         def train_generator(*args, **kwargs):
             quiet = dict(log_every = 0, sample_every = 0, save_every = 0)
@@ -309,6 +309,12 @@ class Run:
 
 def nearest(images, others, k):
     """Distances [n k] of pixels, and places [n k], of the nearest others to images [n ch h w]."""
+    if others.flip:                                         # copies may be mirrored
+        n, plain = len(images), Pictures(others.pixels, others.labels)
+        distances, places = nearest(cat((images, images.flip(-1))), plain, k)
+        distances, order = cat((distances[:n], distances[n:]), dim = 1).topk(k, largest = False)
+        return distances, cat((places[:n], places[n:]), dim = 1).gather(1, order)
+
     found = []
 
     for start in tqdm(range(0, len(others), 1_000), desc = 'neighbours', leave = False):
@@ -362,9 +368,10 @@ Settings:
 def finish(run, trainer, judge, unseen, about, classes, steps):
     """Numbers, pictures, and the model with its card. Returns a table."""
     args, folder, pictures = run.args, Path(run.args.results_folder), run.pictures
-    evaluation = run.evaluation(judge, unseen)
+    some = torch.randperm(len(pictures), generator = seeded('real'))
+    some = some[torch.isin(pictures.labels[some], unseen.labels)][:1_000]       # of classes that are judged
+    evaluation = run.evaluation(judge, unseen, num_samples = len(some))         # as many of both
     samples = trainer.sample(**evaluation.asked, **evaluation.options).cpu().clamp(-1, 1)
-    some = torch.randperm(len(pictures), generator = seeded('real'))[:len(samples)]
     metrics = dict(samples = evaluation.compare(samples), real = evaluation.compare(pictures.batch(some)))
 
     # are they copies, and are they what was asked for
@@ -412,7 +419,7 @@ def finish(run, trainer, judge, unseen, about, classes, steps):
         judge = 'Inception' if args.features == 'inception' else 'a small classifier',
         settings = json.dumps(dict(settings, steps = steps), indent = 1)
     )
-    (folder / 'model' / 'README.md').write_text(card, encoding = 'utf-8')
+    (folder / 'model' / 'README.md').write_text(card, encoding = 'utf-8', errors = 'replace')
     return table
 
 def options():
@@ -468,6 +475,10 @@ def main():
     path, plan = folder / 'plan.json', None
 
     check(os.environ.get('WORLD_SIZE', '1') == '1', 'start one process: the time that steps take is measured in it')
+    check(args.threads > 0, f'--threads must be 1 or more, got {args.threads}')
+    inside = folder.resolve().is_relative_to(Path(args.folder).resolve())
+    check(not inside, f'{folder} lies in the folder of images: pass another --results-folder')
+    check(path.exists() or not args.resume, f'{folder} holds no run to go on with: leave out --resume')
 
     if path.exists():
         check(args.resume, f'{folder} holds an earlier run: pass --resume, or another --results-folder')

@@ -405,7 +405,7 @@ def options():
         help = 'what is trained, without the others'
     )
     parser.add_argument(
-        '--coins', type = int, default = 4,
+        '--coins', type = int, choices = range(33), metavar = 'N', default = 4,
         help = 'noise of drifting: so many random signs, of 32 inputs; 0 for 32 Gaussian numbers'
     )
     parser.add_argument('--num-gen', type = int, default = 8, help = 'generated chunks per observation, drifting only')

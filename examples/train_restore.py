@@ -261,7 +261,7 @@ def evaluate(answers, images, labels, task, judge):
         error_of_best = rms(hidden - truth[:, None]).amin(dim = 1).mean().item(),
         recognised = (predicted == labels).double().mean().item(),
         another_digit = is_other.double().mean().item(),
-        spread = distances.sum().item() / (len(answers) * k * (k - 1)),
+        spread = distances.sum().item() / (len(answers) * k * max(1, k - 1)),
         inconsistency = rms(known(flat, task) - given).mean().item()
     )
 

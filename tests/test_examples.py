@@ -476,6 +476,40 @@ def images_of(folder, monkeypatch, *args):
     args = script.options()
     return script, args, *script.load_data(args)[:3]
 
+def test_images_where_a_run_cannot_be(tmp_path, monkeypatch, examples):
+    folder = folder_of_images(tmp_path / 'cats')
+
+    with pytest.raises(SystemExit, match = 'lies in the folder of images: pass another --results-folder'):
+        train_images(monkeypatch, folder, folder / 'results')
+    with pytest.raises(SystemExit, match = 'holds no run to go on with: leave out --resume'):
+        train_images(monkeypatch, folder, tmp_path / 'typo', '--resume')
+    assert not (folder / 'results').exists() and not (tmp_path / 'typo').exists()
+
+def test_images_mirrored_copies_are_found(examples):
+    from train_images import Pictures, nearest
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (20, 1, 8, 8), generator = generator, dtype = torch.uint8)
+    plain, flipped = (Pictures(pixels, torch.zeros(20), flip) for flip in (False, True))
+    mirrored = plain.batch(slice(0, 10)).flip(-1)
+    assert nearest(mirrored, plain, 1)[0].min() > 1
+
+    distances, places = nearest(mirrored, flipped, 3)
+    assert distances[:, 0].max() < 1e-2 and places[:, 0].tolist() == list(range(10)) and places.shape == (10, 3)
+
+def test_images_real_ones_are_of_the_classes_and_the_number_of_samples(tmp_path, monkeypatch, examples):
+    """Ten classes of six: some of the classes judge, and all of them are trained on."""
+    from drifting_pytorch.metrics import Evaluation
+
+    compared, compare = [], Evaluation.compare
+    monkeypatch.setattr(Evaluation, 'compare', lambda self, x: compared.append((self, len(x))) or compare(self, x))
+    folder = folder_of_images(tmp_path / 'cats', 'abcdefghij', 60)
+    _, _, pictures, _, judging = images_of(folder, monkeypatch)
+    expected = torch.isin(pictures.labels, judging.labels).sum()
+    train_images(monkeypatch, folder, tmp_path / 'results')
+    (samples, num), (real, num_real) = compared[-2:]
+    assert real is samples and num == num_real == expected < len(pictures)
+
 def test_images_that_choose_do_not_judge(tmp_path, monkeypatch, examples):
     folder, apart = folder_of_images(tmp_path / 'cats', 'ab', 60), folder_of_images(tmp_path / 'apart', 'ab', 40)
 
