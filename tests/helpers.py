@@ -1,5 +1,6 @@
 """What the tests share: commands and processes, the reference's weights, small models, and a small training."""
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from einops import rearrange
 from torch import nn
@@ -87,6 +89,11 @@ def launch(fn, world, *args, timeout = 120):
             process.kill()
 
     return results
+
+def end_processes():
+    """The end of a script that torchrun started, or gloo may abort it, or it never ends."""
+    gc.collect()        # what may be left of its trainers goes before the group
+    Accelerator(cpu = True).end_training()
 
 # what is compared
 

@@ -1,6 +1,5 @@
 """Several processes, several chunks: the gradient is that of one step on one process."""
 
-import gc
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from helpers import (
     Net,
     PlainNet,
     averaged_weights,
+    end_processes,
     flat_gradients,
     flat_parameters,
     launch,
@@ -475,5 +475,4 @@ if __name__ == '__main__':      # started by torchrun
     place = Path(sys.argv[1])
     result = train_and_resume(place / 'run', cpu = False)
     (place / f'{os.environ["RANK"]}.json').write_text(json.dumps(result))
-    gc.collect()                                # what may be left of the trainers goes before the group
-    Accelerator(cpu = True).end_training()      # or gloo may abort
+    end_processes()

@@ -27,6 +27,7 @@ from helpers import (
     ROOT,
     PlainNet,
     averaged_weights,
+    end_processes,
     flat_gradients,
     launch,
     picture_generator,
@@ -352,3 +353,4 @@ if __name__ == '__main__':      # started by torchrun
     )
     text = json.dumps([array.tolist() for array in own_result])
     (place / f'{os.environ["RANK"]}.json').write_text(text)
+    end_processes()
