@@ -170,10 +170,10 @@ def each(fn, value):
 def geometric_mean_of_softmaxes(logits):
     """sqrt(softmax over y * softmax over x) of logits [... n y]."""
     if can_read(logits):
-        # one exponential for both, unless a row or column would vanish
-        kernel = (logits - logits.amax(dim = (-2, -1), keepdim = True)).exp_()
+        # one exponential for both, at most e^32, unless a sum vanishes
+        kernel = (logits - (logits.amax(dim = (-2, -1), keepdim = True) - 32)).exp_()
         over_y, over_x = (kernel.sum(dim = dim, keepdim = True) for dim in (-1, -2))
-        if min(over_y.min(), over_x.min()) > 1e-21:
+        if min(over_y.min(), over_x.min()) > 1e-28:
             return kernel.mul_(over_y.rsqrt_()).mul_(over_x.rsqrt_())
     return logits.softmax(dim = -1).sqrt_().mul_(logits.softmax(dim = -2).sqrt_())
 

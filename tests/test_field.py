@@ -61,6 +61,19 @@ def test_distances_far_above_the_temperature_stay_exact(rng, autocast):
 
     assert relative(v, oracle.field(x.double().numpy(), y_pos.double().numpy(), None, 0.05)) < 1e-4
 
+@pytest.mark.parametrize('dtype, rtol', [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize('spread', [1., 60., 90., 119., 300., 1e4])
+def test_affinities_are_softmaxes_however_far_a_pair_is(rng, monkeypatch, spread, dtype, rtol):
+    far = torch.linspace(0, spread, 7)                                      # from all that are less far
+    logits = -torch.maximum(far[:, None], far) - 4 * torch.rand(2, 3, 7, 7, generator = rng)
+    logits = logits.to(dtype)
+    expected = (logits.double().softmax(dim = -1) * logits.double().softmax(dim = -2)).sqrt()
+
+    if spread <= 90:                                                        # 1.8 mean distances at 0.02
+        monkeypatch.setattr(torch.Tensor, 'softmax', None)                  # one exponential does for both
+
+    torch.testing.assert_close(DriftField().affinity(logits).double(), expected, rtol = rtol, atol = 1e-12)
+
 def test_own_negatives_are_the_points_without_themselves(rng):
     x, y_pos = points(rng, 2, 3), points(rng, 4, 3)
 
