@@ -28,6 +28,12 @@ def make_parser(doc):
     formatter = argparse.ArgumentDefaultsHelpFormatter
     return argparse.ArgumentParser(description = doc.split('\n')[0], formatter_class = formatter)
 
+def positive(text):
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'must be a whole number from 1 on, got {text!r}')
+    return int(text)
+
 def sha256(parts):
     """Of pieces of bytes, one after the other."""
     digest = hashlib.sha256()

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import cat, nn, stack
 from tqdm.auto import tqdm
 
-from common import autocast, draws_latents, load_generator, load_vae, make_parser, sha256, to_uint8
+from common import autocast, draws_latents, load_generator, load_vae, make_parser, positive, sha256, to_uint8
 from drifting_pytorch.drifting import check, image_grid, seeded
 
 PICTURED = 8        # samples in the picture of neighbours
@@ -402,8 +402,11 @@ def options(argv):
                "or one of its checkpoints"
     )
     parser.add_argument('--revision', default = None, help = 'of the published weights, None for the default')
-    parser.add_argument('--last-k', type = int, default = 1, help = "how many of a results folder's newest checkpoints")
-    parser.add_argument('--num-samples', type = int, default = 50_000, help = 'per checkpoint and guidance scale')
+    parser.add_argument(
+        '--last-k', type = positive, default = 1,
+        help = "how many of a results folder's newest checkpoints"
+    )
+    parser.add_argument('--num-samples', type = positive, default = 50_000, help = 'per checkpoint and guidance scale')
     parser.add_argument(
         '--alphas', type = float, nargs = '+', default = [1.],
         help = 'guidance scales, all from the same noise'
@@ -431,9 +434,9 @@ def options(argv):
         '--training', default = None,
         help = 'training images, among which the neighbours of samples are looked for; None: no neighbours'
     )
-    parser.add_argument('--batch-size', type = int, default = 50, help = 'images at a time, per process')
+    parser.add_argument('--batch-size', type = positive, default = 50, help = 'images at a time, per process')
     parser.add_argument(
-        '--chunk-size', type = int, default = 1_000,
+        '--chunk-size', type = positive, default = 1_000,
         help = 'images per file of features, what an interrupted run loses at most'
     )
     parser.add_argument('--cpu', action = 'store_true', help = 'even where there is a GPU')

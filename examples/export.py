@@ -6,7 +6,8 @@ python examples/export.py MODEL out.onnx --rounds 0    # without the times
 MODEL is a published generator by name, a repository on the hub, a folder of save_pretrained, or a checkpoint of a
 training, of which the averaged weights are taken. Needs the extra [onnx]. The inputs are noise [batch ch h w] (of a
 ConvGenerator [batch d]), labels [batch] (int64, where the model has classes), alpha [batch] (at least 1), styles
-[batch s] (int64, where it has styles). The file does not check their ranges, as the model does. To load it:
+[batch s] (int64, where it has styles); with conditions of other kinds also vector [batch k] and image [batch ch h w],
+of the side of the samples. The file does not check their ranges, as the model does. To load it:
 onnxruntime.InferenceSession('out.onnx').
 """
 
@@ -17,7 +18,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from common import load_generator, make_parser
+from common import load_generator, make_parser, positive
 from drifting_pytorch.drifting import check
 
 class Call(nn.Module):
@@ -26,25 +27,31 @@ class Call(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.names = ['noise', 'labels', 'alpha', 'styles']
+        self.conditions = ['labels'] * (model.num_classes is not None) + list(model.condition_shapes)
+        self.names = ['noise', *self.conditions, 'alpha']
 
-        if model.num_classes is None:
-            self.names.remove('labels')
-        if getattr(model, 'num_style_tokens', 0) == 0:
-            self.names.remove('styles')
+        if getattr(model, 'num_style_tokens', 0) > 0:
+            self.names.append('styles')
 
     def forward(self, *inputs):
         given = dict(zip(self.names, inputs, strict = True))
+        conditions = {name: given.pop(name) for name in self.conditions}
         no_styles = torch.zeros(inputs[0].shape[0], 0, dtype = torch.long)
-        return self.model(**{'styles': no_styles, **given})
+        return self.model(**{'styles': no_styles, **given}, labels = conditions or None)
 
     def draw(self, batch, seed = 0):
         """Inputs of so many samples."""
         model, generator = self.model, torch.Generator().manual_seed(seed)
 
+        shapes = {
+            name: [model.image_size if side in ('height', 'width') else side for side in shape]
+            for name, shape in model.condition_shapes.items()
+        }
+
         drawn = dict(
             noise = torch.randn(batch, *model.noise_shape, generator = generator),
             labels = torch.randint(model.num_classes or 1, (batch,), generator = generator),
+            **{name: torch.randn(batch, *shape, generator = generator) for name, shape in shapes.items()},
             alpha = 1 + torch.rand(batch, generator = generator),
             styles = model.draw_styles(batch, generator) if 'styles' in self.names else None
         )
@@ -81,8 +88,8 @@ def run_onnx(loaded, call, inputs):
     return torch.from_numpy(loaded.run(None, feeds)[0])
 
 def difference(a, b):
-    """norm of the difference / norm"""
-    return ((a - b).norm() / b.norm()).item()
+    """norm of the difference / norm, which is 0 where a generator is not trained"""
+    return ((a - b).norm() / b.norm().clamp(min = 1e-6)).item()
 
 def milliseconds(contenders, batch, rounds):
     """{name: ms per sample}: medians of calls that take turns, after one each that is not counted."""
@@ -115,9 +122,9 @@ def options(argv):
     parser.add_argument('model', help = 'a published generator by name, a folder, or a checkpoint')
     parser.add_argument('output', help = 'the file to write')
     parser.add_argument('--revision', default = None, help = 'of weights on the hub, None for the default')
-    parser.add_argument('--batch-sizes', type = int, nargs = '+', default = [1, 8], help = 'that are timed')
+    parser.add_argument('--batch-sizes', type = positive, nargs = '+', default = [1, 8], help = 'that are timed')
     parser.add_argument('--rounds', type = int, default = 5, help = 'timed calls of each contender, 0 for no times')
-    parser.add_argument('--threads', type = int, default = torch.get_num_threads(), help = 'of the cpu')
+    parser.add_argument('--threads', type = positive, default = torch.get_num_threads(), help = 'of the cpu')
     return parser.parse_args(argv)
 
 def main(argv = None):

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 
-from common import autocast, draws_latents, load_generator, load_vae, make_parser, to_uint8
+from common import autocast, draws_latents, load_generator, load_vae, make_parser, positive, to_uint8
 from drifting_pytorch.drifting import check, image_grid
 
 # classes
@@ -102,8 +102,8 @@ def options(argv):
     )
     parser.add_argument('--alpha', type = float, default = 1., help = 'guidance scale, at least 1')
     parser.add_argument('--seed', type = int, default = 0, help = 'of noise and styles')
-    parser.add_argument('--num', type = int, default = 8, help = 'samples per class')
-    parser.add_argument('--batch-size', type = int, default = 32, help = 'bounds the memory')
+    parser.add_argument('--num', type = positive, default = 8, help = 'samples per class')
+    parser.add_argument('--batch-size', type = positive, default = 32, help = 'bounds the memory')
     parser.add_argument(
         '--vae', default = 'stabilityai/sd-vae-ft-mse',
         help = 'decoder of latents, a name or a local folder of diffusers'

@@ -18,7 +18,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 from torch.utils.data import TensorDataset
 
-from common import class_rows, frechet_distance, load_digits, make_parser, num_parameters, plot_curves
+from common import class_rows, frechet_distance, load_digits, make_parser, num_parameters, plot_curves, positive
 from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, Trainer
 
 # metrics, all on pixels in [0, 1] flattened to 64 numbers
@@ -87,10 +87,10 @@ Frechet distance             {ours["frechet_distance"]:7.3f}   {real_distance:7.
 def options():
     parser = make_parser(__doc__)
     parser.add_argument('--results-folder', default = 'results/digits', help = 'where everything is written')
-    parser.add_argument('--steps', type = int, default = 1_600, help = 'optimiser steps')
-    parser.add_argument('--groups', type = int, default = 10, help = 'class groups per step')
-    parser.add_argument('--num-gen', type = int, default = 32, help = 'generated samples per group')
-    parser.add_argument('--num-pos', type = int, default = 128, help = 'real samples per group')
+    parser.add_argument('--steps', type = positive, default = 1_600, help = 'optimiser steps')
+    parser.add_argument('--groups', type = positive, default = 10, help = 'class groups per step')
+    parser.add_argument('--num-gen', type = positive, default = 32, help = 'generated samples per group')
+    parser.add_argument('--num-pos', type = positive, default = 128, help = 'real samples per group')
     parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of AdamW')
     parser.add_argument(
         '--lr-decay-start', type = int, default = 300,
@@ -118,7 +118,7 @@ def options():
         '--seed', type = int, default = 0,
         help = 'of the whole run; the final samples always use seed 0'
     )
-    parser.add_argument('--threads', type = int, default = 2, help = 'cpu threads')
+    parser.add_argument('--threads', type = positive, default = 2, help = 'cpu threads')
     parser.add_argument(
         '--sample-every', type = int, default = 200,
         help = 'steps between sample grids in samples/, 0 for none'

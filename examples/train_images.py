@@ -31,7 +31,7 @@ from torch import cat, stack
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import EncoderFeatures, load_best, make_parser, num_parameters, plot_curves, pretrain_encoder
+from common import EncoderFeatures, load_best, make_parser, num_parameters, plot_curves, positive, pretrain_encoder
 from drifting_pytorch import ConvGenerator, DriftingGenerator, FeatureDriftLoss, ImageFolder, Trainer
 from drifting_pytorch.drifting import check, image_grid, seed_for, seeded
 from drifting_pytorch.metrics import Evaluation, inception_features
@@ -427,7 +427,7 @@ def options():
     parser.add_argument('folder', help = 'of images, or of a folder of images per class')
     parser.add_argument('--results-folder', default = 'results/images', help = 'where everything is written')
     parser.add_argument('--minutes', type = float, default = 10., help = 'about so long all trainings take together')
-    parser.add_argument('--steps', type = int, default = None, help = 'of the generator, instead of --minutes')
+    parser.add_argument('--steps', type = positive, default = None, help = 'of the generator, instead of --minutes')
     parser.add_argument(
         '--resume', action = 'store_true',
         help = 'go on with the run in the results folder, with its settings; FOLDER (and --held-out) may have moved'
@@ -442,8 +442,8 @@ def options():
         '--encoder', choices = ('auto', *ENCODERS), default = 'auto',
         help = 'whose features the field compares. auto: classifier; the last two are downloaded'
     )
-    parser.add_argument('--groups', type = int, default = None, help = 'class groups per step. None: classes, up to 4')
-    parser.add_argument('--num-gen', type = int, default = 32, help = 'samples per group')
+    parser.add_argument('--groups', type = positive, default = None, help = 'classes per step. None: all, up to 4')
+    parser.add_argument('--num-gen', type = positive, default = 32, help = 'samples per group')
     parser.add_argument('--details', action = 'store_true', help = 'sharper samples of photographs, in twice the time')
     parser.add_argument('--flip', action = 'store_true', help = 'mirror half of the images: not for letters')
     parser.add_argument('--skip-broken', action = 'store_true', help = 'leave out images that cannot be read')
@@ -453,7 +453,7 @@ def options():
         help = 'of the evaluation. judge: a small classifier of its own; inception: downloaded, needs the extra [eval]'
     )
     parser.add_argument('--seed', type = int, default = 0, help = 'of the run; what is held out does not depend on it')
-    parser.add_argument('--threads', type = int, default = os.cpu_count(), help = 'cpu threads')
+    parser.add_argument('--threads', type = positive, default = os.cpu_count(), help = 'cpu threads')
     args = parser.parse_args()
     check(args.minutes > 0 and (args.steps is None or args.steps > 0), '--minutes and --steps must be above 0')
     args.held_out = args.held_out and os.path.abspath(args.held_out)            # to be found on --resume

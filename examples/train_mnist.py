@@ -33,6 +33,7 @@ from common import (
     make_parser,
     num_parameters,
     plot_curves,
+    positive,
     pretrain_encoder,
     split,
 )
@@ -196,7 +197,7 @@ def options():
         '--seed', type = int, default = 0,
         help = 'of the whole run; the split, the judge and the final samples always use seed 0'
     )
-    parser.add_argument('--threads', type = int, default = 2, help = 'cpu threads')
+    parser.add_argument('--threads', type = positive, default = 2, help = 'cpu threads')
     parser.add_argument(
         '--sample-every', type = int, default = 200,
         help = 'steps between sample grids in samples/, 0 for none'

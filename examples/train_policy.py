@@ -21,7 +21,7 @@ from torch import cat, nn, stack, tensor
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from common import make_parser, num_parameters
+from common import make_parser, num_parameters, positive
 from drifting_pytorch import FeatureDriftLoss, Trainer
 
 CHUNK = 16                          # actions that are predicted
@@ -395,11 +395,11 @@ def options():
         help = 'where policy.png, policy.md and metrics.json go'
     )
     parser.add_argument(
-        '--seeds', type = int, default = 3,
+        '--seeds', type = positive, default = 3,
         help = 'trainings per method, each with its own weights, noise and demonstrations'
     )
-    parser.add_argument('--steps', type = int, default = 4_000, help = 'optimiser steps of each training')
-    parser.add_argument('--batch', type = int, default = 256, help = 'rows that pass the network per step')
+    parser.add_argument('--steps', type = positive, default = 4_000, help = 'optimiser steps of each training')
+    parser.add_argument('--batch', type = positive, default = 256, help = 'rows that pass the network per step')
     parser.add_argument(
         '--methods', nargs = '+', choices = METHODS, default = METHODS,
         help = 'what is trained, without the others'
@@ -408,7 +408,7 @@ def options():
         '--coins', type = int, choices = range(33), metavar = 'N', default = 4,
         help = 'noise of drifting: so many random signs, of 32 inputs; 0 for 32 Gaussian numbers'
     )
-    parser.add_argument('--num-gen', type = int, default = 8, help = 'generated chunks per observation, drifting only')
+    parser.add_argument('--num-gen', type = positive, default = 8, help = 'chunks per observation, in drifting')
     parser.add_argument(
         '--temperatures', type = float, nargs = '+', default = [0.05, 0.2, 0.5],
         help = 'of the kernel, relative to the mean distance of chunks; the largest one reaches from side to side'
@@ -417,8 +417,8 @@ def options():
         '--learning-rate', type = float, default = 3e-3,
         help = 'of AdamW; a cosine takes it to 0, in drifting it falls as 1 / sqrt(step) and weights are averaged'
     )
-    parser.add_argument('--demonstrations', type = int, default = 1_000, help = 'episodes to imitate')
-    parser.add_argument('--threads', type = int, default = 1, help = 'cpu threads')
+    parser.add_argument('--demonstrations', type = positive, default = 1_000, help = 'episodes to imitate')
+    parser.add_argument('--threads', type = positive, default = 1, help = 'cpu threads')
     parser.add_argument(
         '--quick', action = 'store_true',
         help = 'one seed, few steps and episodes: only to see that everything runs'

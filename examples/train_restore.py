@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from torch import cat, nn, tensor
 from torch.utils.data import TensorDataset
 
-from common import Judge, crop, load_mnist, make_parser, num_parameters, split
+from common import Judge, crop, load_mnist, make_parser, num_parameters, positive, split
 from drifting_pytorch import FeatureDriftLoss, Trainer
 from drifting_pytorch.drifting import sinusoidal
 
@@ -377,18 +377,18 @@ def options():
         '--task', nargs = '+', choices = ('coarse', 'half'), default = ['coarse', 'half'],
         help = 'what is left of the pictures: 7x7 pixels, or the upper half'
     )
-    parser.add_argument('--seeds', type = int, default = 3, help = 'trainings of each method')
+    parser.add_argument('--seeds', type = positive, default = 3, help = 'trainings of each method')
     parser.add_argument('--budget', type = float, default = 40., help = 'cpu seconds of every training')
-    parser.add_argument('--batch', type = int, default = 64, help = 'rows that pass the network per step')
-    parser.add_argument('--num-gen', type = int, default = 4, help = 'answers per input and step, drifting only')
+    parser.add_argument('--batch', type = positive, default = 64, help = 'rows that pass the network per step')
+    parser.add_argument('--num-gen', type = positive, default = 4, help = 'answers per input and step, drifting only')
     parser.add_argument(
         '--temperatures', type = float, nargs = '+', default = [0.05, 0.2, 0.5],
         help = 'of the drifting field, relative to the mean distance of answers'
     )
     parser.add_argument('--learning-rate', type = float, default = 4e-3, help = 'of all methods')
-    parser.add_argument('--inputs', type = int, default = 250, help = 'held-out images that are restored')
-    parser.add_argument('--answers', type = int, default = 8, help = 'of each method to each input')
-    parser.add_argument('--rows', type = int, default = 6, help = 'of inputs in the picture')
+    parser.add_argument('--inputs', type = positive, default = 250, help = 'held-out images that are restored')
+    parser.add_argument('--answers', type = positive, default = 8, help = 'of each method to each input')
+    parser.add_argument('--rows', type = positive, default = 6, help = 'of inputs in the picture')
     parser.add_argument(
         '--quick', action = 'store_true',
         help = 'one seed, a second of training, few inputs: only to see that everything runs'

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from common import make_parser
+from common import make_parser, positive
 from drifting_pytorch import DriftField, GradientField, SharpField, SinkhornField, drift_loss
 
 # targets: n points [n 2] of unit scale, and their modes if they have any
@@ -272,8 +272,8 @@ def options():
         help = 'break the anti-symmetry instead, on two targets: attraction and repulsion factors of Table 1'
     )
     parser.add_argument('--fields', action = 'store_true', help = 'compare the fields instead: ' + ', '.join(FIELDS))
-    parser.add_argument('--steps', type = int, default = 1_500, help = 'optimiser steps of each run')
-    parser.add_argument('--batch', type = int, default = 256, help = 'generated and real points per step')
+    parser.add_argument('--steps', type = positive, default = 1_500, help = 'optimiser steps of each run')
+    parser.add_argument('--batch', type = positive, default = 256, help = 'generated and real points per step')
     parser.add_argument(
         '--learning-rate', type = float, default = 3e-3,
         help = 'of AdamW, decayed to a twentieth by a cosine'
@@ -286,7 +286,7 @@ def options():
         '--seeds', type = int, nargs = '+', default = [0],
         help = 'of weights, noise and data; the picture shows the first'
     )
-    parser.add_argument('--threads', type = int, default = 2, help = 'cpu threads')
+    parser.add_argument('--threads', type = positive, default = 2, help = 'cpu threads')
     return parser.parse_args()
 
 def jobs_of(args):

@@ -21,7 +21,9 @@ KINDS = dict(
     noise_and_alpha = partial(
         tiny_generator, depth = 1, num_classes = None, num_style_tokens = 0, num_register_tokens = 0
     ),
-    convolutions = conv_generator
+    convolutions = conv_generator,
+    conditions = partial(tiny_generator, depth = 1, dim_condition = 3, condition_channels = 2),
+    picture = lambda: ConvGenerator(image_size = 8, channels = 2, dim = 16, condition_channels = 1)
 )
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_checkpoints_are_exported_with_their_average(script, tmp_path, kind):
     inputs = call.draw(2)
 
     def sample(model):
-        return model(**dict(zip(call.names, inputs, strict = True)))
+        return script.Call(model)(*inputs)
 
     loaded = script.load_generator(tmp_path)
     assert type(loaded) is type(model) and not loaded.training
@@ -88,9 +90,11 @@ def test_onnx_equals_pytorch(script, tmp_path, monkeypatch, capsys, kind):
     assert timed == ['PyTorch, eager', 'PyTorch, compiled', 'onnxruntime']
 
     call, loaded = script.Call(model.eval()), script.session(path, 1)
+    assert script.difference(torch.zeros(2), torch.zeros(2)) == 0                   # nothing is trained
     shapes = {each.name: each.shape for each in loaded.get_inputs()}
     noise = ['batch', *call.model.noise_shape]
     expected = dict(noise = noise, labels = ['batch'], alpha = ['batch'], styles = ['batch', 4])
+    expected |= dict(vector = ['batch', 3], image = ['batch', *call.model.condition_shapes.get('image', [0])[:1], 8, 8])
     assert shapes == {name: expected[name] for name in call.names}
     assert not list(tmp_path.glob('*.data'))                                        # one file
 

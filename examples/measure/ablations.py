@@ -40,6 +40,7 @@ from common import (
     load_digits,
     load_mnist,
     make_parser,
+    positive,
     pretrain_encoder,
     split,
 )
@@ -542,7 +543,7 @@ def options():
         help = 'of weights, data order, noise and encoder; a trend wants three or more'
     )
     parser.add_argument(
-        '--steps', type = int, default = None,
+        '--steps', type = positive, default = None,
         help = 'optimiser steps of each run, None for those of the mode'
     )
     parser.add_argument(
@@ -550,7 +551,7 @@ def options():
         help = 'where everything is written, None for results/ablations-quick or -full'
     )
     parser.add_argument(
-        '--threads', type = int, default = 1,
+        '--threads', type = positive, default = 1,
         help = 'cpu threads; small networks gain nothing from more'
     )
     return parser.parse_args()

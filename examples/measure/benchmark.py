@@ -54,7 +54,7 @@ from drifting_pytorch import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import make_parser
+from common import make_parser, positive
 
 TEMPERATURES = (0.02, 0.05, 0.2)
 
@@ -1050,8 +1050,8 @@ def options():
     parser = make_parser(__doc__)
     parser.add_argument('what', choices = [*BENCHMARKS, 'all'], help = 'what to measure')
     parser.add_argument('--device', type = torch.device, default = torch.device(device), help = 'cpu or cuda')
-    parser.add_argument('--threads', type = int, default = 1, help = 'cpu threads')
-    parser.add_argument('--rounds', type = int, default = 9, help = 'timed calls of each contender')
+    parser.add_argument('--threads', type = positive, default = 1, help = 'cpu threads')
+    parser.add_argument('--rounds', type = positive, default = 9, help = 'timed calls of each contender')
     parser.add_argument(
         '--clock', choices = ['wall', 'cpu'], default = 'wall',
         help = 'what times are read from: cpu is the processor time of this process, for a cpu shared with others'
@@ -1075,11 +1075,11 @@ def options():
                "1 for the features"
     )
     parser.add_argument(
-        '--mae-dim', type = int, default = 256,
+        '--mae-dim', type = positive, default = 256,
         help = 'width of the encoder whose features are compared'
     )
     parser.add_argument('--models', nargs = '+', default = ['B/2', 'L/2'], help = 'generators to sample from')
-    parser.add_argument('--batch-sizes', type = int, nargs = '+', default = [1, 8], help = 'of sampling')
+    parser.add_argument('--batch-sizes', type = positive, nargs = '+', default = [1, 8], help = 'of sampling')
     parser.add_argument('--output', default = 'results/benchmark.json', help = 'the json file to write')
     args = parser.parse_args()
 

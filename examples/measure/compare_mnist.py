@@ -53,6 +53,7 @@ from common import (
     load_mnist,
     make_parser,
     num_parameters,
+    positive,
     split,
 )
 from photographs import crops, parts
@@ -713,7 +714,7 @@ def options():
     )
     parser.add_argument('--budget', type = float, default = 600., help = 'cpu seconds of every training')
     parser.add_argument(
-        '--points', type = int, default = 7,
+        '--points', type = positive, default = 7,
         help = 'number of evaluations: at the budget, at half of it, at a quarter of it and so on'
     )
     parser.add_argument(
@@ -722,11 +723,11 @@ def options():
                'uniform_times and so on'
     )
     parser.add_argument(
-        '--evaluations', type = int, nargs = '+', default = [], metavar = 'N',
+        '--evaluations', type = positive, nargs = '+', default = [], metavar = 'N',
         help = 'numbers of them that flow matching is evaluated with too, at the end'
     )
     parser.add_argument(
-        '--num-samples', type = int, default = 1_000,
+        '--num-samples', type = positive, default = 1_000,
         help = 'of every evaluation, as many of every class; five times as many at the end'
     )
     return parser.parse_args()

@@ -38,7 +38,7 @@ from benchmark import (
     show,
     synchronize,
 )
-from common import Judge, crop, frechet_distance, load_mnist, make_parser, split
+from common import Judge, crop, frechet_distance, load_mnist, make_parser, positive, split
 from compare_mnist import Classifier, conv_generator
 from drifting_pytorch import FeatureDriftLoss, Trainer
 
@@ -299,8 +299,8 @@ def options(argv):
     parser = make_parser(__doc__)
     parser.add_argument('--parts', nargs = '+', choices = list(PARTS), default = list(PARTS), help = 'what is measured')
     parser.add_argument('--device', type = torch.device, default = torch.device(device), help = 'cpu or cuda')
-    parser.add_argument('--threads', type = int, default = torch.get_num_threads(), help = 'of the cpu')
-    parser.add_argument('--rounds', type = int, default = 9, help = 'timed calls of each contender')
+    parser.add_argument('--threads', type = positive, default = torch.get_num_threads(), help = 'of the cpu')
+    parser.add_argument('--rounds', type = positive, default = 9, help = 'timed calls of each contender')
     parser.add_argument('--minutes', type = float, default = 20., help = 'after which nothing new is begun')
     parser.add_argument('--mnist-seconds', type = float, default = 180., help = 'of training on MNIST, at most')
     parser.add_argument('--quick', action = 'store_true', help = 'tiny sizes, to see that everything runs')

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import make_parser
+from common import make_parser, positive
 
 def parts():
     """(name, left third [h w ch], right two thirds) of every photograph."""
@@ -36,8 +36,8 @@ def crops(part, num, size, rng):
 def main():
     parser = make_parser(__doc__)
     parser.add_argument('folder', type = Path, help = 'where the crops are written, a folder per photograph')
-    parser.add_argument('--crops', type = int, default = 2_000, help = 'of each photograph, a fourth of them apart')
-    parser.add_argument('--size', type = int, default = 32, help = 'pixels of a side, made from 64 to 128')
+    parser.add_argument('--crops', type = positive, default = 2_000, help = 'of each photograph, a fourth apart')
+    parser.add_argument('--size', type = positive, default = 32, help = 'pixels of a side, made from 64 to 128')
     args = parser.parse_args()
     rng = np.random.default_rng(0)
 

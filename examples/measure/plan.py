@@ -47,7 +47,7 @@ from drifting_pytorch.drifting import PRESETS, TRAINER_PRESETS, GeneratorSetting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import make_parser
+from common import make_parser, positive
 
 NUM_CLASSES = 1000
 
@@ -681,10 +681,10 @@ def simulate_processes(worlds):
 def options(argv):
     parser = make_parser(__doc__)
     parser.add_argument('--preset', choices = tuple(ENCODERS), default = 'ablation', help = 'column of Table 8')
-    parser.add_argument('--gpus', type = int, default = 8, help = 'processes, one on each GPU')
+    parser.add_argument('--gpus', type = positive, default = 8, help = 'processes, one on each GPU')
     parser.add_argument('--all', action = 'store_true', help = 'every preset on 1, 8 and 64 GPUs')
     parser.add_argument(
-        '--simulate', type = int, nargs = '+', metavar = 'PROCESSES',
+        '--simulate', type = positive, nargs = '+', metavar = 'PROCESSES',
         help = 'instead: what some of so many processes need in ten steps of a tiny model'
     )
     parser.add_argument('--memory', type = float, default = 80., help = 'GB of a GPU')
