@@ -850,9 +850,8 @@ class DriftProblems:
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
 
-        # caches: of every part what two rounds need, of the newest one what several methods need
-        self.kept = {}  # {start: squares, (start, 'V'): V}
-        self.newest = None, None  # part, W
+        # caches: of every part what two rounds need, {start: value}, of the newest one its points
+        self.kept_squares, self.kept_fields = {}, {}
         self.placed = None, None, None  # part, x, y
 
     # of one part
@@ -868,12 +867,12 @@ class DriftProblems:
 
     def squares(self, part):
         """Squared distances [b g y], and where |V| needs them [b o o]."""
-        if part.start not in self.kept:
+        if part.start not in self.kept_squares:
             x, y = self.points(part)
             others = y[:, :-self.m]
             squares_of_others = squared_distances(others, others) if self.in_coefficients else None
-            self.kept[part.start] = squared_distances(x, y), squares_of_others
-        return self.kept[part.start]
+            self.kept_squares[part.start] = squared_distances(x, y), squares_of_others
+        return self.kept_squares[part.start]
 
     def distances(self, part):
         return self.squares(part)[0].clamp(min = self.min_dist_sq).sqrt_()
@@ -886,20 +885,14 @@ class DriftProblems:
         return dist.unsqueeze(1)
 
     def coefficients(self, part, scale):
-        """W [b t g y], V = W (y - x), kept for the newest part."""
-        if self.newest[0] != part:
-            dist = self.masked_distances(part, scale)
-            weight = self.weight[part] if 'uncond' in self.sets else None
-            W = self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
-            self.newest = part, W
-        return self.newest[1]
+        """W [b t g y], V = W (y - x)."""
+        dist = self.masked_distances(part, scale)
+        weight = self.weight[part] if 'uncond' in self.sets else None
+        return self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
 
-    def vectors(self, part, scale):
-        """V [b t g d], where there are more samples than dimensions."""
-        key = part.start, 'V'
-        if key not in self.kept:
-            self.kept[key] = self.field.apply_coefficients(self.coefficients(part, scale), *self.points(part))
-        return self.kept[key]
+    def fields(self, part, W):
+        """V [b t g d] of W, or W as it is where that is less to multiply."""
+        return W if self.in_coefficients else self.field.apply_coefficients(W, *self.points(part))
 
     def squared_lengths(self, part, W):
         """[t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
@@ -926,10 +919,11 @@ class DriftProblems:
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
         scale = self.scale(S_sums)
         W = self.coefficients(part, scale)
+        fields = self.kept_fields[part.start] = self.fields(part, W)
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
         else:
-            V_sq = torch.linalg.vector_norm(self.vectors(part, scale), dim = -1).square().sum(dim = (0, 2))
+            V_sq = torch.linalg.vector_norm(fields, dim = -1).square().sum(dim = (0, 2))
         sums = [V_sq]
         if self.diagnostics:
             pull, push = W[..., :self.p], W[..., self.p:]
@@ -939,6 +933,7 @@ class DriftProblems:
             dist = self.masked_distances(part, scale)
             potential = self.field.potential(dist, self.p, self.temperature, self.weight[part])
             sums.append(potential.sum(dim = (0, 2)))
+        del self.kept_squares[part.start]
         return stack((*sums, torch.full_like(V_sq, len(W) * self.g)))
 
     # round 3: fields at root mean square 1, V their sum. The loss is V^2, its gradient -2 V
@@ -946,10 +941,12 @@ class DriftProblems:
         """The loss of each problem [b], and the gradient of their mean, like gen [b g d]."""
         factors = 1 / (rms.clamp(min = self.min_drift_sq ** 0.5) * unit)  # t
         losses, grad = [], torch.empty_like(self.gen)
-        fields_of = self.coefficients if self.in_coefficients else self.vectors
         for part in self.parts:
+            fields = self.kept_fields.pop(part.start, None)
+            if not exists(fields):  # the rounds were of other chunks
+                fields = self.fields(part, self.coefficients(part, scale))
             # V, or first its W: n is d, or y
-            fields = rearrange(fields_of(part, scale), 'b t g n -> b t (g n)')
+            fields = rearrange(fields, 'b t g n -> b t (g n)')
             V = factors.expand(len(fields), 1, -1).contiguous() @ fields  # for mps
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
@@ -2567,8 +2564,8 @@ class Trainer(BaseTrainer):
     def metrics(self, details):
         """On the bar: the drift before it is normalised, mean over features."""
         breakdown, alpha, spread = details
-        metrics = {'alpha/mean': alpha.mean(), 'alpha/max': alpha.max(), **existing(spread = spread)}
-        metrics['alpha/share_of_1'] = (alpha == 1).float().mean()
+        metrics = {'alpha/mean': alpha.mean(), 'alpha/share_of_1': (alpha == 1).float().mean()}
+        metrics |= existing(spread = spread)
         drifts = {}
         for name, stats in breakdown.stats.items():
             prefix, kinds = f'feature/{name}', stats._asdict()

@@ -86,7 +86,7 @@ def test_metrics_tell_the_drift(tmp_path):
             assert row[f'drift/{temperature}'] == row[f'feature/global/drift_rms/{temperature}'] > 0
         assert row['loss'] == row['feature/global/loss']
         assert row['feature/global/scale'] > 0
-        assert 1 <= row['alpha/mean'] <= row['alpha/max'] <= 4
+        assert 1 <= row['alpha/mean'] <= 4
         assert row['spread'] > 0
         assert row['machine/steps_per_second'] > 0
         assert 'machine/memory_mib' not in row      # of a GPU
