@@ -89,8 +89,7 @@ def check(condition, message):
 def check_whole(low, **values):
     for name, value in values.items():
         is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        fits = not exists(value) or is_whole and value >= low
-        check(fits, f'{name} must be a whole number from {low} on, got {value!r}')
+        check(is_whole and value >= low, f'{name} must be a whole number from {low} on, got {value!r}')
 
 def check_number(low, high, **values):
     for name, value in values.items():
@@ -187,7 +186,7 @@ class DriftField(Module):
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Unless a = b it is not anti-symmetric.
     """
     # fields of later work (section 7) differ in these
-    scale_power = 1  # S is the root of this order of the mean of distance ** scale_power
+    scale_power = 1  # S is mean(distance ** scale_power) ** (1 / scale_power)
     needs_neg = False  # whether negatives are a second generated batch
 
     def __init__(self, *, kernel = 'laplace', normalize = 'both', attraction = 1., repulsion = 1.):
@@ -219,7 +218,7 @@ class DriftField(Module):
         num_neg: int,
         temperature: float | Tensor,  # a tensor is broadcast against dist
         weight: Float[Tensor, '... y'] | None = None,  # of each y, the guidance (A.7)
-        affinity_floor: float = 0.  # of softmax * softmax (release)
+        affinity_floor: float = 0.  # its root bounds A (release)
     ) -> Float[Tensor, '... n y']:
         """W of V(x) = sum_y W(x, y) (y - x): positive on positives, negative on the others."""
         A = self.affinity(self.logits(dist, temperature)).clamp_(min = affinity_floor ** 0.5)
@@ -258,7 +257,8 @@ class DriftField(Module):
         negatives = default(y_neg, x)
         check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
         check_number(1e-30, 1e30, temperature = temperature)
-        points = [full_precision(t) for t in (x, cat((y_pos, negatives), dim = -2).to(x.dtype))]
+        x = full_precision(x)
+        points = x, cat((y_pos, negatives), dim = -2).to(x.dtype)
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
         with torch.autocast(x.device.type, enabled = False):
             center = reduce(points[1], '... y d -> ... 1 d', 'mean')
@@ -295,14 +295,14 @@ def plain_drift_loss(
         y = cat((pos, uncond, gen), dim = 1)  # b y d
         weight = F.pad(uncond_weight, (p, g), value = 1.)  # b y
 
-        # one scale: distances, and with them temperatures, are relative to it
+        # distances, and temperatures, are relative to one scale. Eq. 21 has S_j = S / sqrt(d)
         dist = torch.cdist(gen, y).clamp(min = 1e-4)  # b g y
         S = (dist * weight[:, None]).mean() / weight.mean()
         unit = (S / d ** 0.5).clamp(min = 1e-3)
         dist = dist / S.clamp(min = 1e-3)
-        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)  # mask self
+        dist[:, :, -g:] += 100 * torch.eye(g).to(dist)  # mask self (release)
 
-        # the field of each temperature is normalised to unit root mean square, then they add up
+        # each temperature's field is divided by lambda (Eq. 25), then they add up: one loss (Table 8: three)
         V = 0.
         for temperature in temperatures:
             W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)  # b g y
@@ -387,7 +387,7 @@ def sincos_2d(size, dim):
     """[size * size, dim]: the sine-cosine embedding of a grid, columns then rows."""
     steps = torch.arange(size)
     places = torch.cartesian_prod(steps, steps).flip(-1)  # column, row
-    sin_first = sinusoidal(places, dim // 2).roll(dim // 4, dims = -1)  # it has cosines first
+    sin_first = sinusoidal(places, dim // 2).roll(dim // 4, dims = -1)  # of cosines first
     return rearrange(sin_first, 'n two d -> n (two d)')
 
 def channels_last(x):
@@ -410,8 +410,9 @@ class Generator(Module, PyTorchModelHubMixin):
     """What generators share: their conditions, and checks of what they get."""
     def __init__(self, image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim):
         super().__init__()
-        check_whole(1, image_size = image_size, channels = channels, dim = dim, num_classes = num_classes)
-        check_whole(1, dim_condition = dim_condition, condition_channels = condition_channels)
+        check_whole(1, image_size = image_size, channels = channels, dim = dim)
+        check_whole(1, **existing(num_classes = num_classes, dim_condition = dim_condition))
+        check_whole(1, **existing(condition_channels = condition_channels))
         check_whole(0, output_conv_dim = output_conv_dim)
         self.image_size, self.num_classes = image_size, num_classes
         self.noise_shape = channels, image_size, image_size
@@ -510,7 +511,7 @@ class DriftingGenerator(Generator, coders = CODERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions (release: 1d), real even where weights are on meta
+        # rotary positions (release: 1d), made even where weights are on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -546,7 +547,7 @@ class DriftingGenerator(Generator, coders = CODERS):
 
     def draw_styles(self, num, generator = None):
         """Random style indices [num s], uniform over the codebook."""
-        device = generator.device if exists(generator) else self.pos_embed.device
+        device = getattr(generator, 'device', self.pos_embed.device)
         shape = (num, self.num_style_tokens)
         return torch.randint(self.style_codebook_size, shape, generator = generator, device = device)
 
@@ -598,7 +599,8 @@ def chunked(values, size = None):
     """Tensors, dicts of them, or None, in chunks [value, ...] of so many rows."""
     num = len(values[0])
     size = default(size, num)
-    return [[each(operator.itemgetter(slice(i, i + size)), value) for value in values] for i in range(0, num, size)]
+    parts = [slice(i, i + size) for i in range(0, num, size)]
+    return [[each(operator.itemgetter(part), value) for value in values] for part in parts]
 
 def is_condition(labels, num_batch_dims = 1):
     """More than class labels: a dict, not integers, or several numbers per row."""
@@ -632,8 +634,8 @@ def sample_from(
         sizes = {t.shape[:1] for t in (labels if isinstance(labels, dict) else {'': labels}).values()}
         check(len(sizes) == 1 and sizes != {()}, f'labels must be tensors [rows, ...] of equal length, got {sizes}')
         rows, = sizes.pop()
-    check_whole(1, num_samples = rows, num_samples_each = k, batch_size = batch_size)
-    check_whole(0, seed = seed)
+    check_whole(1, num_samples = rows, num_samples_each = k, **existing(batch_size = batch_size))
+    check_whole(0, **existing(seed = seed))
     alpha = as_tensor('alpha', alpha).float()
     check(alpha.shape in ((), (rows,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({rows},)')
     generator = torch.Generator()
@@ -746,7 +748,7 @@ class ConvGenerator(Generator, coders = CODERS):
 
 class DriftStats(NamedTuple):
     scale: Tensor       # S, the mean distance: temperatures are relative to it
-    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised, falls
+    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised
     neighbors: dict     # {temperature: to how many positives a sample listens}, 1 .. p
     uncond_share: dict  # {temperature: share of unconditional samples in the push}, 0 .. 1
     potential: dict     # {temperature: what a field with a potential descends}: it falls
@@ -788,7 +790,7 @@ def checked_temperatures(temperatures):
     check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
     return tuple(map(float, values))
 
-PART_NUMBERS = dict(cpu = 2 ** 19)  # at a time: a cache; elsewhere half a GiB
+PART_NUMBERS = dict(cpu = 2 ** 19)  # a part: a cache, else half a GiB
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
@@ -811,7 +813,7 @@ class DriftProblems:
         neg: Float[Tensor, 'b m d'] | None = None,  # negatives, instead of gen
         temperatures = (0.02, 0.05, 0.2),  # A.6, relative to the mean distance S
         field = DRIFT_FIELD,  # Algorithm 2
-        affinity_floor = 1e-6,  # release; low-dimensional data want 0, it freezes them
+        affinity_floor = 1e-6,  # release; it freezes low-dimensional data: 0 there
         diagnostics = True  # the last three fields of DriftStats, otherwise empty
     ):
         sets = dict(pos = pos, **existing(uncond = uncond, neg = neg))
@@ -823,8 +825,7 @@ class DriftProblems:
         self.temperatures = checked_temperatures(temperatures)
         self.field, self.affinity_floor, self.diagnostics = field, affinity_floor, diagnostics
 
-        self.x = full_precision(gen)  # the gradient flows to it
-        self.gen = self.x.detach()
+        self.gen = full_precision(gen)  # the gradient flows to it
         self.own_negatives = not exists(neg)
         self.sets = {**sets, 'neg': default(neg, self.gen)}  # in the order of y
         sizes = [t.shape[1] for t in self.sets.values()]
@@ -839,10 +840,10 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
-        # in coefficients: |V|^2 of W and distances, and one V in the end, if that is less to multiply
+        # in_coefficients: |V|^2 comes from W and distances, and V once, from the sum of the W: cheaper
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
-        cost_without = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
-        is_cheap = cost_without < 1.3 * num_vectors * self.y * self.d
+        products = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
+        is_cheap = products < 1.3 * num_vectors * self.y * self.d
         is_small = self.b * num_vectors * self.d < PART_NUMBERS['cpu'] / 4
         fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails
         self.in_coefficients = fits and is_cheap and not is_small
@@ -891,7 +892,7 @@ class DriftProblems:
         return self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
 
     def fields(self, part, W):
-        """V [b t g d] of W, or W as it is where that is less to multiply."""
+        """V [b t g d] of W, or W itself if in_coefficients."""
         return W if self.in_coefficients else self.field.apply_coefficients(W, *self.points(part))
 
     def squared_lengths(self, part, W):
@@ -919,7 +920,8 @@ class DriftProblems:
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
         scale = self.scale(S_sums)
         W = self.coefficients(part, scale)
-        fields = self.kept_fields[part.start] = self.fields(part, W)
+        fields = self.fields(part, W)
+        self.kept_fields[part.start] = fields
         if self.in_coefficients:
             V_sq = self.squared_lengths(part, W)
         else:
@@ -945,8 +947,8 @@ class DriftProblems:
             fields = self.kept_fields.pop(part.start, None)
             if not exists(fields):  # the rounds were of other chunks
                 fields = self.fields(part, self.coefficients(part, scale))
-            # V, or first its W: n is d, or y
             fields = rearrange(fields, 'b t g n -> b t (g n)')
+            # the sum of V (n = d), or of W (n = y)
             V = factors.expand(len(fields), 1, -1).contiguous() @ fields  # for mps
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
             if self.in_coefficients:
@@ -958,7 +960,7 @@ class DriftProblems:
     def solve(self, S_sums, V_sums, of = ''):
         """The loss of each problem [b], and DriftStats."""
         given = {name + of: t for name, t in {'gen': self.gen, **self.sets}.items()}
-        check_values(V_sums, **given)  # equal in all processes
+        check_values(V_sums, **given)  # of all processes
         with torch.no_grad(), torch.autocast(self.gen.device.type, enabled = False):
             scale = self.scale(S_sums)
             V_sq, *diagnosed = V_sums[:-1] / V_sums[-1]
@@ -968,11 +970,11 @@ class DriftProblems:
             found += ({} for _ in range(4 - len(found)))  # no diagnostics, or no potential
             stats = DriftStats(scale, *found)
             loss, grad = self.loss(scale, unit, rms)
-        return KnownGradient.apply(self.x, loss, grad), stats
+        return KnownGradient.apply(self.gen, loss, grad), stats
 
 @torch.no_grad()
 def two_rounds(bundles):
-    """Sums of S and of lambda over processes and bundles(), {feature: DriftProblems}."""
+    """Totals {feature: sums} for S, then for lambda, of bundles() {feature: DriftProblems}."""
     rounds = []
     for sums_of in (DriftProblems.sum_distances, DriftProblems.sum_drift):
         totals = {}
@@ -1010,7 +1012,7 @@ class FeatureDriftLoss(Module):
 
     encoder: None, a Module with .features(x), a callable, or a list of them: {name: [b f d]} of x [b ...].
     decoder: a callable in front of them, from latents to pixels. Modules are frozen, gradients pass.
-    raw: add the flattened sample itself, before any decoder, as 'global' (release: always).
+    raw: add the flattened sample itself, before any decoder, as 'global' (A.5: always).
     group_chunk_size: class groups at a time: the same in less memory, by three encoder passes.
     drift_loss_kwargs: temperatures, field, affinity_floor.
     """
@@ -1018,10 +1020,10 @@ class FeatureDriftLoss(Module):
         super().__init__()
         unknown = sorted(drift_loss_kwargs.keys() - {'temperatures', 'field', 'affinity_floor', 'diagnostics'})
         check(not unknown, f'unknown arguments {unknown}')
-        check_whole(1, group_chunk_size = group_chunk_size)
-        self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*existing(encoder = encoder).values()]
+        check_whole(1, **existing(group_chunk_size = group_chunk_size))
+        self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*filter(exists, [encoder])]
         check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
-        held = [*self.encoders, *existing(decoder = decoder).values()]
+        held = [*self.encoders, *filter(exists, [decoder])]
         for part in held:  # grows: networks inside are frozen too
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
@@ -1083,11 +1085,11 @@ class FeatureDriftLoss(Module):
         without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
-        # numbers of points and distances. A bundle has at most half of the largest one's
-        sizes_of = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
+        # a bundle has at most half the numbers (points, distances) of the largest feature
+        numbers = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
-            if bundle and sum(sizes_of[key] for key in (*bundle, name)) > max(sizes_of.values()) / 2:
+            if bundle and sum(numbers[key] for key in (*bundle, name)) > max(numbers.values()) / 2:
                 yield bundle
                 bundle = {}
             points = rearrange(other_features.pop(name), '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
@@ -1141,7 +1143,7 @@ class FeatureDriftLoss(Module):
         return KnownGradient.apply(gen, total, grad), Breakdown(losses, breakdown.stats)
 
     def loss_of(self, samples, options, sums = None):
-        """The sum over features (Eq. 14), and its Breakdown."""
+        """Sum over features (Eq. 14) of means over their locations (release; A.6: sums), Breakdown."""
         losses, stats = {}, {}
         for bundle in self.problems(options, **samples):
             S_sums, V_sums = sums or two_rounds(lambda bundle = bundle: [bundle])
@@ -1310,10 +1312,10 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
     """The paper's feature encoder: a ResNet, pretrained as a masked autoencoder on latents or pixels (A.3).
 
     patch_size: patches are folded into channels first: 1 for latents, 8 for pixels. 8 divides the folded sides.
-    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; each halves the map.
+    layers: residual blocks of the four stages, dim, 2 dim, 4 dim and 8 dim wide; the last three halve the map.
     num_classes: of the linear head on the pooled last map, None for no head.
     mask_patch_size, mask_ratio: patches of the folded input, each zeroed with this probability.
-    feature_sets: of `.features`, see map_features, and 'norm_x', norms of the folded channels.
+    feature_sets: of `.features`, see map_features, and 'norm_x', rms of the folded channels (A.5: squared).
     checkpointing: see DriftingGenerator. Samples are cast to the dtype of the weights.
     """
     def __init__(
@@ -1321,8 +1323,8 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         mask_patch_size = 2, mask_ratio = 0.5, feature_sets = (*FEATURE_SETS, 'norm_x'), checkpointing = False
     ):
         super().__init__()
-        check_whole(1, dim = dim, channels = channels, patch_size = patch_size, num_classes = num_classes)
-        check_whole(1, mask_patch_size = mask_patch_size)
+        check_whole(1, dim = dim, channels = channels, patch_size = patch_size, mask_patch_size = mask_patch_size)
+        check_whole(1, **existing(num_classes = num_classes))
         is_four = isinstance(layers, (list, tuple)) and [type(num) for num in layers] == [int] * 4
         check(is_four and min(layers) > 0, f'layers must be four numbers of blocks from 1 on, got {layers!r}')
         check_number(1e-6, 1 - 1e-6, mask_ratio = mask_ratio)
@@ -1394,7 +1396,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
 
     def draw_mask(self, x, generator = None):
         """A random mask [b h w] over mask patches of x [b ch h w]: 1 is dropped."""
-        device = generator.device if exists(generator) else x.device
+        device = getattr(generator, 'device', x.device)
         keys = torch.rand(self.mask_shape(x), generator = generator, device = device)
         return (keys < self.mask_ratio).to(x)
 
@@ -1596,7 +1598,7 @@ class ImageFolder(Dataset):
         return image.flip(-1) if self.flip and random.random() < 0.5 else image, label
 
 def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., generator = None):
-    """Guidance scales [num] (A.7): 1 with no_cfg_frac, else of density alpha^-power on [low, high]."""
+    """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
     k, (uniform, skip) = 1 - power, torch.rand(2, num, generator = generator)
     # inverse of the cumulative density
     if k != 0:
@@ -1726,9 +1728,8 @@ class SeededDataset(Dataset):
         samples, *rest = (t[index].cpu().contiguous() for t in self.dataset.tensors)  # the first was checked
         if self.has_conditions:
             return samples.float(), rest[0].float() if rest[0].is_floating_point() else rest[0]
-        if self.with_labels:
-            return samples.float(), rest[0].flatten().long()
-        return samples.float(), torch.zeros(len(index)).long()
+        labels = rest[0].flatten() if self.with_labels else torch.zeros(len(index))
+        return samples.float(), labels.long()
 
     def __getitem__(self, places):
         try:
@@ -1927,8 +1928,10 @@ class BaseTrainer:
         self.results_folder = Path(settings.results_folder).absolute()
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
-        self.queues, self.parts, self.emas, self.best = {}, {}, {}, None
-        self.step, self.samples_read, self.in_step, self.logs_this_step = 0, 0, False, False
+        self.queues, self.parts = {}, {}
+        self.emas, self.best = {}, None
+        self.step, self.samples_read = 0, 0
+        self.in_step, self.logs_this_step = False, False
         has_bf16 = not settings.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
         given = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
         precision = settings.mixed_precision = default(given, 'bf16' if has_bf16 else 'no')
@@ -2304,7 +2307,7 @@ class BaseTrainer:
         for module, saved in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
-        # no states: frozen now, or never a gradient (equal their average). Cloned, or the file stays open
+        # without states: frozen now, or never a gradient, so equal to the average. Clones free the file
         self.optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer)
         moments = {name: each(Tensor.clone, t) for name, t in nested(moments).items() if name not in now['frozen']}
@@ -2362,22 +2365,22 @@ class GeneratorSettings(LoopSettings):
         low, high = self.alpha_range
         check(1 <= low <= high, f'alpha_range must be 1 <= low <= high, got {self.alpha_range}')
 
-# Table 8: what differs from the ablation (release)
+# Table 8: what differs from the ablation (release). paper: one of four ema_decay
 LARGE = dict(learning_rate = 4e-4, lr_warmup_steps = 10_000, num_train_steps = 200_000)
 LARGE |= dict(num_groups = 128, num_uncond = 32, push_size = 128)
 PIXEL = dict(LARGE, num_train_steps = 100_000, num_pos = 128, alpha_power = 5.)
-PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)
+PIXEL |= dict(queue_device = 'cpu', queue_dtype = torch.float16)  # open
 
 TRAINER_PRESETS = {
     'ablation': {},
-    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),  # paper: num_pos = 128, one of four ema_decay
+    'B/2': dict(LARGE, weight_decay = 0., alpha_power = 5.),  # paper: num_pos = 128
     **dict.fromkeys(('L/2', 'L/2-512'), dict(LARGE, no_cfg_frac = 0.5, push_size = 64)),
     'B/16': dict(PIXEL, learning_rate = 2e-4),
     'L/16': PIXEL,
 }
 
 class Trainer(BaseTrainer):
-    """Trains a generator on a map-style dataset of (sample, label) (A.8), or of (sample, condition).
+    """Trains a generator on a map-style dataset of (sample, label) (A.9), or of (sample, condition).
 
     model: a module, model(noise, labels, alpha, styles), with num_classes (None: integer labels are ignored or
         left out) and, if it is not that of a sample, noise_shape.
@@ -2493,9 +2496,9 @@ class Trainer(BaseTrainer):
         pos, uncond = (each(Tensor.float, self.to_device(t)) for t in (pos, uncond))
         return self.to_device(labels), self.to_device(alpha), pos, uncond
 
-    def inputs(self, labels, alpha, micro_step, which = 'gen'):
+    def inputs(self, labels, alpha, micro_step, kind = 'gen'):
         """noise [c g ...], labels, alpha, styles [c g s], for any number of processes the same."""
-        g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, which)
+        g, key = self.settings.num_gen, (self.settings.seed, self.step, micro_step, kind)
         noise, styles = [], []
         groups = torch.arange(self.settings.num_groups).tensor_split(self.world)
         for group in groups[self.rank].tolist():
@@ -2522,7 +2525,7 @@ class Trainer(BaseTrainer):
         return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
 
     def backward(self, batches, micro_step, sync):
-        """In chunks: samples without a graph, their gradient, and by chunks to the weights."""
+        """In chunks: the gradient of samples made without a graph; then each is made again."""
         settings, size, options = self.settings, self.settings.group_chunk_size, {}
         labels, alpha, pos, uncond = self.draw(self.push(batches), micro_step)
         chunks = chunked(self.inputs(labels, alpha, micro_step), size)
@@ -2627,7 +2630,7 @@ class MAESettings(LoopSettings):
     """What MAETrainer is told besides. Smaller batches want a smaller learning rate."""
     batch_size: int = bounded(8192, low = 1)  # of all processes together
     learning_rate: float = 4e-3
-    lr_warmup_steps: int = 4_000
+    lr_warmup_steps: int = 4_000  # release
     ema_decay: float = bounded(0.9995, high = 1)
     finetune_steps: int = free(0)  # the last ones: the weight of the classification rises
     cls_weight: float = bounded(0.1, high = 1)  # linearly to this

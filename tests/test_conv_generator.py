@@ -126,6 +126,7 @@ def test_nothing_is_published(tmp_path):
     (lambda m, x, y: small(image_size = 72), 'got 72'),
     (lambda m, x, y: small(image_size = 4), 'image_size must be a multiple of 4 from 8 to 32'),
     (lambda m, x, y: small(channels = 0), 'channels must be a whole number from 1 on, got 0'),
+    (lambda m, x, y: small(image_size = None), 'image_size must be a whole number from 1 on, got None'),
     (lambda m, x, y: small(num_classes = 2.), 'num_classes must be a whole number from 1 on, got 2.0'),
     (lambda m, x, y: small(dim = 24), 'dim must be a multiple of 16, got 24'),
     (lambda m, x, y: small(dim_noise = 0), 'dim_noise must be a whole number from 1 on'),

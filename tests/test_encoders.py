@@ -469,6 +469,7 @@ def with_backbone(**kwargs):
     (lambda: tiny()(X, torch.tensor([0, 1]), cls_weight = 2.), 'cls_weight must be a number in 0 .. 1, got 2.0'),
     (lambda: tiny(num_classes = None)(X, torch.tensor([0, 1])), 'labels need a classifier'),
     (lambda: tiny(dim = 0), 'dim must be a whole number from 1 on, got 0'),
+    (lambda: tiny(dim = None), 'dim must be a whole number from 1 on, got None'),
     (lambda: tiny(dim = 8.), 'dim must be a whole number from 1 on, got 8.0'),
     (lambda: tiny(channels = -1), 'channels must be a whole number'),
     (lambda: tiny(patch_size = 0), 'patch_size must be a whole number'),

@@ -51,6 +51,11 @@ def test_float32_is_as_good_as_float32_gets(rng):
     exact = oracle.field(x.double().numpy(), y_pos.double().numpy(), None, 0.5)
     assert relative(DriftField()(x, y_pos, temperature = 0.5), exact) < 1e-5
 
+def test_positives_are_not_rounded_to_half_precision(rng):
+    x, y_pos = points(rng, 5, 3).half(), 1e5 + points(rng, 7, 3).float()        # above all of float16
+    exact = oracle.field(x.double().numpy(), y_pos.double().numpy(), None, 1e4)
+    assert relative(DriftField()(x, y_pos, temperature = 1e4), exact) < 1e-5
+
 @pytest.mark.parametrize('autocast', [False, True])
 def test_distances_far_above_the_temperature_stay_exact(rng, autocast):
     modes = 10. * torch.tensor([[-1., 0.], [1., 0.]]).repeat(8, 1)

@@ -245,7 +245,7 @@ class MetaTrainer(Trainer):
         sets = [torch.empty(c, num, *self.sample_shape) for num in (s.num_pos, s.num_uncond)]
         return torch.zeros(c, dtype = torch.long), torch.ones(c), *sets
 
-    def inputs(self, labels, alpha, micro_step, which = 'gen'):
+    def inputs(self, labels, alpha, micro_step, kind = 'gen'):
         c, g = self.settings.num_groups, self.settings.num_gen
         styles = torch.zeros(c, g, self.unwrapped.num_style_tokens, dtype = torch.long)
         return torch.empty(c, g, *self.sample_shape), labels, alpha, styles
