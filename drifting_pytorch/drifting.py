@@ -195,7 +195,6 @@ class DriftField(Module):
         check(normalize in ('both', 'y', 'none'), f'normalize must be {wanted}, got {normalize!r}')
         check(kernel in ('laplace', 'gaussian'), f"kernel must be 'laplace' or 'gaussian', got {kernel!r}")
         check_number(0, 10 ** 6, attraction = attraction, repulsion = repulsion)
-
         self.kernel, self.normalize = kernel, normalize
         self.attraction, self.repulsion = attraction, repulsion
         self.zero_sum = attraction == repulsion  # then W sums to 0
@@ -266,7 +265,6 @@ class DriftField(Module):
             dist = torch.cdist(x_centered, y, compute_mode = 'donot_use_mm_for_euclid_dist')  # exact
             if not exists(y_neg) and not self.needs_neg:
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)  # mask self
-
             W = self.coefficients(dist, num_pos, num_neg, float(temperature))
             V = self.apply_coefficients(rearrange(W, '... n y -> ... 1 n y'), x_centered, y).squeeze(-3)
         check_values(V, x = x, y_pos = y_pos, y_neg = negatives)
@@ -302,13 +300,12 @@ def plain_drift_loss(
         dist = dist / S.clamp(min = 1e-3)
         dist[:, :, -g:] += 100 * torch.eye(g).to(dist)  # mask self (release)
 
-        # each temperature's field is divided by lambda (Eq. 25), then they add up: one loss (Table 8: three)
+        # each field is divided by lambda (Eq. 25), then they add up: one loss (Table 8: three)
         V = 0.
         for temperature in temperatures:
             W = field.coefficients(dist, p, g, temperature, weight, affinity_floor)  # b g y
             V_t = (W @ y - W.sum(dim = -1, keepdim = True) * gen) / unit  # b g d
             V = V + V_t / V_t.square().mean().clamp(min = 1e-8).sqrt()
-
         target = gen / unit + V
     return (gen / unit - target).square().mean(dim = (1, 2))
 
@@ -363,6 +360,7 @@ class Block(Module):
         self.attn_norm = RMSNorm(dim)
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
+        self.attn.attend.sdp_context_manager = nullcontext  # pickles
         self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
         self.ff_norm = RMSNorm(dim)
         self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)  # int(dim * mult) wide
@@ -490,7 +488,6 @@ class DriftingGenerator(Generator, coders = CODERS):
         check(image_size % patch_size == 0, f'image_size {image_size} must be a multiple of patch_size {patch_size}')
         fits = dim % math.lcm(4, 2 * heads) == 0
         check(fits, f'dim {dim} must be a multiple of 4 and of twice the heads {heads}')
-
         self.patch_size, self.checkpointing, self.bf16_rotary = patch_size, checkpointing, bf16_rotary
         self.outer_slope = float(outer_slope)
         size, dim_patch = image_size // patch_size, channels * patch_size ** 2
@@ -511,7 +508,7 @@ class DriftingGenerator(Generator, coders = CODERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions (release: 1d), made even where weights are on meta
+        # rotary positions (release: 1d), also where weights are on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -747,11 +744,11 @@ class ConvGenerator(Generator, coders = CODERS):
 # ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ───
 
 class DriftStats(NamedTuple):
-    scale: Tensor       # S, the mean distance: temperatures are relative to it
-    drift_rms: dict     # {temperature: lambda}, the rms of V before it is normalised
-    neighbors: dict     # {temperature: to how many positives a sample listens}, 1 .. p
+    scale: Tensor  # S, the mean distance: temperatures are relative to it
+    drift_rms: dict  # {temperature: lambda}, the rms of V before it is normalised
+    neighbors: dict  # {temperature: to how many positives a sample listens}, 1 .. p
     uncond_share: dict  # {temperature: share of unconditional samples in the push}, 0 .. 1
-    potential: dict     # {temperature: what a field with a potential descends}: it falls
+    potential: dict  # {temperature: what a field with a potential descends}: it falls
 
 class Breakdown(NamedTuple):
     losses: dict  # {feature name: loss}
@@ -782,13 +779,6 @@ class KnownGradient(torch.autograd.Function):
         grad, = ctx.saved_tensors
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
-
-def checked_temperatures(temperatures):
-    values = temperatures if isinstance(temperatures, (tuple, list, np.ndarray)) else [temperatures]
-    fits = all(isinstance(value, (int, float, np.floating)) and 0 < value < math.inf for value in values)
-    fits = fits and 0 < len(values) == len(set(values))
-    check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
-    return tuple(map(float, values))
 
 PART_NUMBERS = dict(cpu = 2 ** 19)  # a part: a cache, else half a GiB
 
@@ -822,9 +812,12 @@ class DriftProblems:
         check_number(0, 1, affinity_floor = affinity_floor)
         check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
         check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
-        self.temperatures = checked_temperatures(temperatures)
+        values = temperatures if isinstance(temperatures, (tuple, list, np.ndarray)) else [temperatures]
+        fits = all(isinstance(value, (int, float, np.floating)) and 0 < value < math.inf for value in values)
+        fits = fits and 0 < len(values) == len(set(values))
+        check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
+        self.temperatures = tuple(map(float, values))
         self.field, self.affinity_floor, self.diagnostics = field, affinity_floor, diagnostics
-
         self.gen = full_precision(gen)  # the gradient flows to it
         self.own_negatives = not exists(neg)
         self.sets = {**sets, 'neg': default(neg, self.gen)}  # in the order of y
@@ -840,7 +833,7 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
-        # in_coefficients: |V|^2 comes from W and distances, and V once, from the sum of the W: cheaper
+        # in_coefficients: |V|^2 comes from W and distances, V from the sum of the W
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         products = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = products < 1.3 * num_vectors * self.y * self.d
@@ -851,7 +844,7 @@ class DriftProblems:
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
 
-        # caches: of every part what two rounds need, {start: value}, of the newest one its points
+        # of every part what two rounds need, {start: value}, of the newest its points
         self.kept_squares, self.kept_fields = {}, {}
         self.placed = None, None, None  # part, x, y
 
@@ -1022,12 +1015,14 @@ class FeatureDriftLoss(Module):
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, **existing(group_chunk_size = group_chunk_size))
         self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*filter(exists, [encoder])]
-        check(raw or self.encoders, 'raw = False needs an encoder: there would be no feature at all')
+        check(raw or self.encoders, 'raw = False needs an encoder')
         held = [*self.encoders, *filter(exists, [decoder])]
         for part in held:  # grows: networks inside are frozen too
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
-            inner = [getattr(part, '__self__', None)]  # of a method
+            owner = getattr(part, '__self__', part)  # of a method
+            inner = [owner]
+            inner += [value for value in getattr(owner, '__dict__', {}).values() if isinstance(value, Module)]
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
             codes = [part.__code__] if inspect.isfunction(part) else []
@@ -1037,7 +1032,6 @@ class FeatureDriftLoss(Module):
                 inner += map(part.__globals__.get, names)
             inner += [cell.cell_contents for cell in getattr(part, '__closure__', None) or ()]
             held += [value for value in inner if callable(value) and all(value is not other for other in held)]
-
         self.decoder, self.raw = decoder, raw
         self.group_chunk_size, self.drift_loss_kwargs = group_chunk_size, drift_loss_kwargs
         self.needs_neg = getattr(drift_loss_kwargs.get('field'), 'needs_neg', False)
@@ -1085,7 +1079,7 @@ class FeatureDriftLoss(Module):
         without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
-        # a bundle has at most half the numbers (points, distances) of the largest feature
+        # a bundle has at most half the numbers of the largest feature
         numbers = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
@@ -1122,7 +1116,6 @@ class FeatureDriftLoss(Module):
         if exists(uncond):
             g, u = gen.shape[1], uncond.shape[1]
             samples['uncond_weight'] = repeat((full_precision(alpha) - 1) * (g - 1) / u, 'c -> c u', u = u)  # A.7
-
         options = {'diagnostics': diagnostics, **self.drift_loss_kwargs}
         if not exists(self.group_chunk_size):
             return self.loss_of(samples, options)
@@ -1550,7 +1543,7 @@ class ImageFolder(Dataset):
     Raises ValueError for folders that are empty or mixed, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
-        check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders of images')
+        check(os.path.isdir(root), f'{root} is not a folder of images, or of class folders')
         check(channels in (1, 3), f'channels must be 1 or 3, got {channels}')
         check_whole(1, image_size = image_size)
         self.root, self.image_size = Path(root), image_size
@@ -1559,7 +1552,7 @@ class ImageFolder(Dataset):
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
         mixed = self.classes and any(name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.' for name in files)
-        check(not mixed, f'{root} has both class folders and images: move these into the folder of their class')
+        check(not mixed, f'{root} has both class folders and images: move these into class folders')
         self.files = []
         for label, name in enumerate(self.classes or ['']):
             top = os.path.join(root, '')
@@ -1585,7 +1578,7 @@ class ImageFolder(Dataset):
         name, label = self.files[index]
         try:
             with Image.open(self.root / name) as file:
-                check(not file.mode.startswith(('I', 'F')), f'it has pixels of mode {file.mode}: convert it to 8 bits')
+                check(not file.mode.startswith(('I', 'F')), f'its mode is {file.mode}, convert it to 8 bits')
                 picture = ImageOps.exif_transpose(file)
                 if picture.has_transparency_data:
                     picture = picture.convert('RGBA')
@@ -1925,7 +1918,7 @@ class BaseTrainer:
         check(fits, 'evaluate_every needs evaluate, a function')
         check(not hasattr(model, '_orig_mod'), 'pass compile = True, and the model as it was')
         check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
-        self.results_folder = Path(settings.results_folder).absolute()
+        self.results_folder = Path(settings.results_folder).expanduser().absolute()
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.queues, self.parts = {}, {}
@@ -1958,6 +1951,8 @@ class BaseTrainer:
         self.num_classes = getattr(model, 'num_classes', None)
         self.dataset = SeededDataset(dataset, settings.seed, exists(self.num_classes))
         self.sample_shape = self.dataset.sample_shape
+        can_learn = any(p.requires_grad for p in model.parameters())
+        check(can_learn, 'the model is frozen, as encoders of a loss are')
         self.prepare(model)
 
     def prepare(self, model):
@@ -2107,8 +2102,9 @@ class BaseTrainer:
         """
         check(not self.in_step, f'step {self.step + 1} failed halfway: make the trainer again, and resume')
         together(self.hold_folder, self.is_main)
-        batches = self.batches()
+        batches, own_seed = self.batches(), int(torch.randint(2 ** 62, ()))
         try:
+            together(self.leave_later, self.is_main)
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
@@ -2124,6 +2120,7 @@ class BaseTrainer:
         finally:
             batches.close()
             self.lock.release()
+            seed_cpu(own_seed)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:
@@ -2140,6 +2137,9 @@ class BaseTrainer:
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
         self.clock = time.perf_counter(), self.step
+        needed = max(settings.lr_warmup_steps, 1 / max(1e-9, 1 - self.ema.beta))
+        if self.step < num_steps < needed:
+            warnings.warn(f'lr_warmup_steps and ema_decay are for more than {num_steps} steps', stacklevel = 3)
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
         with interruptions() as received, bar:
             while self.step < num_steps and not signals:
@@ -2190,8 +2190,10 @@ class BaseTrainer:
         if not is_image and not exists(self.to_image):
             return None
         if not exists(self.to_image):
-            largest = self.dataset.sample(0)[0].max()
+            least, largest = self.dataset.sample(0)[0].aminmax()
             check(not largest > 100, 'pictures are not in [-1, 1]: scale them, or pass to_image')
+            if least >= 0 and self.step == 0:
+                warnings.warn('the first picture has nothing below 0: is it in [-1, 1]?', stacklevel = 2)
         samples, rows = self.pictures()
         images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
         check_shape('what to_image returns', images, (len(samples), 'channels', 'height', 'width'))
@@ -2273,7 +2275,6 @@ class BaseTrainer:
             check(given == 'latest', message)
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
-        together(self.leave_later, self.is_main)
 
     def leave_later(self):
         """Later checkpoints count no more, later logs are written again."""
@@ -2298,7 +2299,6 @@ class BaseTrainer:
         found = ', '.join(f'{name} {before.get(name, "default")} -> {now[name]}' for name in changed)
         if found and self.is_main:
             warnings.warn(f'the run goes on with other settings than it had: {found}', stacklevel = 3)
-
         average, others, model, moments = (load_file(folder / name) for name in SHARED_FILES)
         fits = before['ema_decay'] == now['ema_decay'] or not others and len(self.emas) == 1
         check(fits, f'the checkpoint has averages of ema_decay = {before["ema_decay"]}, got {now["ema_decay"]}')
@@ -2307,7 +2307,7 @@ class BaseTrainer:
         for module, saved in zip((self.unwrapped, *modules), (model, average, *others), strict = True):
             check_fits(module.state_dict(), saved)
             dcp.set_model_state_dict(module, saved, options = TO_LOAD)
-        # without states: frozen now, or never a gradient, so equal to the average. Clones free the file
+        # no states: frozen now, or never a gradient, equal to the average. Clones free the file
         self.optimizer.zero_grad()  # or dcp makes no states
         state_dict = dcp.get_optimizer_state_dict(self.unwrapped, self.optimizer)
         moments = {name: each(Tensor.clone, t) for name, t in nested(moments).items() if name not in now['frozen']}
@@ -2337,7 +2337,7 @@ class BaseTrainer:
         if self.is_main:
             folder.mkdir(parents = True, exist_ok = True)
             save_tensors(state_dict, folder / 'model.safetensors')
-            (folder / 'config.json').write_text(json.dumps(self.unwrapped._hub_mixin_config))
+            (folder / 'config.json').write_text(json.dumps(self.unwrapped._hub_mixin_config or {}))
 
 @dataclasses.dataclass(kw_only = True)
 class GeneratorSettings(LoopSettings):
@@ -2593,7 +2593,8 @@ class Trainer(BaseTrainer):
             self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
             value = numbers.get(name, math.nan)
-            if wanted and math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
+            is_number = wanted and math.isfinite(value)
+            if is_number and (not exists(best) or sign * value < sign * best['value']):
                 best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
@@ -2607,9 +2608,8 @@ class Trainer(BaseTrainer):
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         *_, spread = details
         if self.step >= first_step and exists(spread) and spread < 0.1:
-            found = 'the samples of a class spread less than a tenth of real ones, they collapse'
-            hint = 'with few dimensions use affinity_floor = 0., see "Your data" in the README'
-            warnings.warn(f'{found}: {hint}', stacklevel = 2)
+            found = 'samples of a class spread less than a tenth of real ones, they collapse: try affinity_floor = 0.'
+            warnings.warn(found, stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
         """Of the averaged model, see sample_from."""

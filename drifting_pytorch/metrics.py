@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 
-from drifting_pytorch.drifting import check, exists
+from drifting_pytorch.drifting import check, check_floating, exists
 
 def frechet_distance(a, b):
     """Between the Gaussians fitted to a [n d] and b [m d]."""
@@ -50,6 +50,7 @@ class Evaluation:
     @torch.no_grad()
     def encode(self, images):
         """Their features [n d], float64."""
+        check_floating('images', images, 'expected numbers in [-1, 1]')
         owner, parts = getattr(self.features, '__self__', self.features), []  # of a method
         if isinstance(owner, torch.nn.Module):
             owner.eval()

@@ -247,6 +247,15 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path):
     assert checkpoint_names(tmp_path) == [*left, 'step-00000004', 'step-00000005']
     assert trainer(tmp_path, resume_from_checkpoint = 'latest').step == 5
 
+def test_a_look_at_a_checkpoint_changes_nothing_on_disk(tmp_path):
+    trainer(tmp_path, num_train_steps = 8, save_every = 2).train()
+    earlier = tmp_path / 'checkpoints' / 'step-00000004'
+    before = checkpoint_names(tmp_path), (tmp_path / 'metrics.jsonl').read_bytes()
+    t = trainer(tmp_path, num_train_steps = 8, resume_from_checkpoint = earlier)
+    assert t.step == 4 and t.sample([0]).isfinite().all()
+    assert (checkpoint_names(tmp_path), (tmp_path / 'metrics.jsonl').read_bytes()) == before
+    assert trainer(tmp_path, num_train_steps = 8, resume_from_checkpoint = 'latest').step == 8
+
 def test_damaged_checkpoints_do_not_count(tmp_path):
     """Where none is sound the run starts again, and keeps what it saves."""
     trainer(tmp_path, num_train_steps = 8, save_every = 8).train()

@@ -1,5 +1,6 @@
 """The generator: the release's, its files, the architecture, sampling."""
 
+import io
 import json
 import math
 import shutil
@@ -180,6 +181,14 @@ def test_names_are_fetched_from_the_hub(tmp_path, monkeypatch, name, repository,
     assert asked == [(repository, folder + file, 'v1') for file in files]
 
 # files of its own
+
+def test_a_whole_model_can_be_pickled():
+    model, file = awake(tiny()), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only = False)
+    inputs = torch.randn(2, *model.noise_shape), torch.zeros(2).long(), 1., model.draw_styles(2)
+    assert torch.equal(again(*inputs), model(*inputs))
 
 def test_saved_models_are_read_back(tmp_path):
     model = awake(tiny(share_style_codebook = True)).eval()

@@ -702,6 +702,15 @@ def test_many_numbers_are_added_without_losing_digits(b, g, p, d, field):
 
 GLOBAL = torch.nn.Linear(4, 5)
 
+class Plain:
+    """An encoder that is no Module."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def features(self, x):
+        return dict(a = self.net(x)[:, None])
+
 def calling(helper):
     return lambda x: dict(a = helper(x))
 
@@ -712,6 +721,9 @@ def calling(helper):
     lambda module: Wrapper(module).forward,
     lambda module: functools.partial(lambda x, net: dict(a = net(x)[:, None]), net = module),
     lambda module: calling(lambda x: module(x)[:, None]),
+    Plain,
+    lambda module: Plain(module).features,
+    lambda module: functools.partial(Plain(module).features),
     lambda module: torch.autocast('cpu', enabled = False)(lambda x: dict(a = module(x)[:, None])),
 ])
 def test_modules_inside_of_functions_are_frozen(around):

@@ -88,6 +88,7 @@ def test_errors():
         (lambda: Evaluation(real, means, labels = torch.arange(16)), '16 labels of 8 real images'),
         (lambda: evaluation.compare(real[:2]), r'4 or more, .* got \(2, 2\) of 2'),
         (lambda: evaluation.compare(real * torch.nan), 'must be finite'),
+        (lambda: evaluation.compare((real * 255).byte()), r'torch.uint8: expected numbers in \[-1, 1\]'),
         (lambda: Evaluation(real, lambda x: x), r'got \(8, 1, 4, 4\) of 8'),
         (lambda: Evaluation(real, means, num_samples = 2)(lambda **_: real[:2]), '4 or more'),
     ):

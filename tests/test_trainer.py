@@ -1,6 +1,7 @@
 """The generator's training: the loop, its settings, and errors before the first step."""
 
 import math
+import random
 import warnings
 
 import numpy as np
@@ -102,9 +103,10 @@ def test_images_of_the_averaged_model(tmp_path):
     assert [path.name for path in pictures] == ['step-00000002.png', 'step-00000004.png']
     assert Image.open(pictures[0]).size == (10 * 10 * 6, 3 * 10 * 6)    # 3 rows of 10, each 8 + 2 pixels, magnified 6 x
 
-def image_trainer(folder, **kwargs):
+def image_trainer(folder, model = None, **kwargs):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
-    return trainer(folder, picture_generator(), data, **{**dict(num_train_steps = 4, sample_every = 2), **kwargs})
+    settings = {**dict(num_train_steps = 4, sample_every = 2), **kwargs}
+    return trainer(folder, model or picture_generator(), data, **settings)
 
 class Tracker(GeneralTracker):
     requires_logging_directory = False
@@ -134,6 +136,39 @@ def test_trackers_see_the_pictures(tmp_path):
     assert of_tensorboard == [('samples', shape, step, dict(dataformats = 'NHWC')) for step in (2, 4)]
     assert of_wandb == [('samples', shape, step, {}) for step in (2, 4)]
     assert of_others == []                          # which take no arrays
+
+def test_random_numbers_go_on_after_a_training(tmp_path):
+    def drawn(name, seed):
+        t = trainer(tmp_path / name, num_train_steps = 2)
+        torch.manual_seed(seed)
+        t.train()
+        return torch.rand(()).item(), random.random(), np.random.rand()
+
+    first, again, other = drawn('a', 1), drawn('b', 1), drawn('c', 2)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict = True))
+
+def test_pictures_from_0_to_1_are_noticed(tmp_path):
+    data = TensorDataset(torch.rand(96, 1, 8, 8), torch.arange(96) % 3)
+    with pytest.warns(UserWarning, match = r'the first picture has nothing below 0: is it in \[-1, 1\]\?'):
+        trainer(tmp_path, picture_generator(), data, num_train_steps = 1, sample_every = 1).train()
+
+@pytest.mark.parametrize('settings', [dict(lr_warmup_steps = 21), dict(ema_decay = 0.96), {}])
+def test_too_few_steps_for_the_settings_are_noticed(tmp_path, settings):
+    t = trainer(tmp_path, **{**dict(num_train_steps = 20, ema_decay = 0.9), **settings})
+
+    with warnings.catch_warnings(record = True) as caught:
+        warnings.simplefilter('always')
+        t.train()
+
+    says = ['lr_warmup_steps and ema_decay are for more than 20 steps'] * bool(settings)
+    assert [str(each.message) for each in caught if 'ema_decay' in str(each.message)] == says
+
+def test_a_frozen_model_is_refused(tmp_path):
+    model = picture_generator()
+    FeatureDriftLoss(lambda x: dict(a = model(x)[:, None]))
+    with raises_one_line('the model is frozen, as encoders of a loss are'):
+        image_trainer(tmp_path, model = model)
 
 @pytest.mark.parametrize('to_image, says', [
     (lambda x: x[:, 0], 'what to_image returns has shape (30, 8, 8), expected (30, channels, height, width)'),
