@@ -360,7 +360,7 @@ class Block(Module):
         self.attn_norm = RMSNorm(dim)
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
-        self.attn.attend.sdp_context_manager = nullcontext  # pickles
+        self.attn.attend.sdp_context_manager = nullcontext  # to pickle it
         self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
         self.ff_norm = RMSNorm(dim)
         self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)  # int(dim * mult) wide
@@ -508,7 +508,7 @@ class DriftingGenerator(Generator, coders = CODERS):
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
 
-        # rotary positions (release: 1d), also where weights are on meta
+        # rotary positions (release: 1d), also for weights on meta
         with torch.device('cpu'):
             rotary = RotaryEmbedding(dim // heads, cache_if_possible = False)
             rotary = rotary.to(torch.bfloat16 if bf16_rotary else torch.float32)
@@ -844,7 +844,7 @@ class DriftProblems:
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
 
-        # of every part what two rounds need, {start: value}, of the newest its points
+        # of every part what two rounds need, {start: value}
         self.kept_squares, self.kept_fields = {}, {}
         self.placed = None, None, None  # part, x, y
 
@@ -1020,9 +1020,10 @@ class FeatureDriftLoss(Module):
         for part in held:  # grows: networks inside are frozen too
             fits = callable(part) or hasattr(part, 'features')
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
-            owner = getattr(part, '__self__', part)  # of a method
-            inner = [owner]
-            inner += [value for value in getattr(owner, '__dict__', {}).values() if isinstance(value, Module)]
+            method = part if inspect.ismethod(part) else getattr(part, 'features', None)
+            inner = [getattr(method, '__self__', None)]
+            if hasattr(method, '__code__') and not isinstance(inner[0], Module):  # of an object
+                inner += [getattr(inner[0], name, None) for name in method.__code__.co_names]
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
             codes = [part.__code__] if inspect.isfunction(part) else []
@@ -1079,7 +1080,7 @@ class FeatureDriftLoss(Module):
         without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
-        # a bundle has at most half the numbers of the largest feature
+        # up to half the numbers of the largest feature
         numbers = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
@@ -1322,7 +1323,6 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         check(is_four and min(layers) > 0, f'layers must be four numbers of blocks from 1 on, got {layers!r}')
         check_number(1e-6, 1 - 1e-6, mask_ratio = mask_ratio)
         check_sets(feature_sets, (*FEATURE_SETS, 'norm_x'))
-
         self.channels, self.patch_size, self.num_classes = channels, patch_size, num_classes
         self.mask_patch_size, self.mask_ratio = mask_patch_size, mask_ratio
         self.feature_sets, self.checkpointing = feature_sets, checkpointing
@@ -1918,7 +1918,7 @@ class BaseTrainer:
         check(fits, 'evaluate_every needs evaluate, a function')
         check(not hasattr(model, '_orig_mod'), 'pass compile = True, and the model as it was')
         check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
-        self.results_folder = Path(settings.results_folder).expanduser().absolute()
+        self.results_folder = Path(settings.results_folder).absolute()
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.queues, self.parts = {}, {}
@@ -2095,7 +2095,7 @@ class BaseTrainer:
 
     # the loop
     def train(self):
-        """Train up to num_train_steps. Seeds the process's random numbers.
+        """Train up to num_train_steps.
 
         Raises FloatingPointError for non-finite losses and gradients, ValueError for such samples.
         It can be called again after an error, unless that came within a step.
@@ -2137,7 +2137,7 @@ class BaseTrainer:
         """The steps that are left. Returns the signals that came."""
         settings, num_steps, signals = self.settings, self.settings.num_train_steps, []
         self.clock = time.perf_counter(), self.step
-        needed = max(settings.lr_warmup_steps, 1 / max(1e-9, 1 - self.ema.beta))
+        needed = max(settings.lr_warmup_steps, 1 // max(1e-9, 1 - self.ema.beta))
         if self.step < num_steps < needed:
             warnings.warn(f'lr_warmup_steps and ema_decay are for more than {num_steps} steps', stacklevel = 3)
         bar = tqdm(initial = self.step, total = num_steps, disable = self.hide_bar)
@@ -2192,8 +2192,8 @@ class BaseTrainer:
         if not exists(self.to_image):
             least, largest = self.dataset.sample(0)[0].aminmax()
             check(not largest > 100, 'pictures are not in [-1, 1]: scale them, or pass to_image')
-            if least >= 0 and self.step == 0:
-                warnings.warn('the first picture has nothing below 0: is it in [-1, 1]?', stacklevel = 2)
+            if 0 <= least < largest and self.step == 0:
+                warnings.warn('the first picture has nothing below 0: is it in [-1, 1]?', stacklevel = 6)
         samples, rows = self.pictures()
         images = self.to_image(samples) if exists(self.to_image) else (samples + 1) / 2
         check_shape('what to_image returns', images, (len(samples), 'channels', 'height', 'width'))
@@ -2317,7 +2317,7 @@ class BaseTrainer:
         state_dict['state'] = moments
         dcp.set_optimizer_state_dict(self.unwrapped, self.optimizer, state_dict, options = TO_LOAD)
         together(lambda: self.load_queues(folder))
-        self.step, self.samples_read = manifest['step'], manifest['samples_read']
+        self.step, self.samples_read, self.best = manifest['step'], manifest['samples_read'], None
         best = manifest['best']
         if exists(best) and before['keep_best'] == now['keep_best']:
             if (self.checkpoints / f'best-{best["step"]:08d}').is_dir():

@@ -30,9 +30,10 @@ def make_parser(doc):
 
 def positive(text):
     """The type of an option that counts something."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'must be a whole number from 1 on, got {text!r}')
-    return int(text)
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number from 1 on, got {value}')
+    return value
 
 def sha256(parts):
     """Of pieces of bytes, one after the other."""

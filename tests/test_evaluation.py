@@ -193,6 +193,16 @@ def test_what_a_failed_evaluation_found_is_not_the_best(tmp_path):
     assert t.best == dict(value = 3., step = 5, ema_decay = 0.9) and t.ema is t.emas[0.9]
     assert (tmp_path / 'checkpoints' / 'best-00000005').is_dir()
 
+def test_going_back_forgets_a_later_best(tmp_path):
+    t = evaluated(tmp_path, Scripted(4., 1., 3.), num_train_steps = 10, save_every = 4, keep_best = 'fid')
+    t.train()
+    assert t.best['step'] == 10
+    t.load(tmp_path / 'checkpoints' / 'step-00000004')
+    t.settings.num_train_steps = 5
+    t.train()
+    assert t.best == dict(value = 3., step = 5, ema_decay = 0.999)
+    assert (tmp_path / 'checkpoints' / 'best-00000005').is_dir()
+
 def test_nan_is_not_the_best(tmp_path):
     t = evaluated(tmp_path, Scripted(math.nan, 3., 4., math.inf), keep_best = 'fid')
     t.train()

@@ -707,9 +707,13 @@ class Plain:
 
     def __init__(self, net):
         self.net = net
+        self.generator = torch.nn.Linear(4, 4)
 
     def features(self, x):
-        return dict(a = self.net(x)[:, None])
+        return dict(a = self.encode(x)[:, None])
+
+    def encode(self, x):
+        return self.net(x)
 
 def calling(helper):
     return lambda x: dict(a = helper(x))
@@ -733,6 +737,12 @@ def test_modules_inside_of_functions_are_frozen(around):
     loss.backward()
     assert not module.training
     assert all(not p.requires_grad and p.grad is None for p in module.parameters())
+
+def test_what_an_encoder_does_not_use_is_not_frozen():
+    encoder = Plain(torch.nn.Linear(4, 5))
+    FeatureDriftLoss(encoder.features)
+    FeatureDriftLoss(encoder)
+    assert encoder.generator.training and encoder.generator.weight.requires_grad
 
 def test_global_modules_inside_of_functions_are_frozen():
     FeatureDriftLoss(lambda x: dict(a = GLOBAL(x)[:, None]))
