@@ -514,7 +514,7 @@ def test_collapse_is_told(tmp_path):
     with pytest.warns(UserWarning, match = message):
         short(tmp_path, Constant()).train()
     with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
+        warnings.filterwarnings('error', message)
         short(tmp_path / 'sound').train()
 
 # memory

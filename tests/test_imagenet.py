@@ -167,7 +167,7 @@ def test_image_folder_with_and_without_classes(images, tmp_path):
         ImageFolder(tmp_path, 8)[1]
     Image.fromarray(np.full((8, 8), 40_000, dtype = np.uint16)).save(tmp_path / 'class' / 'd.png')
 
-    deep = r'd\.png cannot be read as an image \(it has pixels of mode I;16: convert it to 8 bits\)'
+    deep = r'd\.png cannot be read as an image \(its mode is I;16, convert it to 8 bits\)'
     with pytest.raises(ValueError, match = deep):
         ImageFolder(tmp_path, 8)[2]
     with pytest.raises(ValueError, match = 'channels must be 1 or 3, got 4'):
