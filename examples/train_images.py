@@ -455,7 +455,7 @@ def options():
     parser.add_argument('--seed', type = int, default = 0, help = 'of the run; what is held out does not depend on it')
     parser.add_argument('--threads', type = positive, default = os.cpu_count(), help = 'cpu threads')
     args = parser.parse_args()
-    check(args.minutes > 0 and (args.steps is None or args.steps > 0), '--minutes and --steps must be above 0')
+    check(args.minutes > 0, '--minutes must be above 0')
     args.held_out = args.held_out and os.path.abspath(args.held_out)            # to be found on --resume
     args.image_size = args.image_size or SIZES[args.size]['image_size']
 

@@ -39,6 +39,12 @@ def launched(script, *args, processes = 2):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     return run(*command, EXAMPLES / script, *args, env = env, timeout = 300)
 
+@pytest.mark.parametrize('script, option', [('train_policy.py', '--seeds'), ('train_images.py', '--threads')])
+def test_numbers_that_count_start_at_1(monkeypatch, capsys, examples, script, option):
+    with pytest.raises(SystemExit, match = '2'):
+        run_here(monkeypatch, script, option, '0')
+    assert f'argument {option}: must be a whole number from 1 on, got 0' in capsys.readouterr().err
+
 @pytest.mark.parametrize('name, least', [('README.md', 6), ('examples/README.md', 3), ('tests/README.md', 0)])
 def test_readme_code_runs(tmp_path, monkeypatch, name, least):
     text = (ROOT / name).read_text().replace('num_train_steps = 400,', 'num_train_steps = 20,')
