@@ -1022,7 +1022,7 @@ class FeatureDriftLoss(Module):
             check(fits, f'encoder and decoder must be callable or have .features(x), got {part!r}')
             method = part if inspect.ismethod(part) else getattr(part, 'features', None)
             inner = [getattr(method, '__self__', None)]
-            if hasattr(method, '__code__') and not isinstance(inner[0], Module):  # plain
+            if hasattr(method, '__code__') and not isinstance(inner[0], Module):  # an object
                 inner += [getattr(inner[0], name, None) for name in method.__code__.co_names]
             if isinstance(part, partial):
                 inner += [part.func, *part.args, *part.keywords.values()]
