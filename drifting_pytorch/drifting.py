@@ -892,11 +892,11 @@ class DriftProblems:
         """[t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
         squares, squares_of_others = self.squares(part)
         W = rearrange(W, 'b t g y -> b (t g) y')
-        W_others, W_gen = W.tensor_split((self.y - self.m,), dim = -1)
-        products = W_gen @ squares  # b (t g) y
-        products[..., :-self.m].baddbmm_(W_others, squares_of_others, beta = 2)  # both orders
-        products, W = (rearrange(t, 'b (t g) y -> b t (g y)', g = self.g) for t in (products, W))
-        return -0.5 * torch.linalg.vecdot(products, W).sum(dim = 0)
+        (W_others, W_gen), squares = (t.tensor_split((self.y - self.m,), dim = -1) for t in (W, squares))
+        to_others, to_gen = (W_gen @ t for t in squares)  # b (t g) o, b (t g) g
+        to_others.baddbmm_(W_others, squares_of_others, beta = 2)  # both orders
+        lengths = to_others.mul_(W_others).sum(dim = -1) + to_gen.mul_(W_gen).sum(dim = -1)
+        return -0.5 * reduce(lengths, 'b (t g) -> t', 'sum', g = self.g)
 
     # round 1: S. Features are in units of S / sqrt(d)
     def sum_distances(self, part):
@@ -1070,25 +1070,24 @@ class FeatureDriftLoss(Module):
 
     def problems(self, options, gen, uncond_weight = None, **others):
         """Yields {feature: DriftProblems}, small ones together: fewer all_reduce. others: pos, uncond, neg."""
-        c, sizes = len(gen), [t.shape[1] for t in others.values()]
+        c, num_others = len(gen), sum(t.shape[1] for t in others.values())
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
-            joined = cat(list(others.values()), dim = 1)
-            other_features = self.features(rearrange(joined, 'c n ... -> (c n) ...'))
-        alone = sorted(gen_features.keys() ^ other_features.keys())
+            encoded = {key: self.features(rearrange(t, 'c n ... -> (c n) ...')) for key, t in others.items()}
+        alone = sorted({name for found in encoded.values() for name in gen_features.keys() ^ found.keys()})
         check(not alone, f'features of generated or of real samples alone: {alone}')
         without = [name for name, t in gen_features.items() if gen.requires_grad and not t.requires_grad]
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
         # up to half the numbers of the largest feature
-        numbers = {name: t.shape[1] * (t.shape[2] + sum(sizes) + gen.shape[1]) for name, t in gen_features.items()}
+        numbers = {name: t.shape[1] * (t.shape[2] + num_others + gen.shape[1]) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
             if bundle and sum(numbers[key] for key in (*bundle, name)) > max(numbers.values()) / 2:
                 yield bundle
                 bundle = {}
-            points = rearrange(other_features.pop(name), '(c n) f d -> (c f) n d', c = c).split(sizes, dim = 1)
-            arguments = dict(zip(others, points, strict = True), gen = rearrange(t, '(c g) f d -> (c f) g d', c = c))
+            points = {'gen': t, **{key: found.pop(name) for key, found in encoded.items()}}
+            arguments = {key: rearrange(t, '(c n) f d -> (c f) n d', c = c) for key, t in points.items()}
             if exists(uncond_weight):
                 arguments['uncond_weight'] = repeat(uncond_weight, 'c u -> (c f) u', f = t.shape[1])
             bundle[name] = DriftProblems(**arguments, **options)
