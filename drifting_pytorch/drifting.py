@@ -1917,7 +1917,7 @@ class BaseTrainer:
         check(fits, 'evaluate_every needs evaluate, a function')
         check(not hasattr(model, '_orig_mod'), 'pass compile = True, and the model as it was')
         check(settings.evaluate_every > 0 or not exists(settings.keep_best), 'keep_best needs evaluate_every')
-        self.results_folder = Path(settings.results_folder).absolute()
+        self.results_folder = Path(settings.results_folder).expanduser().absolute()
         self.checkpoints = self.results_folder / 'checkpoints'
         self.lock = FileLock(self.results_folder / '.lock', timeout = 0)
         self.queues, self.parts = {}, {}
@@ -2568,10 +2568,11 @@ class Trainer(BaseTrainer):
         breakdown, alpha, spread = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/share_of_1': (alpha == 1).float().mean()}
         metrics |= existing(spread = spread)
+        metrics |= {f'feature/{name}/loss': loss for name, loss in breakdown.losses.items()}
         drifts = {}
         for name, stats in breakdown.stats.items():
             prefix, kinds = f'feature/{name}', stats._asdict()
-            metrics |= {f'{prefix}/loss': breakdown.losses[name], f'{prefix}/scale': kinds.pop('scale')}
+            metrics[f'{prefix}/scale'] = kinds.pop('scale')
             for kind, values in kinds.items():
                 metrics |= {f'{prefix}/{kind}/{t}': value for t, value in values.items()}
             for temperature, value in stats.drift_rms.items():

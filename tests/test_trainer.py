@@ -55,6 +55,14 @@ def test_transport_trains_with_a_second_batch(tmp_path):
     _, means = samples_and_means(t)
     assert (means - CENTERS).norm(dim = -1).max() < 0.25
 
+def test_a_folder_below_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    t = trainer('~/run', num_train_steps = 2, save_every = 1)
+    t.train()
+    assert t.results_folder == tmp_path / 'run'
+    assert checkpoint_names(tmp_path / 'run')
+
 def test_samples_may_come_alone(tmp_path):
     trained = []
 
@@ -94,6 +102,21 @@ def test_metrics_tell_the_drift(tmp_path):
 
     assert [row['learning_rate'] for row in log] == [pytest.approx(1e-2)] * 4
     assert all(0 < row['grad_norm'] < math.inf for row in log)
+
+def test_a_loss_of_ones_own_is_logged_with_what_it_tells(tmp_path):
+    drifting = FeatureDriftLoss()
+
+    def loss_fn(gen, pos, uncond, alpha):
+        loss, breakdown = drifting(gen, pos, uncond, alpha)
+        size = gen.square().mean()
+        return loss + 1e-3 * size, Breakdown({'size': size}, breakdown.stats)
+
+    t = trainer(tmp_path, loss_fn = loss_fn, num_train_steps = 5)
+    t.train()
+    row, = json_lines(tmp_path / 'metrics.jsonl')
+    assert row['feature/size/loss'] > 0
+    assert row['feature/global/scale'] > 0
+    assert 'feature/global/loss' not in row
 
 def test_images_of_the_averaged_model(tmp_path):
     data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
