@@ -61,7 +61,7 @@ from x_transformers.x_transformers import Attention, FeedForward
 #
 # b - batch; in the loss the problems (c f)    f - feature locations (pixels, tokens) of one feature map
 # c - class groups in a step (N_c)             d - feature dimension
-# g - generated per group (N_neg)              n m - points
+# g - generated per group (N_neg)              n m - points; in the loss m negatives
 # p - positives per group (N_pos)              t - temperatures
 # u - unconditional per group (N_unc)          s - style tokens
 # o - positives and unconditional (p u)        ch h w - channels, height and width of an image
@@ -78,7 +78,7 @@ def existing(**values):
 
 def typecheck(fn):
     """Checks shapes if DRIFTING_TYPECHECK=1 at import; do not compile then."""
-    is_on = os.environ.get('DRIFTING_TYPECHECK', '0') not in ('', '0')
+    is_on = os.environ.get('DRIFTING_TYPECHECK', '') not in ('', '0')
     return jaxtyped(fn, typechecker = beartype) if is_on else fn
 
 # input is always checked; errors are one line that says what to do
@@ -257,11 +257,11 @@ class DriftField(Module):
         check_samples(-2, x = x, y_pos = y_pos, y_neg = negatives)
         check_number(1e-30, 1e30, temperature = temperature)
         x = full_precision(x)
-        points = x, cat((y_pos, negatives), dim = -2).to(x.dtype)
+        y = cat((y_pos, negatives), dim = -2).to(x.dtype)
         num_pos, num_neg = y_pos.shape[-2], negatives.shape[-2]
         with torch.autocast(x.device.type, enabled = False):
-            center = reduce(points[1], '... y d -> ... 1 d', 'mean')
-            x_centered, y = (t - center for t in points)
+            center = reduce(y, '... y d -> ... 1 d', 'mean')
+            x_centered, y = x - center, y - center
             dist = torch.cdist(x_centered, y, compute_mode = 'donot_use_mm_for_euclid_dist')  # exact
             if not exists(y_neg) and not self.needs_neg:
                 dist[..., num_pos:].diagonal(dim1 = -2, dim2 = -1).add_(1e6 * temperature)  # mask self
@@ -409,8 +409,8 @@ class Generator(Module, PyTorchModelHubMixin):
     def __init__(self, image_size, channels, dim, num_classes, dim_condition, condition_channels, output_conv_dim):
         super().__init__()
         check_whole(1, image_size = image_size, channels = channels, dim = dim)
-        check_whole(1, **existing(num_classes = num_classes, dim_condition = dim_condition))
-        check_whole(1, **existing(condition_channels = condition_channels))
+        sizes = dict(num_classes = num_classes, dim_condition = dim_condition, condition_channels = condition_channels)
+        check_whole(1, **existing(**sizes))
         check_whole(0, output_conv_dim = output_conv_dim)
         self.image_size, self.num_classes = image_size, num_classes
         self.noise_shape = channels, image_size, image_size
@@ -446,8 +446,7 @@ class Generator(Module, PyTorchModelHubMixin):
         check_shape('alpha', alpha, (b,), ', or a number')
         check_range('alpha', alpha, 1)
         given = each(lambda t: t.to(noise.device), self.checked_condition(labels, b))
-        for name in self.condition_shapes:
-            given[name] = given[name].to(like.dtype)
+        given |= {name: given[name].to(like.dtype) for name in self.condition_shapes}
         if 'image' in given:
             given['image'] = F.interpolate(given['image'], self.image_size, mode = 'bilinear', antialias = True)
         return noise.to(like.dtype), given, alpha
@@ -502,8 +501,7 @@ class DriftingGenerator(Generator, coders = CODERS):
 
         # tokens [registers | patches]
         self.patch_embed = nn.Linear(dim_patch, dim)
-        dim_image = default(condition_channels, 0) * patch_size ** 2
-        self.image_embed = nn.Linear(dim_image, dim) if exists(condition_channels) else None
+        self.image_embed = nn.Linear(condition_channels * patch_size ** 2, dim) if exists(condition_channels) else None
         self.pos_embed = Parameter(sincos_2d(size, dim))
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
@@ -565,8 +563,8 @@ class DriftingGenerator(Generator, coders = CODERS):
     ) -> Float[Tensor, 'b ch h w']:
         """Noise to samples, one network evaluation.
 
-        labels: [b], vectors [b dim_condition], images [b condition_channels h w] of any size, or None; several are a
-            dict {labels, vector, image}.
+        labels: [b], vectors [b dim_condition], images [b condition_channels h w] of any size, or None;
+            several are a dict {labels, vector, image}.
         alpha: the guidance scale, >= 1. styles: drawn if None.
         Raises ValueError for wrong shapes, values out of range, and non-finite ones.
         """
@@ -635,8 +633,7 @@ def sample_from(
     check_whole(0, **existing(seed = seed))
     alpha = as_tensor('alpha', alpha).float()
     check(alpha.shape in ((), (rows,)), f'alpha has shape {tuple(alpha.shape)}, expected a number or ({rows},)')
-    generator = torch.Generator()
-    generator.manual_seed(int(seed if exists(seed) else torch.randint(2 ** 62, ())))
+    generator = torch.Generator().manual_seed(int(seed if exists(seed) else torch.randint(2 ** 62, ())))
     seeds = torch.randint(2 ** 31, (), generator = generator) + torch.arange(rows * k)
 
     device, samples = next(model.parameters()).device, []
@@ -669,8 +666,8 @@ class ConvGenerator(Generator, coders = CODERS):
     """A one-step generator of convolutions for small pictures, quicker than a DiT.
 
     image_size: a multiple of 4 up to 32, or of 8 up to 64; samples in [-1, 1].
-    dim: channels of the first map, a multiple of 16. dim_noise: length of the noise. See DriftingGenerator.
-    noise_channels: maps of noise that join every map, behind it in one vector. 0: none, textures are stripes.
+    dim: channels of the first map, a multiple of 16. dim_noise: noise for the vector. See DriftingGenerator.
+    noise_channels: maps of noise for every map, behind that in the noise. 0: none, textures are stripes.
     The condition acts on every layer, or the samples of a class would be more alike.
     """
     def __init__(
@@ -780,7 +777,7 @@ class KnownGradient(torch.autograd.Function):
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
-PART_NUMBERS = dict(cpu = 2 ** 19)  # a part: a cache, else half a GiB
+PART_NUMBERS = dict(cpu = 2 ** 19)  # of a part; elsewhere 2 ** 27
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
@@ -812,9 +809,9 @@ class DriftProblems:
         check_number(0, 1, affinity_floor = affinity_floor)
         check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
         check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
-        values = temperatures if isinstance(temperatures, (tuple, list, np.ndarray)) else [temperatures]
-        fits = all(isinstance(value, (int, float, np.floating)) and 0 < value < math.inf for value in values)
-        fits = fits and 0 < len(values) == len(set(values))
+        values = np.atleast_1d(temperatures)
+        fits = values.ndim == 1 and values.dtype.kind in 'iuf' and 0 < len(values) == len({*values})
+        fits = fits and 0 < values.min() <= values.max() < math.inf
         check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
         self.temperatures = tuple(map(float, values))
         self.field, self.affinity_floor, self.diagnostics = field, affinity_floor, diagnostics
@@ -833,13 +830,13 @@ class DriftProblems:
         temperature = torch.tensor(self.temperatures, dtype = self.gen.dtype).view(-1, 1, 1)
         self.temperature = temperature.to(gen.device, non_blocking = gen.is_cuda)  # t 1 1
 
-        # in_coefficients: |V|^2 comes from W and distances, V from the sum of the W
+        # keeps_W: |V|^2 comes from W and distances, V from the sum of the W
         num_vectors, num_others = self.g * len(self.temperatures), self.y - self.m
         products = num_vectors * self.y ** 2 + (num_others ** 2 + self.g * self.y) * self.d
         is_cheap = products < 1.3 * num_vectors * self.y * self.d
         is_small = self.b * num_vectors * self.d < PART_NUMBERS['cpu'] / 4
         fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails
-        self.in_coefficients = fits and is_cheap and not is_small
+        self.keeps_W = fits and is_cheap and not is_small
         largest = self.y * max(self.d, num_vectors)
         size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
@@ -864,7 +861,7 @@ class DriftProblems:
         if part.start not in self.kept_squares:
             x, y = self.points(part)
             others = y[:, :-self.m]
-            squares_of_others = squared_distances(others, others) if self.in_coefficients else None
+            squares_of_others = squared_distances(others, others) if self.keeps_W else None
             self.kept_squares[part.start] = squared_distances(x, y), squares_of_others
         return self.kept_squares[part.start]
 
@@ -885,8 +882,8 @@ class DriftProblems:
         return self.field.coefficients(dist, self.p, self.m, self.temperature, weight, self.affinity_floor)
 
     def fields(self, part, W):
-        """V [b t g d] of W, or W itself if in_coefficients."""
-        return W if self.in_coefficients else self.field.apply_coefficients(W, *self.points(part))
+        """V [b t g d] of W, or W itself if keeps_W."""
+        return W if self.keeps_W else self.field.apply_coefficients(W, *self.points(part))
 
     def squared_lengths(self, part, W):
         """[t]: -1/2 sum_{y, y'} W(y) W(y') |y - y'|^2, as W sums to 0."""
@@ -913,9 +910,8 @@ class DriftProblems:
         """[V^2, ... diagnostics, number], of each temperature [t], summed."""
         scale = self.scale(S_sums)
         W = self.coefficients(part, scale)
-        fields = self.fields(part, W)
-        self.kept_fields[part.start] = fields
-        if self.in_coefficients:
+        fields = self.kept_fields[part.start] = self.fields(part, W)
+        if self.keeps_W:
             V_sq = self.squared_lengths(part, W)
         else:
             V_sq = torch.linalg.vector_norm(fields, dim = -1).square().sum(dim = (0, 2))
@@ -944,7 +940,7 @@ class DriftProblems:
             # the sum of V (n = d), or of W (n = y)
             V = factors.expand(len(fields), 1, -1).contiguous() @ fields  # for mps
             V = rearrange(V, 'b 1 (g n) -> b 1 g n', g = self.g)
-            if self.in_coefficients:
+            if self.keeps_W:
                 V = self.field.apply_coefficients(V, *self.points(part))
             grad[part] = V[:, 0]
             losses.append(V.square_().mean(dim = (1, 2, 3)))
@@ -990,10 +986,11 @@ def two_rounds(bundles):
 def drift_loss(gen, pos, uncond = None, **options) -> tuple[Float[Tensor, 'b'], DriftStats]:
     """The drifting loss on one feature (A.6): mean |x - stopgrad(x + V)|^2 in units of S / sqrt(d).
 
-    gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class. b: independent problems (class group
-    x location), which share the statistics, with all processes. options: see DriftProblems.
-    Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units. As each
-    field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
+    gen [b g d]: generated, pos [b p d]: real, uncond [b u d]: real of any class.
+    b: independent problems (class group x location), which share the statistics, with all processes.
+    options: see DriftProblems.
+    Returns the loss of each problem [b] and DriftStats. The loss is V^2, its gradient -2 V / n in those units.
+    As each field is divided by its root mean square, the loss stays near a constant: watch stats.drift_rms.
     Raises ValueError for empty sets, unfit shapes, non-finite values, negative weights.
     """
     problems = DriftProblems(gen, pos, uncond, **options)
@@ -1070,7 +1067,7 @@ class FeatureDriftLoss(Module):
 
     def problems(self, options, gen, uncond_weight = None, **others):
         """Yields {feature: DriftProblems}, small ones together: fewer all_reduce. others: pos, uncond, neg."""
-        c, num_others = len(gen), sum(t.shape[1] for t in others.values())
+        c, num = len(gen), gen.shape[1] + sum(t.shape[1] for t in others.values())
         gen_features = self.features(rearrange(gen, 'c g ... -> (c g) ...'))
         with torch.no_grad():
             encoded = {key: self.features(rearrange(t, 'c n ... -> (c n) ...')) for key, t in others.items()}
@@ -1080,7 +1077,7 @@ class FeatureDriftLoss(Module):
         check(not without or not torch.is_grad_enabled(), f'encoder or decoder gives no gradient to {without}')
 
         # up to half the numbers of the largest feature
-        numbers = {name: t.shape[1] * (t.shape[2] + num_others + gen.shape[1]) for name, t in gen_features.items()}
+        numbers = {name: t.shape[1] * (t.shape[2] + num) for name, t in gen_features.items()}
         bundle = {}
         for name, t in gen_features.items():
             if bundle and sum(numbers[key] for key in (*bundle, name)) > max(numbers.values()) / 2:
@@ -1121,7 +1118,7 @@ class FeatureDriftLoss(Module):
             return self.loss_of(samples, options)
 
         # chunks: the encoder sees them for S, for lambda, and for the loss
-        losses, grad, total = {}, torch.empty_like(gen), 0
+        losses, grad = {}, torch.empty_like(gen)
         chunks = chunked((grad, samples), self.group_chunk_size)
         sums = two_rounds(lambda: chain.from_iterable(self.problems(options, **chunk) for _, chunk in chunks))
         for part, chunk in chunks:  # part: of grad, a view
@@ -1130,10 +1127,9 @@ class FeatureDriftLoss(Module):
             loss, breakdown = self.loss_of({**chunk, 'gen': x}, options, sums)
             if x.requires_grad:
                 part.copy_(torch.autograd.grad(loss, x)[0]).mul_(share)
-            total = total + loss.detach() * share
             for name, t in breakdown.losses.items():
                 losses[name] = losses.get(name, 0) + t.detach() * share
-        return KnownGradient.apply(gen, total, grad), Breakdown(losses, breakdown.stats)
+        return KnownGradient.apply(gen, sum(losses.values()), grad), Breakdown(losses, breakdown.stats)
 
     def loss_of(self, samples, options, sums = None):
         """Sum over features (Eq. 14) of means over their locations (release; A.6: sums), Breakdown."""
@@ -1292,7 +1288,7 @@ class UpBlock(Module):
         self.refine = conv_norm(dim_out, dim_out)
 
     def forward(self, x, skip):
-        x = F.interpolate(x, size = skip.shape[-2:], mode = 'bilinear')
+        x = F.interpolate(x, skip.shape[-2:], mode = 'bilinear')
         x = self.norm(cat((x, skip), dim = 1))
         return F.relu(self.refine(F.relu(self.proj(x))))
 
@@ -1421,6 +1417,7 @@ class LatentMAE(Module, PyTorchModelHubMixin, coders = CODERS):
         mask = mask if exists(mask) else self.draw_mask(x)
         reconstruction, last = self.reconstruct(x, mask)
         mask = mask.to(x)
+        check_range('mask', mask, 0, 1)
         positions = reduce(mask, 'b h w -> b', 'sum') * self.mask_patch_size ** 2
         error_sq = (full_precision(reconstruction) - x) ** 2 * self.dropped(mask)
         error = reduce(error_sq, 'b ch h w -> b', 'sum') / (positions + 1e-8)
@@ -1450,7 +1447,7 @@ class PixelInput(Module):
     def forward(self, x):
         x = floating(x, self.mean)
         check_shape('x', x, ('batch', len(self.mean), 'height', 'width'), ', images in [-1, 1]')
-        x = F.interpolate(x, size = self.image_size, mode = 'bilinear', antialias = True)
+        x = F.interpolate(x, self.image_size, mode = 'bilinear', antialias = True)
         return ((x + 1) / 2 - self.mean) / self.std
 
 class BackboneFeatures(Module):
@@ -1547,7 +1544,7 @@ class ImageFolder(Dataset):
         check_whole(1, image_size = image_size)
         self.root, self.image_size = Path(root), image_size
         self.channels, self.flip = channels, flip
-        _, folders, files = next(os.walk(root))
+        _, folders, files = next(os.walk(root), (root, [], []))
         self.classes = sorted(name for name in folders if not name.startswith('.'))
         self.num_classes = len(self.classes) or None
         mixed = self.classes and any(name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.' for name in files)
@@ -1593,7 +1590,7 @@ def sample_alpha(num, *, low = 1., high = 4., power = 3., no_cfg_frac = 0., gene
     """Guidance scales [num] (A.7): 1 with probability no_cfg_frac, else of density alpha^-power on [low, high]."""
     k, (uniform, skip) = 1 - power, torch.rand(2, num, generator = generator)
     # inverse of the cumulative density
-    if k != 0:
+    if abs(k) > 1e-4:
         alpha = (low ** k + uniform * (high ** k - low ** k)) ** (1 / k)
     else:
         alpha = low * (high / low) ** uniform
@@ -1608,7 +1605,7 @@ class SampleQueue:
         check_whole(1, num_classes = num_classes, size = size)
         self.num_classes, self.size = num_classes, size
         self.device, self.dtype = device, dtype
-        self.pushed = torch.zeros(num_classes, dtype = torch.long)  # ever pushed, per class
+        self.pushed = torch.zeros(num_classes).long()  # ever pushed, per class
         self.samples = None  # [class slot ...], allocated at the first push
 
     @property
@@ -1620,7 +1617,7 @@ class SampleQueue:
         """samples [b ...] of labels [b] (None: one class). ValueError for other shapes, and nan."""
         num = len(samples)
         check(exists(labels) or self.num_classes == 1, f'a queue of {self.num_classes} classes needs labels')
-        labels = default(labels, torch.zeros(num, dtype = torch.long))
+        labels = default(labels, torch.zeros(num).long())
         labels = checked_labels(labels, self.num_classes, num).cpu()
         check_range('real samples', samples)
         if not exists(self.samples):
@@ -1737,7 +1734,7 @@ def sha256(path):
 
 def save_tensors(state_dict, path, copy = True):
     """copy: where tensors may share memory."""
-    save_file({name: t.detach().to('cpu', copy = copy).contiguous() for name, t in state_dict.items()}, path)
+    save_file(each(lambda t: t.detach().to('cpu', copy = copy).contiguous(), state_dict), path)
 
 def discard(folder):
     """Remove a folder. Nobody sees it half removed."""
@@ -1865,7 +1862,7 @@ class LoopSettings:
     betas: tuple | list = bounded((0.9, 0.95), high = 1)  # of AdamW
     weight_decay: float = 0.01
     max_grad_norm: float | None = bounded(2., low = 1e-20)  # None: no clipping
-    ema_decay: float | tuple | list = bounded(0.999, high = 1)  # of the averaged weights; several: see evaluate
+    ema_decay: float | tuple | list = bounded(0.999, high = 1)  # of the averaged weights; several: see keep_best
 
     gradient_accumulation_steps: int = bounded(1, low = 1)  # each has samples of its own
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
@@ -1904,9 +1901,11 @@ class LoopSettings:
 class BaseTrainer:
     """The training loop of any model.
 
-    A subclass has backward(batches, micro_step, sync), which adds a gradient, averaged over processes if sync, and
-    returns the loss () and details; metrics(details), {name: number} and the names on the bar; pictures(), samples
-    [b ch h w], rows; samples_per_process, read in a micro step; less_memory, a hint; with queues before_training.
+    A subclass has
+    backward(batches, micro_step, sync): adds a gradient, of all processes if sync; returns loss () and details.
+    metrics(details): {name: number}, and the names on the bar. pictures(): samples [b ch h w], rows.
+    samples_per_process: read in a micro step. less_memory: a hint.
+    before_training(batches): where there are queues.
     Ctrl-C and SIGTERM save a checkpoint first. A resumed run repeats the uninterrupted one, or warns.
     """
     def __init__(self, model, dataset, settings, to_image, evaluate = None):
@@ -1928,7 +1927,7 @@ class BaseTrainer:
         given = settings.mixed_precision or os.environ.get('ACCELERATE_MIXED_PRECISION')
         precision = settings.mixed_precision = default(given, 'bf16' if has_bf16 else 'no')
         check(precision in ('no', 'bf16'), f'mixed_precision = {precision} is not supported: use bf16')
-        # or accelerate runs each alone
+        # else accelerate runs them singly
         on_cpus = int(os.environ.get('WORLD_SIZE', 1)) > 1 and not torch.accelerator.is_available()
         self.accelerator = accelerator = Accelerator(
             mixed_precision = precision, cpu = settings.cpu or on_cpus, log_with = settings.log_with,
@@ -1999,7 +1998,7 @@ class BaseTrainer:
         wanted = "pass resume_from_checkpoint = 'latest' or overwrite = True"
         fits = exists(given) or self.settings.overwrite or not earlier
         check(fits, f'{folder} holds an earlier run: {wanted}')
-        is_own = given in (None, 'latest') or Path(given).parent.resolve() == self.checkpoints.resolve()
+        is_own = given in (None, 'latest') or Path(given).expanduser().parent.resolve() == self.checkpoints.resolve()
         check(is_own or not any(self.checkpoints.glob(STEP)), f'{folder} has another run than {given}')
         for path in earlier:
             remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
@@ -2087,7 +2086,7 @@ class BaseTrainer:
             return
         values, _ = self.metrics(details)
         broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
-        found = ', '.join(broken) or 'the loss is finite: the model or the encoder, backwards'
+        found = ', '.join(broken) or 'what it logs is finite: look at the backward pass, or the loss'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
         numbers = f'loss {loss:.4g}, gradient norm {norm:.4g}'
         raise FloatingPointError(f'step {self.step}: {numbers}; {found}; the last checkpoint is {last}')
@@ -2103,7 +2102,7 @@ class BaseTrainer:
         together(self.hold_folder, self.is_main)
         batches, own_seed = self.batches(), int(torch.randint(2 ** 62, ()))
         try:
-            together(self.leave_later, self.is_main)
+            together(self.set_aside, self.is_main)
             config = {name: str(value) for name, value in self.record().items()}
             self.accelerator.init_trackers('drifting-pytorch', config = config)
             if self.settings.sample_every > 0:
@@ -2119,7 +2118,8 @@ class BaseTrainer:
         finally:
             batches.close()
             self.lock.release()
-            seed_cpu(own_seed)
+            torch.manual_seed(own_seed)  # also of GPUs
+            seed_cpu(own_seed)  # the caller's random numbers go on
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:
@@ -2265,7 +2265,7 @@ class BaseTrainer:
         if not exists(given):
             return
         newest_first = reversed(sorted(self.checkpoints.glob(STEP)))
-        for folder in newest_first if given == 'latest' else [Path(given)]:
+        for folder in newest_first if given == 'latest' else [Path(given).expanduser()]:
             problems = [*filter(exists, gather_object([damage(folder, self.rank)]))]
             if not problems:
                 self.load(folder)
@@ -2275,7 +2275,7 @@ class BaseTrainer:
             if self.is_main:
                 warnings.warn(f'{message}. Going on from an earlier one', stacklevel = 2)
 
-    def leave_later(self):
+    def set_aside(self):
         """Later checkpoints count no more, later logs are written again."""
         for folder in (*self.checkpoints.glob(STEP), *self.checkpoints.glob(BEST)):
             if int(folder.name[5:]) > self.step:
@@ -2472,7 +2472,7 @@ class Trainer(BaseTrainer):
             return labels, positives
         for queue in self.queues.values():
             queue.push(samples, labels if queue.num_classes > 1 else None)
-        return labels.long()
+        return labels
 
     def draw(self, newest, micro_step):
         """labels [c] or conditions, alpha [c], pos [c p ...], uncond [c u ...] or None."""
@@ -2489,9 +2489,8 @@ class Trainer(BaseTrainer):
             turns = [torch.randperm(len(newest), generator = generator) for _ in range(0, c, len(newest))]
             labels = newest[cat(turns)[:c]]
             pos = self.queues['positives'].draw(labels, settings.num_pos, generator)
-        uncond = None
-        if self.num_uncond > 0:
-            uncond = self.queues['unconditional'].draw(torch.zeros(c).long(), self.num_uncond, generator)
+        queue = self.queues.get('unconditional')
+        uncond = queue.draw(torch.zeros(c).long(), self.num_uncond, generator) if queue else None
         pos, uncond = (each(Tensor.float, self.to_device(t)) for t in (pos, uncond))
         return self.to_device(labels), self.to_device(alpha), pos, uncond
 
@@ -2520,8 +2519,8 @@ class Trainer(BaseTrainer):
         return rearrange(gen, '(c g) ... -> c g ...', c = c)
 
     @torch.no_grad()
-    def without_graph(self, chunks):
-        return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks)])
+    def without_graph(self, chunks, first = 0):
+        return cat([self.generate(*chunk, i) for i, chunk in enumerate(chunks, first)])
 
     def backward(self, batches, micro_step, sync):
         """In chunks: the gradient of samples made without a graph; then each is made again."""
@@ -2531,7 +2530,8 @@ class Trainer(BaseTrainer):
         if isinstance(self.loss_fn, FeatureDriftLoss):
             options['diagnostics'] = self.logs_this_step
         if getattr(self.loss_fn, 'needs_neg', False):
-            options['neg'] = self.without_graph(chunked(self.inputs(labels, alpha, micro_step, 'neg'), size))
+            inputs = self.inputs(labels, alpha, micro_step, 'neg')
+            options['neg'] = self.without_graph(chunked(inputs, size), first = settings.num_groups)
         # gradients are averaged over processes, which may differ in groups
         share = len(alpha) * self.world / settings.num_groups / settings.gradient_accumulation_steps
         if not exists(size):
@@ -2556,7 +2556,7 @@ class Trainer(BaseTrainer):
         loss, breakdown = result
         check_shape('the loss', loss, ())
         check(loss.requires_grad, 'the loss has no gradient: frozen, or detached?')
-        losses, spread = {name: t.detach() for name, t in breakdown.losses.items()}, None
+        losses, spread = each(Tensor.detach, breakdown.losses), None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
             spread = of_gen / of_pos
@@ -2575,8 +2575,8 @@ class Trainer(BaseTrainer):
             metrics[f'{prefix}/scale'] = kinds.pop('scale')
             for kind, values in kinds.items():
                 metrics |= {f'{prefix}/{kind}/{t}': value for t, value in values.items()}
-            for temperature, value in stats.drift_rms.items():
-                drifts.setdefault(f'drift/{temperature}', []).append(value)
+            for t, value in stats.drift_rms.items():
+                drifts.setdefault(f'drift/{t}', []).append(value)
         drifts = {name: stack(values).mean() for name, values in drifts.items()}
         return {**metrics, **drifts, **self.evaluated}, (*self.evaluated, *drifts, 'loss')
 
@@ -2601,10 +2601,10 @@ class Trainer(BaseTrainer):
             self.save('best')
 
     def log(self, bar, loss, details, norm):
-        self.evaluated = {}
         if self.is_due(self.step, self.settings.evaluate_every):
             self.evaluate_averages()
         super().log(bar, loss, details, norm)
+        self.evaluated = {}
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
         *_, spread = details
         if self.step >= first_step and exists(spread) and spread < 0.1:
@@ -2638,7 +2638,7 @@ class MAESettings(LoopSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        start = self.num_train_steps - self.finetune_steps
+        start = max(0, self.num_train_steps - self.finetune_steps)
         self.finetune_start = start if self.finetune_steps > 0 else None
 
 class MAETrainer(BaseTrainer):

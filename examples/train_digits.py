@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 from torch.utils.data import TensorDataset
 
 from common import class_rows, frechet_distance, load_digits, make_parser, num_parameters, plot_curves, positive
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, Trainer
+from drifting_pytorch import DriftField, DriftingGenerator, FeatureDriftLoss, Trainer
 
 # metrics, all on pixels in [0, 1] flattened to 64 numbers
 
@@ -101,6 +101,10 @@ def options():
         help = "lower bound of softmax * softmax; the release's 1e-6 keeps these samples at the mean of their class"
     )
     parser.add_argument(
+        '--repulsion', type = float, default = 1.01,
+        help = 'how much stronger samples repel each other than real ones attract them: above 1 they differ more'
+    )
+    parser.add_argument(
         '--alpha-range', type = float, nargs = 2, default = [1., 1.2],
         help = 'guidance scales of the training. Samples have scale 1: the others make their shapes better'
     )
@@ -156,7 +160,7 @@ def main():
 
     trainer = Trainer(
         model,
-        FeatureDriftLoss(affinity_floor = args.affinity_floor),
+        FeatureDriftLoss(affinity_floor = args.affinity_floor, field = DriftField(repulsion = args.repulsion)),
         dataset,
         num_train_steps = args.steps,
         num_groups = args.groups,

@@ -139,7 +139,7 @@ def test_the_fast_loss_is_the_plain_one(rng, monkeypatch, d, guided, coincident,
     monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', 2 * num_samples * max(d, 3 * 5))
     problems = DriftProblems(gen, pos, uncond, **options)
     assert len(problems.parts) == 4
-    assert problems.in_coefficients == (field.zero_sum and d == 80)
+    assert problems.keeps_W == (field.zero_sum and d == 80)
 
     fast, _ = drift_loss(fast_gen, pos, uncond, uncond_weight = weight, **options)
     fast.mean().backward()
@@ -203,7 +203,7 @@ def test_length_of_the_drift_from_distances_is_as_good(rng, monkeypatch):
     monkeypatch.setitem(drifting.PART_NUMBERS, 'cpu', 2 * 64 * 160)        # two of the four problems
 
     def numbers(samples, field):
-        assert DriftProblems(*samples, field = field).in_coefficients == field.zero_sum
+        assert DriftProblems(*samples, field = field).keeps_W == field.zero_sum
         loss, stats = drift_loss(*samples, field = field)
         return torch.cat((loss, torch.stack(list(stats.drift_rms.values()))))
 
