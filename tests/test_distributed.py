@@ -16,7 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, LatentMAE, MAETrainer, drift_loss, drifting
+from drifting_pytorch import (
+    DriftingGenerator,
+    FeatureDriftLoss,
+    LatentMAE,
+    MAETrainer,
+    SinkhornField,
+    drift_loss,
+    drifting,
+)
 from helpers import (
     DATA,
     Net,
@@ -172,6 +180,20 @@ def test_chunks_replay_the_same_dropout(tmp_path):
     assert torch.equal(first, generated())
     assert torch.equal(first, t.without_graph(chunks))
     assert not torch.equal(first, t.generate(*inputs, 9))
+
+@pytest.mark.parametrize('size', [None, 2])
+def test_a_second_batch_has_dropout_of_its_own(tmp_path, size):
+    loss_fn = FeatureDriftLoss(field = SinkhornField(), temperatures = (0.1,))
+    t = trainer(tmp_path, loss_fn = loss_fn, num_groups = 4, group_chunk_size = size)
+    masks = []
+    t.unwrapped.net[2].register_forward_hook(lambda module, inputs, out: masks.append((out == 0) & (inputs[0] != 0)))
+    batches = t.batches()
+    t.before_training(batches)
+    t.train_step(batches)
+    num = 1 if size is None else 2
+    of_neg, of_gen = masks[:num], masks[num:2 * num]
+    assert all(mask.any() for mask in masks)
+    assert not any(torch.equal(a, b) for a in of_neg for b in of_gen)
 
 # a run on two processes, forked and as the command line starts them
 

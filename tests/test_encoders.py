@@ -464,6 +464,7 @@ def with_backbone(**kwargs):
     (lambda: tiny()(X[0]), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X[0], mask = torch.ones(2, 8, 8)), 'x has shape (2, 16, 16), expected (batch, 2, height, width)'),
     (lambda: tiny()(X, mask = torch.ones(2, 4, 4)), 'mask has shape (2, 4, 4), expected (2, 8, 8)'),
+    (lambda: tiny()(X, mask = torch.full((2, 8, 8), 5.)), 'mask must be finite and in 0 .. 1, got 5.0 .. 5.0'),
     (lambda: tiny()(X, cls_weight = 0.1), 'needs labels'),
     (lambda: tiny()(X, torch.tensor([0, 5]), cls_weight = 0.1), 'labels must be finite and in 0 .. 4'),
     (lambda: tiny()(X, torch.tensor([0, 1]), cls_weight = 2.), 'cls_weight must be a number in 0 .. 1, got 2.0'),

@@ -623,6 +623,8 @@ NUMBERS = itertools.count()
     (lambda: drift_loss(X, X, temperatures = (0.1, 0.1)), 'temperatures must be different'),
     (lambda: drift_loss(X, X, temperatures = np.array([0.1, -1.])), 'temperatures must be'),
     (lambda: drift_loss(X, X, temperatures = 'warm'), "finite numbers above 0, got 'warm'"),
+    (lambda: drift_loss(X, X, temperatures = True), 'finite numbers above 0, got True'),
+    (lambda: drift_loss(X, X, temperatures = [[0.1]]), 'temperatures must be'),
     (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, got 'laplace'"),
     (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a number in 0 .. 1, got nan'),
     (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),
@@ -685,6 +687,9 @@ def test_one_temperature_may_be_a_number():
     loss, stats = drift_loss(X, X + 1, temperatures = 0.1)
     assert torch.equal(loss, drift_loss(X, X + 1, temperatures = (0.1,))[0])
     assert list(stats.drift_rms) == [0.1]
+    assert torch.equal(loss, drift_loss(X, X + 1, temperatures = np.array(0.1))[0])
+    whole = drift_loss(X, X + 1, temperatures = np.array([1, 2]))[0]
+    assert torch.equal(whole, drift_loss(X, X + 1, temperatures = (1., 2.))[0])
 
 @pytest.mark.parametrize('b, g, p, d, field', [
     (256, 64, 64, 64, DriftField()),

@@ -52,6 +52,10 @@ def test_lambda_ramps_linearly(tmp_path):
         ramp.append(t.cls_weight_at(t.step))
     assert ramp == pytest.approx([0.] * 7 + [0.05, 0.1, 0.1])
 
+    # longer than the training: all of it
+    settings = MAESettings(num_train_steps = 10, finetune_steps = 500)
+    assert settings.finetune_start == 0
+
 def test_defaults_are_the_release_s():
     settings = MAESettings()
     found = settings.batch_size, settings.learning_rate, settings.lr_warmup_steps, settings.betas, settings.ema_decay

@@ -84,7 +84,7 @@ def test_queue_errors(call, says):
 
 # draws
 
-@pytest.mark.parametrize('power', [0., 1., 3., 5.])
+@pytest.mark.parametrize('power', [0., 1., 1 + 1e-15, 1 - 1e-6, 1.001, 3., 5.])
 def test_alpha_has_the_density_of_the_paper(rng, power):
     alpha = sample_alpha(20_000, power = power, generator = rng).double().numpy()
     assert alpha.min() >= 1

@@ -54,6 +54,13 @@ def test_dropout_is_seeded_on_any_device(tmp_path, monkeypatch):
     t.seed_model()
     assert seeds[0] == seeds[2] != seeds[1]
 
+def test_random_numbers_of_any_device_go_on_after_a_training(tmp_path, monkeypatch):
+    t, seeds = trainer(tmp_path, num_train_steps = 1), []
+    monkeypatch.setattr(torch, 'manual_seed', seeds.append)         # of all devices
+    t.train()
+    t.train()
+    assert len(set(seeds)) == 2
+
 SCRIPT = '''
 import torch
 from torch.utils.data import TensorDataset

@@ -61,7 +61,8 @@ def test_a_folder_below_home(tmp_path, monkeypatch):
     t = trainer('~/run', num_train_steps = 2, save_every = 1)
     t.train()
     assert t.results_folder == tmp_path / 'run'
-    assert checkpoint_names(tmp_path / 'run')
+    resumed = trainer('~/run', num_train_steps = 2, resume_from_checkpoint = '~/run/checkpoints/step-00000001')
+    assert resumed.step == 1
 
 def test_samples_may_come_alone(tmp_path):
     trained = []
