@@ -360,17 +360,17 @@ class Block(Module):
         self.attn_norm = RMSNorm(dim)
         self.attn = Attention(dim, heads = heads, dim_head = dim_head, flash = True, project_out = True)
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
+        for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v, self.attn.to_out):
+            linear.bias = Parameter(torch.zeros(dim))
+        self.attn.attend.scale = None  # the default, not multiplied by 1
         self.attn.attend.sdp_context_manager = nullcontext  # to pickle it
-        self.q_bias, self.k_bias, self.v_bias, self.out_bias = (Parameter(torch.zeros(dim)) for _ in range(4))
         self.ff_norm = RMSNorm(dim)
         self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)  # int(dim * mult) wide
 
     def forward(self, x, cond, rotary):  # b n d, b d, 1 n dh
         attn_shift, attn_scale, attn_gate, ff_shift, ff_scale, ff_gate = self.modulation(cond)  # b 1 d
-        biases = dict(q_delta = self.q_bias, k_delta = self.k_bias, v_delta = self.v_bias)
         h = self.attn_norm(x) * (1 + attn_scale) + attn_shift  # b n d
-        h = self.attn(h, rotary_pos_emb = (rotary, None), **biases) + self.out_bias
-        x = x + h * attn_gate
+        x = x + self.attn(h, rotary_pos_emb = (rotary, None)) * attn_gate
 
         h = self.ff_norm(x) * (1 + ff_scale) + ff_shift
         return x + self.ff(h) * ff_gate
@@ -736,7 +736,7 @@ class ConvGenerator(Generator, coders = CODERS):
                 x = x + self.noise_embeds[i - 1](noise_maps[i - 1])
             scale, shift = scale_shift.view(x.shape[0], 2, -1, *[1] * (x.ndim - 2)).unbind(dim = 1)
             x = F.silu(x * (1 + scale) + shift)
-        return self.output_convs(self.to_image(x)).tanh()
+        return full_precision(self.output_convs(self.to_image(x))).tanh()  # or bf16 saturates
 
 # ── 6. the loss of a step - Eq. 6, 13, 14, A.5-A.7 ───
 
@@ -2119,7 +2119,7 @@ class BaseTrainer:
             batches.close()
             self.lock.release()
             torch.manual_seed(own_seed)  # also of GPUs
-            seed_cpu(own_seed)  # the caller's random numbers go on
+            seed_cpu(own_seed)  # the caller's go on
         for tracker in self.accelerator.trackers:
             tracker.finish()
         for number in signals[:1]:

@@ -43,7 +43,6 @@ GENERATOR_NAMES = {
     'blocks_': 'blocks/', 'RMSNorm_0': 'attn_norm', 'RMSNorm_1': 'ff_norm',
     r'Attention_0/(\w)_norm': r'attn/\1_rmsnorm',
     'Attention_0/Linear_0': 'attn/to_qkv', 'Attention_0/Linear_1': 'attn/to_out',
-    r'attn/to_(\w+)/bias': r'\1_bias',
     'SwiGLUFFN_0/Linear_0': 'ff/ff/0/gate', 'SwiGLUFFN_0/Linear_1': 'ff/ff/0/proj',
     'SwiGLUFFN_0/Linear_2': 'ff/ff/2', 'Linear_0': 'modulation/linear'
 }

@@ -66,6 +66,16 @@ def test_a_constant_map_is_a_picture_without_a_grid():
     assert picture.std(dim = (2, 3)).max() < 1e-5
     assert picture.mean(dim = (2, 3)).std() > 1e-2
 
+def test_dark_pixels_keep_a_gradient_in_half_precision():
+    model = small()
+    model.to_image.register_forward_hook(lambda module, inputs, out: out.sub(5.).bfloat16())       # as on a GPU
+    samples = model(torch.randn(2, 8), [0, 1])
+    assert samples.dtype == torch.float32
+    assert torch.tensor(-5.).bfloat16().tanh() == -1
+    assert samples.min() > -1
+    samples.sum().backward()
+    assert (model.to_image[0].bias.grad > 0).all()
+
 def test_output_convolutions_start_as_the_identity(tmp_path):
     plain, fine = small(), small(output_conv_dim = 6)
     fine.load_state_dict(plain.state_dict(), strict = False)

@@ -155,6 +155,8 @@ def rules(model):
     found = {}
 
     for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            continue
         if name in NORMAL:
             found[name] = p, 0.02
         elif '.attn.to_q' in name or '.attn.to_k' in name or '.attn.to_v' in name:
