@@ -501,7 +501,8 @@ class DriftingGenerator(Generator, coders = CODERS):
 
         # tokens [registers | patches]
         self.patch_embed = nn.Linear(dim_patch, dim)
-        self.image_embed = nn.Linear(condition_channels * patch_size ** 2, dim) if exists(condition_channels) else None
+        dim_image = default(condition_channels, 0) * patch_size ** 2
+        self.image_embed = nn.Linear(dim_image, dim) if exists(condition_channels) else None
         self.pos_embed = Parameter(sincos_2d(size, dim))
         self.register_proj = nn.Linear(dim, dim)
         self.register_embed = Parameter(torch.empty(num_register_tokens, dim))
@@ -2431,8 +2432,6 @@ class Trainer(BaseTrainer):
             self.loss_fn = self.loss_fn.with_options(group_chunk_size = chunk, compile = settings.compile)
         if isinstance(self.loss_fn, Module):
             self.loss_fn.to(self.device)
-            if self.device.type == 'cuda':
-                nn.utils.convert_conv2d_weight_memory_format(self.loss_fn, torch.channels_last)
         self.resume()
 
     def before_training(self, batches):
