@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from statistics import median
 
 import pytest
 import torch
@@ -206,23 +207,31 @@ def row_of(folder, *names):
 LOGGED = ('loss', 'grad_norm', 'drift/0.02', 'drift/0.05', 'drift/0.2', 'spread')
 
 def test_step_in_bf16(device, tmp_path):
-    """Of the same weights and noise. What is logged agrees to 2 %.
+    """Of the same weights and noise, medians over ten seeds. What is logged agrees to 2 %.
 
-    The gradient is another by 30 % here: near samples are pushed by small differences, in which rounding is large.
+    The gradient is another by 40 % here, and its norm with some seeds by a third: near samples are pushed by small
+    differences, in which rounding is large.
     """
-    found, gradients = [], []
+    logged, gradients = [], []
 
-    for precision in ('no', 'bf16'):
-        t = picture_trainer(tmp_path / precision, device, mixed_precision = precision, num_train_steps = 1)
-        before = weights(t).clone()
-        t.train()
-        found.append(row_of(tmp_path / precision, *LOGGED))
-        grads = torch.cat([p.grad.flatten() for p in t.unwrapped.parameters()])
-        assert grads.dtype == torch.float32 and (weights(t) != before).any()
-        gradients.append(grads.cpu())
+    for seed in range(10):
+        found, grads = [], []
 
-    assert relative(*found) < 2e-2, found
-    assert 1e-4 < relative(*gradients) < 0.5
+        for precision in ('no', 'bf16'):
+            folder = tmp_path / f'{precision}-{seed}'
+            t = picture_trainer(folder, device, mixed_precision = precision, num_train_steps = 1, seed = seed)
+            before = weights(t).clone()
+            t.train()
+            assert (weights(t) != before).any()
+            found.append(row_of(folder, *LOGGED))
+            grads.append(torch.cat([p.grad.flatten() for p in t.unwrapped.parameters()]).cpu())
+
+        assert grads[1].dtype == torch.float32
+        logged.append(relative(*found))
+        gradients.append(relative(*grads))
+
+    assert median(logged) < 2e-2, logged
+    assert 1e-4 < median(gradients) < 0.5, gradients
 
 STEPS = dict(
     plain = dict(),
