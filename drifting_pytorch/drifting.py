@@ -362,7 +362,7 @@ class Block(Module):
         self.attn.q_rmsnorm, self.attn.k_rmsnorm = RMSNorm(dim_head), RMSNorm(dim_head)
         for linear in (self.attn.to_q, self.attn.to_k, self.attn.to_v, self.attn.to_out):
             linear.bias = Parameter(torch.zeros(dim))
-        self.attn.attend.scale = None  # the default, not multiplied by 1
+        self.attn.attend.scale = None  # the default
         self.attn.attend.sdp_context_manager = nullcontext  # to pickle it
         self.ff_norm = RMSNorm(dim)
         self.ff = FeedForward(dim, mult = (dim_ff + 0.5) / dim, glu = True, swish = True)  # int(dim * mult) wide
@@ -810,7 +810,7 @@ class DriftProblems:
         check_number(0, 1, affinity_floor = affinity_floor)
         check(isinstance(field, DriftField), f'field must be a DriftField, got {field!r}')
         check(exists(neg) or not field.needs_neg, f'{type(field).__name__} needs neg, more generated samples')
-        values = np.atleast_1d(temperatures)
+        values = np.atleast_1d('' if torch.is_tensor(temperatures) else temperatures)
         fits = values.ndim == 1 and values.dtype.kind in 'iuf' and 0 < len(values) == len({*values})
         fits = fits and 0 < values.min() <= values.max() < math.inf
         check(fits, f'temperatures must be different, finite numbers above 0, got {temperatures!r}')
@@ -2087,7 +2087,7 @@ class BaseTrainer:
             return
         values, _ = self.metrics(details)
         broken = [f'{name} is {float(value)}' for name, value in values.items() if not math.isfinite(value)]
-        found = ', '.join(broken) or 'what it logs is finite: look at the backward pass, or the loss'
+        found = ', '.join(broken) or 'what it logs is finite: look at the backward pass'
         last = ['none', *sorted(self.checkpoints.glob(STEP))][-1]
         numbers = f'loss {loss:.4g}, gradient norm {norm:.4g}'
         raise FloatingPointError(f'step {self.step}: {numbers}; {found}; the last checkpoint is {last}')
@@ -2331,7 +2331,7 @@ class BaseTrainer:
 
     def save_pretrained(self, folder):
         """Write the averaged model, for from_pretrained. Call it in every process."""
-        is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder)
+        is_ours, folder = isinstance(self.unwrapped, PyTorchModelHubMixin), Path(folder).expanduser()
         check(is_ours, 'save_pretrained is for the models of this package: save ema.ema_model.state_dict()')
         state_dict = dcp.get_model_state_dict(self.ema.ema_model, options = FULL_STATE)
         if self.is_main:
@@ -2555,7 +2555,7 @@ class Trainer(BaseTrainer):
         loss, breakdown = result
         check_shape('the loss', loss, ())
         check(loss.requires_grad, 'the loss has no gradient: frozen, or detached?')
-        losses, spread = each(Tensor.detach, breakdown.losses), None
+        losses, spread = each(lambda t: t.detach().mean(), breakdown.losses), None
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
             spread = of_gen / of_pos
@@ -2600,6 +2600,7 @@ class Trainer(BaseTrainer):
             self.save('best')
 
     def log(self, bar, loss, details, norm):
+        self.evaluated = {}  # of one that failed
         if self.is_due(self.step, self.settings.evaluate_every):
             self.evaluate_averages()
         super().log(bar, loss, details, norm)
@@ -2704,7 +2705,7 @@ def from_pretrained(cls, name, *, revision = None):
     Raises ValueError for unknown names, damaged files, unfit weights; OSError for what is not found.
     """
     kind, published = cls.published
-    folder = Path(name)
+    folder = Path(name).expanduser()
     is_release = (folder / 'metadata.json').is_file() if folder.is_dir() else name in published
     files = ('metadata.json', 'ema_params.msgpack') if is_release else ('config.json', 'model.safetensors')
     if folder.is_dir():

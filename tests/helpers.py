@@ -83,6 +83,7 @@ def launch(fn, world, *args, timeout = 120):
                 process.join()
             except EOFError:
                 process.join()
+                assert process.exitcode != 1, 'it raised, see its own traceback'
                 results.append(process.exitcode)
     finally:
         for process in processes:       # where one gives no answer, all wait for it

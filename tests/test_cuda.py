@@ -207,10 +207,10 @@ def row_of(folder, *names):
 LOGGED = ('loss', 'grad_norm', 'drift/0.02', 'drift/0.05', 'drift/0.2', 'spread')
 
 def test_step_in_bf16(device, tmp_path):
-    """Of the same weights and noise, medians over ten seeds. What is logged agrees to 2 %.
+    """Of the same weights and noise, medians over ten seeds. What is logged agrees to 3 %.
 
-    The gradient is another by 40 % here, and its norm with some seeds by a third: near samples are pushed by small
-    differences, in which rounding is large.
+    The gradient is another by almost a half here, and its norm with some seeds by a third: near samples are pushed by
+    small differences, in which rounding is large.
     """
     logged, gradients = [], []
 
@@ -227,10 +227,12 @@ def test_step_in_bf16(device, tmp_path):
             grads.append(torch.cat([p.grad.flatten() for p in t.unwrapped.parameters()]).cpu())
 
         assert grads[1].dtype == torch.float32
-        logged.append(relative(*found))
+        logged.append([abs(b / a - 1) for a, b in zip(*found, strict = True)])
         gradients.append(relative(*grads))
 
-    assert median(logged) < 2e-2, logged
+    medians = dict(zip(LOGGED, map(median, zip(*logged, strict = True)), strict = True))
+    assert medians.pop('grad_norm') < 0.2
+    assert max(medians.values()) < 3e-2, medians
     assert 1e-4 < median(gradients) < 0.5, gradients
 
 STEPS = dict(

@@ -48,6 +48,16 @@ def test_numbers_are_logged_at_their_steps(tmp_path):
     assert sorted(row['step'] for row in rows(tmp_path)) == [3, 5, 6, 9, 10, 12]
     assert math.isclose(found[12], spread(t.sample)['spread'], rel_tol = 1e-6)
 
+def test_numbers_of_a_failed_evaluation_are_not_logged_later(tmp_path):
+    t = evaluated(tmp_path, lambda sample: dict(other = 77.), keep_best = 'fid', log_every = 3)
+    with pytest.raises(ValueError, match = "keep_best is 'fid'"):
+        t.train()
+    t.evaluate = lambda sample: dict(fid = 1.)
+    t.train()
+    after = [row for row in rows(tmp_path) if row['step'] > 5]
+    assert after[0]['step'] == 6 and after[-1]['eval/fid'] == 1
+    assert not any('eval/other' in row for row in after)
+
 def test_samples_without_a_seed_are_those_of_the_step(tmp_path):
     def mean(sample):
         return dict(mean = sample(LABELS).mean())
@@ -223,9 +233,14 @@ def drift(sample):
     return dict(drift = stats.drift_rms[0.2])
 
 def train_with_drift(folder):
-    t = evaluated(folder, drift, num_train_steps = 5)
-    t.train()
-    return t.evaluated['eval/drift']
+    found = []
+
+    def evaluate(sample):
+        found.append(drift(sample))
+        return found[-1]
+
+    evaluated(folder, evaluate, num_train_steps = 5).train()
+    return float(found[-1]['drift'])
 
 def test_the_loss_is_an_evaluation_too(tmp_path):
     a, b = launch(train_with_drift, 2, tmp_path)

@@ -625,6 +625,7 @@ NUMBERS = itertools.count()
     (lambda: drift_loss(X, X, temperatures = 'warm'), "finite numbers above 0, got 'warm'"),
     (lambda: drift_loss(X, X, temperatures = True), 'finite numbers above 0, got True'),
     (lambda: drift_loss(X, X, temperatures = [[0.1]]), 'temperatures must be'),
+    (lambda: drift_loss(X, X, temperatures = torch.ones(2, device = 'meta')), 'temperatures must be'),
     (lambda: drift_loss(X, X, field = 'laplace'), "field must be a DriftField, got 'laplace'"),
     (lambda: drift_loss(X, X, affinity_floor = float('nan')), 'affinity_floor must be a number in 0 .. 1, got nan'),
     (lambda: drift_loss(X, X, X, uncond_weight = [1.]), 'uncond_weight must be a tensor, got list'),

@@ -11,7 +11,7 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
-from drifting_pytorch import FeatureDriftLoss, SharpField, SinkhornField, Trainer
+from drifting_pytorch import DriftingGenerator, FeatureDriftLoss, SharpField, SinkhornField, Trainer
 from drifting_pytorch.drifting import Breakdown
 from helpers import (
     CENTERS,
@@ -64,6 +64,11 @@ def test_a_folder_below_home(tmp_path, monkeypatch):
     resumed = trainer('~/run', num_train_steps = 2, resume_from_checkpoint = '~/run/checkpoints/step-00000001')
     assert resumed.step == 1
 
+    model = picture_generator()
+    data = TensorDataset(torch.rand(96, 1, 8, 8) * 2 - 1, torch.arange(96) % 3)
+    trainer('~/pictures', model, data, num_train_steps = 1).save_pretrained('~/model')
+    assert torch.equal(DriftingGenerator.from_pretrained('~/model').to_patch.weight, model.to_patch.weight)
+
 def test_samples_may_come_alone(tmp_path):
     trained = []
 
@@ -110,11 +115,12 @@ def test_a_loss_of_ones_own_is_logged_with_what_it_tells(tmp_path):
     def loss_fn(gen, pos, uncond, alpha):
         loss, breakdown = drifting(gen, pos, uncond, alpha)
         size = gen.square().mean()
-        return loss + 1e-3 * size, Breakdown({'size': size}, breakdown.stats)
+        return loss + 1e-3 * size, Breakdown({'size': size, 'squares': gen ** 2}, breakdown.stats)
 
     t = trainer(tmp_path, loss_fn = loss_fn, num_train_steps = 5)
     t.train()
     row, = json_lines(tmp_path / 'metrics.jsonl')
+    assert row['feature/size/loss'] == pytest.approx(row['feature/squares/loss'], rel = 1e-4)
     assert row['feature/size/loss'] > 0
     assert row['feature/global/scale'] > 0
     assert 'feature/global/loss' not in row

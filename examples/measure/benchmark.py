@@ -732,6 +732,7 @@ def measure_largest_step(args, preset, sizes):
             return groups, *measure_step(args, preset, groups)
         except RuntimeError as error:                   # near the limit cuDNN and cuBLAS have errors of their own
             failure = str(error)                        # not its frames, which hold memory
+            print(f'{groups} groups: {failure}', file = sys.stderr)
 
     raise SystemExit(f'not even one group fits: {failure}')
 
