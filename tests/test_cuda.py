@@ -207,12 +207,12 @@ def row_of(folder, *names):
 LOGGED = ('loss', 'grad_norm', 'drift/0.02', 'drift/0.05', 'drift/0.2', 'spread')
 
 def test_step_in_bf16(device, tmp_path):
-    """Of the same weights and noise, medians over ten seeds. What is logged agrees to 3 %.
+    """Of the same weights and noise, medians over ten seeds. All that is logged agrees to 2 %, each to 3 %.
 
     The gradient is another by almost a half here, and its norm with some seeds by a third: near samples are pushed by
     small differences, in which rounding is large.
     """
-    logged, gradients = [], []
+    logged, together, gradients = [], [], []
 
     for seed in range(10):
         found, grads = [], []
@@ -228,8 +228,10 @@ def test_step_in_bf16(device, tmp_path):
 
         assert grads[1].dtype == torch.float32
         logged.append([abs(b / a - 1) for a, b in zip(*found, strict = True)])
+        together.append(relative(*found))
         gradients.append(relative(*grads))
 
+    assert median(together) < 2e-2, together
     medians = dict(zip(LOGGED, map(median, zip(*logged, strict = True)), strict = True))
     assert medians.pop('grad_norm') < 0.2
     assert max(medians.values()) < 3e-2, medians
