@@ -778,7 +778,7 @@ class KnownGradient(torch.autograd.Function):
         factor = grad_loss * grad_loss.numel()  # () or b
         return grad * factor.reshape(-1, *(1,) * (grad.ndim - 1)), None, None
 
-PART_NUMBERS = dict(cpu = 2 ** 19)  # of a part; elsewhere 2 ** 27
+PART_NUMBERS = dict(cpu = 2 ** 19, gpu = 2 ** 27)  # of a part
 
 class DriftProblems:
     """b independent problems of one feature (class group x location), in parts that fit a cache.
@@ -839,7 +839,7 @@ class DriftProblems:
         fits = self.field.zero_sum and self.own_negatives and not gen.is_mps  # baddbmm_ fails
         self.keeps_W = fits and is_cheap and not is_small
         largest = self.y * max(self.d, num_vectors)
-        size = max(1, PART_NUMBERS.get(gen.device.type, 2 ** 27) // largest)
+        size = max(1, PART_NUMBERS.get(gen.device.type, PART_NUMBERS['gpu']) // largest)
         self.parts = [slice(i, i + size) for i in range(0, self.b, size)]
 
         # of every part what two rounds need, {start: value}
@@ -1529,14 +1529,14 @@ def seed_cpu(seed):
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
 
-IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
+IMAGE_EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
 class ImageFolder(Dataset):
-    """Images [ch size size] in [-1, 1] of a folder (jpeg, png, webp, bmp), and their labels.
+    """Images [ch size size] in [-1, 1] of a folder's files of IMAGE_EXTENSIONS, and labels.
 
-    A label is the place of the class folder, or 0 where there are none (num_classes None).
+    A label is the place of the class folder, or 0 without any (num_classes None).
     channels: 3 (RGB), or 1 (grey). flip: mirror half of them at random.
-    Read upright (Exif), over white where transparent, the first one of an animation.
+    Read upright (Exif), over white where transparent, the first of an animation.
     Raises ValueError for folders that are empty or mixed, and for unreadable images.
     """
     def __init__(self, root, image_size, *, channels = 3, flip = False):
@@ -2406,7 +2406,7 @@ class Trainer(BaseTrainer):
             check(fits, f'the rows of the dataset have samples of shape {shape}, {wanted}')
             self.sample_shape = shape[1:]
         self.noise_shape = tuple(getattr(model, 'noise_shape', self.sample_shape))
-        self.loss_fn, self.evaluated = default(loss_fn, FeatureDriftLoss()), {}
+        self.loss_fn = default(loss_fn, FeatureDriftLoss())
         fits = callable(self.loss_fn) and not isinstance(self.loss_fn, type)
         check(fits, f'loss_fn must be a function or an instance as FeatureDriftLoss(), got {loss_fn!r}')
         check(num >= self.world, f'num_groups {num} cannot be shared by {self.world} processes')
@@ -2547,7 +2547,7 @@ class Trainer(BaseTrainer):
         return loss.detach(), details
 
     def loss(self, gen, pos, uncond, alpha, options):
-        """The loss, (Breakdown, alpha, spread relative to real samples or None)."""
+        """The loss, (Breakdown, alpha, spread / real spread or None, evaluations)."""
         with self.accelerator.autocast():
             result = self.loss_fn(gen, pos, uncond, alpha, **options)
         is_pair = isinstance(result, tuple) and isinstance(result[-1], Breakdown)
@@ -2559,12 +2559,12 @@ class Trainer(BaseTrainer):
         if self.logs_this_step and self.settings.num_pos > 1:
             of_gen, of_pos = (t.detach().float().std(dim = 1, correction = 0).norm() for t in (gen, pos))
             spread = of_gen / of_pos
-        return loss, (Breakdown(losses, breakdown.stats), alpha, spread)
+        return loss, (Breakdown(losses, breakdown.stats), alpha, spread, {})
 
     # what is seen of it
     def metrics(self, details):
         """On the bar: the drift before it is normalised, mean over features."""
-        breakdown, alpha, spread = details
+        breakdown, alpha, spread, evaluated = details
         metrics = {'alpha/mean': alpha.mean(), 'alpha/share_of_1': (alpha == 1).float().mean()}
         metrics |= existing(spread = spread)
         metrics |= {f'feature/{name}/loss': loss for name, loss in breakdown.losses.items()}
@@ -2577,19 +2577,20 @@ class Trainer(BaseTrainer):
             for t, value in stats.drift_rms.items():
                 drifts.setdefault(f'drift/{t}', []).append(value)
         drifts = {name: stack(values).mean() for name, values in drifts.items()}
-        return {**metrics, **drifts, **self.evaluated}, (*self.evaluated, *drifts, 'loss')
+        return {**metrics, **drifts, **evaluated}, (*evaluated, *drifts, 'loss')
 
     @torch.no_grad()
     def evaluate_averages(self):
-        """The best average is sampled from now on, its checkpoint stays."""
+        """{name: number}. The best average is sampled from now on, its checkpoint stays."""
         wanted, chosen, best = default(self.settings.keep_best, ''), self.ema, self.best
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
+        evaluated = {}
         for decay, ema in self.emas.items():
             given, *_ = together(partial(self.evaluate, partial(sample_from, ema.ema_model, self.noise_shape)))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
             numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
-            self.evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
+            evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
             value = numbers.get(name, math.nan)
             is_number = wanted and math.isfinite(value)
@@ -2598,15 +2599,14 @@ class Trainer(BaseTrainer):
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
             self.save('best')
+        return evaluated
 
     def log(self, bar, loss, details, norm):
-        self.evaluated = {}  # of one that failed
+        *_, spread, evaluated = details
         if self.is_due(self.step, self.settings.evaluate_every):
-            self.evaluate_averages()
+            evaluated |= self.evaluate_averages()
         super().log(bar, loss, details, norm)
-        self.evaluated = {}
         first_step = max(self.settings.lr_warmup_steps, self.settings.num_train_steps // 5)
-        *_, spread = details
         if self.step >= first_step and exists(spread) and spread < 0.1:
             found = 'samples of a class spread less than a tenth of real ones, they collapse: try affinity_floor = 0.'
             warnings.warn(found, stacklevel = 2)

@@ -36,7 +36,7 @@ from torch import cat, nn, stack
 from tqdm.auto import tqdm
 
 from common import autocast, draws_latents, load_generator, load_vae, make_parser, positive, sha256, to_uint8
-from drifting_pytorch.drifting import check, image_grid, seeded
+from drifting_pytorch.drifting import IMAGE_EXTENSIONS, check, image_grid, seeded
 
 PICTURED = 8        # samples in the picture of neighbours
 NEIGHBORS = 6       # training images next to each
@@ -58,8 +58,6 @@ def sha256_of_weights(module):
 
 # where images come from: .batch(indices) gives them as uint8 [b ch h w]
 
-EXTENSIONS = ('.png', '.jpg', '.jpeg', '.webp')
-
 class Images:
     """Those of an npz, of a folder, or of a dataset."""
 
@@ -69,8 +67,8 @@ class Images:
                 check('arr_0' in file, f'{source} has no images: expected arr_0, uint8 [n h w ch]')
                 self.items = file['arr_0']
         elif Path(source).is_dir():
-            self.items = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in EXTENSIONS)
-            check(len(self.items) > 0, f'{source} has no png, jpg or webp in it')
+            self.items = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in IMAGE_EXTENSIONS)
+            check(len(self.items) > 0, f'{source} has no images in it')
             all_grey = all(Image.open(path).mode == 'L' for path in self.items)     # ImageNet has a few grey pictures
             self.mode = 'L' if all_grey else 'RGB'
         else:

@@ -429,6 +429,7 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
     white = Image.new('RGB', (60, 40), 'white')
     upright.save(tmp_path / 'e.webp', save_all = True, append_images = [white], lossless = True)
     upright.resize((6_000, 4_000), Image.Resampling.NEAREST).save(tmp_path / 'deeper' / 'f.png')
+    upright.save(tmp_path / 'h.TIF', save_all = True, append_images = [white])
     for path in (tmp_path / 'deeper' / '.hidden' / 'g.png', tmp_path / 'deeper' / '._f.png'):
         path.write_text('not an image')
 
@@ -439,7 +440,7 @@ def test_pictures_are_read_as_they_are_seen(tmp_path):
     tmp_path.rename(target / 'one')
     dataset = ImageFolder(target, 8)
     names = [Path(name).name for name, _ in dataset.files]
-    assert sorted(names) == ['a.jpg', 'b.png', 'c.png', 'd.jpg', 'e.webp', 'f.png']
+    assert sorted(names) == ['a.jpg', 'b.png', 'c.png', 'd.jpg', 'e.webp', 'f.png', 'h.TIF']
 
     for name, (image, label) in zip(names, dataset, strict = True):
         assert label == 0

@@ -74,32 +74,42 @@ def test_digits_can_be_read(tmp_path):
 def test_small_data_recipe(tmp_path, monkeypatch):
     """What the README recommends for a few thousand small pictures, through Trainer, a fifth as long as the comparison.
 
-    Variety and shapes are near real ones.
+    Variety and shapes are near real ones, in the median of three seeds: one seed decides by chance.
     """
     monkeypatch.syspath_prepend(str(ROOT / 'examples' / 'measure'))
     from compare_mnist import Classifier, conv_generator, make_judge, measure, row
 
     judge = make_judge()
-    start = time.process_time()
-    torch.manual_seed(0)
-    encoder = Classifier()
-    encoder.train_on(judge.images, judge.labels, 600)
+    labels = torch.arange(10).repeat_interleave(100)
+    found = []
 
-    t = Trainer(
-        conv_generator(), FeatureDriftLoss(encoder, affinity_floor = 0.), TensorDataset(judge.images, judge.labels),
-        num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2),
-        num_train_steps = 2_000, learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200,
-        ema_decay = 1 - 10 / 2_000,
-        sample_every = 0, save_every = 0, results_folder = tmp_path, progress_bar = False, cpu = True
+    for seed in range(3):
+        start = time.process_time()
+        torch.manual_seed(seed)
+        encoder = Classifier()
+        encoder.train_on(judge.images, judge.labels, 600)
+
+        t = Trainer(
+            conv_generator(), FeatureDriftLoss(encoder, affinity_floor = 0.),
+            TensorDataset(judge.images, judge.labels),
+            num_groups = 4, num_gen = 32, num_pos = 128, class_queue_size = 400, alpha_range = (1., 1.2),
+            num_train_steps = 2_000, learning_rate = 4e-3, lr_warmup_steps = 0, lr_decay_start = 200,
+            ema_decay = 1 - 10 / 2_000, seed = seed,
+            sample_every = 0, save_every = 0, results_folder = tmp_path / str(seed), progress_bar = False, cpu = True
+        )
+
+        t.train()
+        seconds = time.process_time() - start
+        found.append(measure(judge, t.sample(labels, seed = 0).clamp(-1, 1), labels))
+        print(f'\nseed {seed}, {seconds:.0f} cpu s; Frechet, accuracy, precision, recall, novelty {row(found[-1])}')
+
+    frechet, accuracy, recall, novelty = (
+        np.median([metrics[name] for metrics in found])
+        for name in ('frechet_distance', 'accuracy', 'recall', 'novelty')
     )
 
-    t.train()
-    seconds = time.process_time() - start
-    labels = torch.arange(10).repeat_interleave(100)
-    metrics = measure(judge, t.sample(labels, seed = 0).clamp(-1, 1), labels)
-    print(f'\n{seconds:.0f} cpu s; Frechet, accuracy, precision, recall, novelty {row(metrics)}')
-    assert metrics['frechet_distance'] < 7 and metrics['accuracy'] > 0.92
-    assert metrics['recall'] > 0.75 and metrics['novelty'] > 0.9
+    assert frechet < 7 and accuracy > 0.92
+    assert recall > 0.75 and novelty > 0.9
 
 def log_mean_and_error(ratios):
     logs = np.log(ratios)
