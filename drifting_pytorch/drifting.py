@@ -182,7 +182,7 @@ class DriftField(Module):
     It is anti-symmetric, V_{p,q} = -V_{q,p}, so V = 0 when p = q, and invariant to translation.
     kernel: 'laplace', exp(-|x - y| / temperature) (paper), or 'gaussian', exp(-|x - y|^2 / (2 temperature^2)).
     normalize: to an affinity (Table 11). 'both', the geometric mean of softmaxes over y and x (paper); 'y', the one
-        over y; 'none' (open), the kernel itself, which underflows far above the temperature.
+        over y; 'none' (open), the kernel itself: far above the temperature it underflows, to affinity_floor.
     attraction, repulsion: a and b of a V+ - b V- (Table 1). Unless a = b it is not anti-symmetric.
     """
     # fields of later work (section 7) differ in these
@@ -1012,7 +1012,8 @@ class FeatureDriftLoss(Module):
         unknown = sorted(drift_loss_kwargs.keys() - {'temperatures', 'field', 'affinity_floor', 'diagnostics'})
         check(not unknown, f'unknown arguments {unknown}')
         check_whole(1, **existing(group_chunk_size = group_chunk_size))
-        self.encoders = encoder if isinstance(encoder, (list, tuple)) else [*filter(exists, [encoder])]
+        is_list = isinstance(encoder, (list, tuple, ModuleList))
+        self.encoders = encoder if is_list else [*filter(exists, [encoder])]
         check(raw or self.encoders, 'raw = False needs an encoder')
         held = [*self.encoders, *filter(exists, [decoder])]
         for part in held:  # grows: networks inside are frozen too
@@ -1856,7 +1857,6 @@ class LoopSettings:
     """What every trainer is told."""
     num_train_steps: int = free(30_000, low = 1)
     seed: int = bounded(0, high = 2 ** 63)
-
     learning_rate: float = 2e-4
     lr_warmup_steps: int = 5_000  # linear from 1e-6, then constant
     lr_decay_start: int | None = bounded(None, low = 1)  # then it falls as 1 / sqrt(step). None: never (paper)
@@ -1864,7 +1864,6 @@ class LoopSettings:
     weight_decay: float = 0.01
     max_grad_norm: float | None = bounded(2., low = 1e-20)  # None: no clipping
     ema_decay: float | tuple | list = bounded(0.999, high = 1)  # of the averaged weights; several: see keep_best
-
     gradient_accumulation_steps: int = bounded(1, low = 1)  # each has samples of its own
     mixed_precision: str | None = None  # None: accelerate's, or bf16 if the GPU has it
     compile: bool = False  # model, encoders and, on a GPU, the field
@@ -2326,7 +2325,7 @@ class BaseTrainer:
     def load_queues(self, folder):
         states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
+            check(name in states, f'{folder} is of other settings: no queue of {name} samples')
             queue.load_state_dict(states[name])
 
     def save_pretrained(self, folder):
@@ -2418,7 +2417,7 @@ class Trainer(BaseTrainer):
             size, num_pos = settings.class_queue_size, settings.num_pos
             check(num_pos <= size, f'num_pos = {num_pos} does not fit into class_queue_size = {size}')
             self.queues['positives'] = SampleQueue(default(self.num_classes, 1), size = size, **options)
-        # without a condition, or at alpha = 1, nothing to guide away from
+        # at alpha = 1 there is nothing to guide away from
         self.alpha_range, self.num_uncond = (1., 1.), 0
         if (exists(self.num_classes) or self.has_conditions) and settings.alpha_range[1] > 1:
             self.alpha_range, self.num_uncond = settings.alpha_range, settings.num_uncond
@@ -2586,15 +2585,15 @@ class Trainer(BaseTrainer):
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         evaluated = {}
         for decay, ema in self.emas.items():
-            given, *_ = together(partial(self.evaluate, partial(sample_from, ema.ema_model, self.noise_shape)))
+            sample = partial(sample_from, ema.ema_model, self.noise_shape, alpha = self.alpha_range[0])
+            given, *_ = together(partial(self.evaluate, sample))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
             numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
             evaluated |= {f'eval/{key}{suffix}': value for key, value in numbers.items()}
             check(not wanted or name in numbers, f'keep_best is {name!r}, evaluate returned {list(numbers)}')
             value = numbers.get(name, math.nan)
-            is_number = wanted and math.isfinite(value)
-            if is_number and (not exists(best) or sign * value < sign * best['value']):
+            if math.isfinite(value) and (not exists(best) or sign * value < sign * best['value']):
                 best, chosen = dict(value = value, step = self.step, ema_decay = decay), ema
         self.ema, self.best = chosen, best
         if exists(self.best) and self.best['step'] == self.step:
@@ -2612,7 +2611,8 @@ class Trainer(BaseTrainer):
             warnings.warn(found, stacklevel = 2)
 
     def sample(self, labels = None, **kwargs):
-        """Of the averaged model, see sample_from."""
+        """sample_from the averaged model, by default at the least alpha of training."""
+        kwargs = dict(alpha = self.alpha_range[0]) | kwargs
         return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
@@ -2700,9 +2700,9 @@ LatentMAE.published = 'mae', ('mae_latent_256', 'mae_latent_640', 'mae_pixel_640
 def from_pretrained(cls, name, *, revision = None):
     """A model in eval mode, in float32.
 
-    name: of a published model (needs the extra [pretrained]), a repository on the hub ('user/name'), or a folder.
+    name: of a published model (extra [pretrained]), a repository on the hub ('user/name'), or a folder.
     revision: of the repository, a commit, tag or branch.
-    Raises ValueError for unknown names, damaged files, unfit weights; OSError for what is not found.
+    Raises ValueError for unknown names, damaged files, unfit weights; OSError from the hub.
     """
     kind, published = cls.published
     folder = Path(name).expanduser()

@@ -6,6 +6,8 @@ Functions import what they alone need: the ImageNet scripts, which use the last 
 import argparse
 import hashlib
 import json
+import os
+import platform
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import cat, nn
@@ -34,6 +37,29 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be a whole number from 1 on, got {value}')
     return value
+
+def process_state(cpu):
+    """accelerate's. Processes that torchrun starts without GPUs belong together, as those of a Trainer."""
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    return PartialState(cpu = cpu or several and not torch.accelerator.is_available())
+
+def write_whole(path, content):
+    """The file is there whole or not at all: written under another name, flushed, renamed.
+
+    content: bytes, or a function that writes them into an open file. Others may write the same file at the same time.
+    """
+    unfinished = path.with_name(f'unfinished-{platform.node()}-{os.getpid()}-{path.name}')
+
+    with open(unfinished, 'wb') as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+        file.flush()
+        os.fsync(file.fileno())
+
+    unfinished.replace(path)
 
 def sha256(parts):
     """Of pieces of bytes, one after the other."""
@@ -138,13 +164,14 @@ class Judge:
     def __call__(self, images, labels):
         features, logits = self.classify(self.view(images))
         correct = (logits.argmax(dim = -1) == labels).double()
+        some = features[::max(1, len(features) // 5_000)]       # precision and recall depend on how many they are
 
         return dict(
             accuracy = correct.mean().item(),
             accuracy_per_class = [correct[labels == i].mean().item() for i in range(self.num_classes)],
             frechet_distance = frechet_distance(features, self.real),
-            precision = coverage(features, self.real),
-            recall = coverage(self.real, features)
+            precision = coverage(some, self.real),
+            recall = coverage(self.real, some)
         )
 
     def novelty(self, images):
@@ -331,7 +358,7 @@ def read_metrics(folder):
 
 # latents of ImageNet, and the images they stand for
 
-LATENT_CHANNELS, LATENT_SCALE = 4, 0.18215
+LATENT_CHANNELS = 4
 
 def draws_latents(model):
     """A ConvGenerator draws pixels, and the shape of its noise is not that of its samples."""
@@ -366,7 +393,7 @@ def to_uint8(samples, vae = None, *, rounding = 'truncate', batch_size = 32):
 
     for batch in samples.float().split(batch_size):
         if vae is not None:
-            batch = vae.decode(batch / LATENT_SCALE).sample
+            batch = vae.decode(batch / vae.config.scaling_factor).sample
 
         batch = ((batch + 1) * 127.5).clamp(0, 255)
 

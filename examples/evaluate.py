@@ -10,8 +10,9 @@ products do, and with them a few pixels by one level.
 
 Images (--reference, --training) are an npz (arr_0, uint8 [n h w ch]), a folder of pictures, or 'module:callable' that
 returns a dataset of images, float [ch h w] in [-1, 1] or uint8, with or without labels. A reference npz may hold
-statistics, mu and sigma (or ref_mu, ref_sigma), instead or as well. An --extractor 'module:callable' returns a Module:
-uint8 images [b ch h w] -> features [b d], or (features, logits [b c]). Its weights belong to the name of the features.
+statistics, mu and sigma (or ref_mu, ref_sigma), instead or, for Inception, as well: another extractor reads the images.
+An --extractor 'module:callable' returns a Module: uint8 images [b ch h w] -> features [b d], or (features, logits
+[b c]). Its weights belong to the name of the features.
 
 Writes into --results-folder, of this run: results.json, alphas.png (FID and Inception Score), neighbors-*.png (a row
 per sample, and the training images nearest to it), and of all runs: features/ (in chunks: what is complete is not
@@ -28,15 +29,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import cat, nn, stack
 from tqdm.auto import tqdm
 
-from common import autocast, draws_latents, load_generator, load_vae, make_parser, positive, sha256, to_uint8
-from drifting_pytorch.drifting import IMAGE_EXTENSIONS, check, image_grid, seeded
+from common import (
+    autocast,
+    draws_latents,
+    load_generator,
+    load_vae,
+    make_parser,
+    positive,
+    process_state,
+    sha256,
+    to_uint8,
+    write_whole,
+)
+from drifting_pytorch import ImageFolder
+from drifting_pytorch.drifting import check, image_grid, seeded
 
 PICTURED = 8        # samples in the picture of neighbours
 NEIGHBORS = 6       # training images next to each
@@ -58,6 +70,24 @@ def sha256_of_weights(module):
 
 # where images come from: .batch(indices) gives them as uint8 [b ch h w]
 
+TO_ONE_SIZE = 'pass a dataset that makes them so, as a function that returns ImageFolder(root, size)'
+
+def read_folder(root):
+    """Its pictures, which have to be squares of one size, as ImageFolder reads them. Grey if all are."""
+    files = [Path(root) / name for name, _ in ImageFolder(root, 1).files]
+    sizes, modes = set(), set()
+
+    for path in files:
+        with Image.open(path) as picture:
+            sizes.add(picture.size)
+            modes.add(picture.mode)
+
+        width, height = picture.size
+        message = f'{path} is {width}x{height}, squares of one size were expected: {TO_ONE_SIZE}'
+        check(len(sizes) == 1 and width == height, message)
+
+    return ImageFolder(root, width, channels = 1 if modes == {'L'} else 3)                  # ImageNet has a few of grey
+
 class Images:
     """Those of an npz, of a folder, or of a dataset."""
 
@@ -66,11 +96,12 @@ class Images:
             with np.load(source) as file:
                 check('arr_0' in file, f'{source} has no images: expected arr_0, uint8 [n h w ch]')
                 self.items = file['arr_0']
+
+            kind = f'{self.items.dtype} {list(self.items.shape)}'
+            fits = self.items.dtype == np.uint8 and self.items.ndim == 4
+            check(fits, f'the images of {source} are {kind}, expected uint8 [n h w ch]')
         elif Path(source).is_dir():
-            self.items = sorted(path for path in Path(source).rglob('*') if path.suffix.lower() in IMAGE_EXTENSIONS)
-            check(len(self.items) > 0, f'{source} has no images in it')
-            all_grey = all(Image.open(path).mode == 'L' for path in self.items)     # ImageNet has a few grey pictures
-            self.mode = 'L' if all_grey else 'RGB'
+            self.items = read_folder(source)
         else:
             self.items = imported(source)
 
@@ -80,12 +111,8 @@ class Images:
     def image(self, i):
         item = self.items[i]
 
-        if isinstance(item, Path):
-            with Image.open(item) as picture:
-                item = np.array(picture.convert(self.mode))
-
         if isinstance(item, np.ndarray):
-            return rearrange(torch.from_numpy(item).view(*item.shape[:2], -1), 'h w ch -> ch h w')
+            return rearrange(torch.from_numpy(item), 'h w ch -> ch h w')
 
         image = item[0] if isinstance(item, (tuple, list)) else item
 
@@ -97,7 +124,7 @@ class Images:
     def batch(self, indices):
         images = [self.image(i) for i in indices]
         shapes = {tuple(image.shape) for image in images}
-        check(len(shapes) == 1, f'images of one size were expected, got {sorted(shapes)}: resize and crop them first')
+        check(len(shapes) == 1, f'images of one size were expected, got {sorted(shapes)[:4]}: {TO_ONE_SIZE}')
         return stack(images)
 
     @cached_property
@@ -195,9 +222,7 @@ def features_of(source, num, extractor, folder, state, args):
             continue
 
         tensors = chunk_of_features(source, indices, extractor, state.device, args.batch_size)
-        unfinished = path.with_suffix('.unfinished')
-        save_file(tensors, unfinished)
-        unfinished.replace(path)                                            # a chunk is complete or absent
+        write_whole(path, save(tensors))
 
     state.wait_for_everyone()
 
@@ -346,6 +371,9 @@ def read_reference(args, features):
         digest = sha256([Path(args.reference).read_bytes()])
         has_images = 'arr_0' in np.load(args.reference)
 
+        if has_images and args.extractor != 'inception':
+            statistics = None                                               # they are of other features
+
     if has_images:
         images = Images(args.reference)
         digest = digest or images.sha256
@@ -385,12 +413,6 @@ def save_neighbors(path, images, training, index):
     """A row per image: it, and the training images at its places [n k]."""
     rows = [cat((image[None], training.batch(places.tolist()))) for image, places in zip(images, index, strict = False)]
     image_grid(stack(rows) / 255).save(path)
-
-def write_whole(path, text):
-    """The file is there whole or not at all."""
-    unfinished = path.with_suffix('.unfinished')
-    unfinished.write_text(text)
-    unfinished.replace(path)
 
 def options(argv):
     parser = make_parser(__doc__)
@@ -449,7 +471,7 @@ def options(argv):
 
 def main(argv = None):
     args = options(argv)
-    state = PartialState(cpu = args.cpu)
+    state = process_state(args.cpu)
     device = state.device
     folder = Path(args.results_folder)
 
@@ -477,8 +499,9 @@ def main(argv = None):
 
     if real is not None:
         real = real()['features']
-        num_references = len(real)
-        statistics = statistics or statistics_of(real)
+
+        if statistics is None:
+            statistics, num_references = statistics_of(real), len(real)
 
     if args.training:
         train = read_training()['features']
@@ -520,7 +543,7 @@ def main(argv = None):
         found = [name for name in ('fid', 'inception_score', 'precision', 'recall') if name in row]
         print(f'{checkpoint}, alpha {alpha:g}:', *(f'{name} {row[name]:.4g}' for name in found))
 
-    write_whole(folder / 'results.json', json.dumps(results, indent = 1))
+    write_whole(folder / 'results.json', json.dumps(results, indent = 1).encode())
 
     if len(args.alphas) > 1 and results[0].keys() & {'fid', 'inception_score'}:
         plot_alphas(results, folder / 'alphas.png')

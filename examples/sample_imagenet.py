@@ -12,10 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from einops import rearrange
 
-from common import autocast, draws_latents, load_generator, load_vae, make_parser, positive, to_uint8
+from common import (
+    autocast,
+    draws_latents,
+    load_generator,
+    load_vae,
+    make_parser,
+    positive,
+    process_state,
+    to_uint8,
+)
 from drifting_pytorch.drifting import check, image_grid
 
 # classes
@@ -119,7 +127,7 @@ def options(argv):
 
 def main(argv = None):
     args = options(argv)
-    device = PartialState(cpu = args.cpu).device
+    device = process_state(args.cpu).device
     model = load_generator(args.model, args.revision).to(device)
     check(model.num_classes, f'{args.model} has no classes to sample by')
     is_latent = draws_latents(model)

@@ -26,12 +26,22 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import cat, stack
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from common import EncoderFeatures, load_best, make_parser, num_parameters, plot_curves, positive, pretrain_encoder
+from common import (
+    EncoderFeatures,
+    load_best,
+    make_parser,
+    num_parameters,
+    plot_curves,
+    positive,
+    pretrain_encoder,
+    sha256,
+    write_whole,
+)
 from drifting_pytorch import ConvGenerator, DriftingGenerator, FeatureDriftLoss, ImageFolder, Trainer
 from drifting_pytorch.drifting import check, image_grid, seed_for, seeded
 from drifting_pytorch.metrics import Evaluation, inception_features
@@ -187,9 +197,7 @@ class Run:
             return classifier
 
         classifier.train_on(self.pictures, num_steps, f'{name}, seed {self.args.seed}', progress_bar)
-        unfinished = path.with_suffix('.unfinished')
-        save_file(classifier.state_dict(), unfinished)
-        unfinished.replace(path)
+        write_whole(path, save(classifier.state_dict()))
         return classifier
 
     def encoder(self, num_steps, folder, progress_bar = True):
@@ -493,7 +501,9 @@ def main():
 
     torch.set_num_threads(args.threads)
     pictures, choosing, unseen, classes, about = load_data(args)
-    check(plan is None or plan['data'] == about, f'the run was started with other data: now {about}')
+    digest = sha256(t.numpy().tobytes() for part in (pictures, choosing, unseen) for t in (part.pixels, part.labels))
+    is_same = plan is None or (plan['data'], plan['sha256']) == (about, digest)
+    check(is_same, f'the run was started with other images: now {about}')
     args.groups = args.groups or min(4, max(1, len(classes)))
     run = Run(args, pictures, classes, choosing)
 
@@ -506,7 +516,7 @@ def main():
     print(f'encoder: {args.encoder}, {ENCODERS[args.encoder]} (--encoder)')
 
     if plan is None:
-        plan = dict(settings = vars(args), data = about, steps = run.plan())
+        plan = dict(settings = vars(args), data = about, sha256 = digest, steps = run.plan())
         folder.mkdir(parents = True, exist_ok = True)
         path.write_text(json.dumps(plan, indent = 1))
 

@@ -324,7 +324,8 @@ def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkey
     np.savez(tmp_path / 'images.npz', arr_0 = pixels)
     np.savez(tmp_path / 'statistics.npz', **statistics)
     np.savez(tmp_path / 'meanflow.npz', ref_mu = statistics['mu'], ref_sigma = statistics['sigma'])
-    np.savez(tmp_path / 'adm.npz', arr_0 = pixels, **statistics, mu_s = np.zeros(3), sigma_s = np.eye(3))
+    d = len(statistics['mu'])                                           # those of the file are of another extractor
+    np.savez(tmp_path / 'adm.npz', arr_0 = pixels, mu = np.ones(d), sigma = np.eye(d), mu_s = np.zeros(3))
 
     names = ('folder', 'images.npz', 'statistics.npz', 'meanflow.npz', 'adm.npz')
     sources = ['evaluate_parts:real', *(tmp_path / name for name in names)]
@@ -333,6 +334,7 @@ def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkey
     assert all(row['fid'] == pytest.approx(rows[0]['fid'], rel = 1e-5) for row in rows)
     assert ['precision' in row for row in rows] == [True, True, True, False, False, True]
     assert len({row.get('precision') for row in rows}) == 2
+    assert [row['num_references'] for row in rows] == [60, 60, 60, None, None, 60]
     assert rows[0]['reference_sha256'] == rows[1]['reference_sha256']
 
     np.savez(tmp_path / 'inception.npz', mu = np.zeros(2048), sigma = np.eye(2048))
@@ -350,8 +352,24 @@ def test_references_of_every_format_agree(fidelity, run, place, tmp_path, monkey
 
 def test_pictures_of_a_folder_have_the_same_channels(tmp_path):
     for i, mode in enumerate(('L', 'L', 'RGB', 'RGBA')):
-        Image.new(mode, (8, 6)).save(tmp_path / f'{i}.png')
-        assert evaluate.Images(str(tmp_path)).batch(range(i + 1)).shape == (i + 1, 1 if i < 2 else 3, 6, 8)
+        Image.new(mode, (8, 8)).save(tmp_path / f'{i}.png')
+        assert evaluate.Images(str(tmp_path)).batch(range(i + 1)).shape == (i + 1, 1 if i < 2 else 3, 8, 8)
+
+    assert evaluate.Images(str(tmp_path)).batch([2, 3]).unique().tolist() == [0, 255]       # over white, as ImageFolder
+
+@pytest.mark.parametrize('size', [(8, 6), (9, 9)])
+def test_pictures_of_a_folder_are_squares_of_one_size(size, tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / '0.png')
+    Image.new('RGB', size).save(tmp_path / '1.png')
+    message = f'1.png is {size[0]}x{size[1]}, squares of one size were expected: pass a dataset'
+    with pytest.raises(ValueError, match = message):
+        evaluate.Images(str(tmp_path))
+
+@pytest.mark.parametrize('pixels', [np.zeros((4, 8, 8, 3)), np.zeros((4, 8, 8), np.uint8)])
+def test_an_npz_of_other_numbers_is_refused(pixels, tmp_path):
+    np.savez(tmp_path / 'images.npz', arr_0 = pixels)
+    with pytest.raises(ValueError, match = r'expected uint8 \[n h w ch\]'):
+        evaluate.Images(str(tmp_path / 'images.npz'))
 
 def test_uint8_is_truncated():
     x = torch.tensor([-2., -1., 0., 0.999, 1., 3.]).view(1, 1, 1, -1)
@@ -405,7 +423,8 @@ def vae(tmp_path_factory, request):
         down_block_types = ('DownEncoderBlock2D',) * 2,
         up_block_types = ('UpDecoderBlock2D',) * 2,
         norm_num_groups = 4,
-        latent_channels = 4
+        latent_channels = 4,
+        scaling_factor = 0.13                               # not that of the SD-VAE, 0.18215
     )
 
     vae.save_pretrained(folder)
@@ -421,7 +440,7 @@ def test_latents_are_decoded(vae, tmp_path, place, monkeypatch):
 
     from diffusers import AutoencoderKL
     latents = torch.randn(2, 4, 8, 8)
-    expected = ((AutoencoderKL.from_pretrained(vae).decode(latents / 0.18215).sample + 1) * 127.5).clamp(0, 255).byte()
+    expected = ((AutoencoderKL.from_pretrained(vae).decode(latents / 0.13).sample + 1) * 127.5).clamp(0, 255).byte()
     assert torch.equal(common.to_uint8(latents, common.load_vae(vae)), expected)
 
     monkeypatch.chdir(place)

@@ -160,6 +160,31 @@ def pictures():
     images = torch.rand(60, 1, 8, 8, generator = torch.Generator().manual_seed(0)) * 2 - 1
     return torch.utils.data.TensorDataset(images, torch.arange(60) % 3)
 
+def test_samples_have_an_alpha_of_the_training(tmp_path):
+    """Evaluations, pictures and sample take the least unless they are told."""
+    seen = []
+
+    class Noted(torch.nn.Linear):
+        num_classes, noise_shape = 3, (2,)
+
+        def forward(self, noise, labels, alpha, styles):
+            seen.append(alpha.unique().tolist())
+            return super().forward(noise)
+
+    data = torch.utils.data.TensorDataset(torch.randn(60, 2), torch.arange(60) % 3)
+    t = trainer(
+        tmp_path, Noted(2, 2), data, num_train_steps = 2, alpha_range = (2., 3.), num_uncond = 4,
+        evaluate = lambda sample: dict(mean = sample([0, 1]).mean()), evaluate_every = 1
+    )
+
+    t.train()
+    assert [2.] in seen and min(map(min, seen)) == 2.
+    seen.clear()
+    t.sample([0, 1])
+    t.sample([0, 1], alpha = 2.5)
+    t.sample([0, 1], alpha = torch.tensor([1., 3.]))
+    assert seen == [[2.], [2.5], [1., 3.]]
+
 # refusals
 
 @pytest.mark.parametrize('kwargs, says', [

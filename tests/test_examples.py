@@ -614,7 +614,7 @@ def test_images_go_on_from_another_directory(tmp_path, monkeypatch, examples):
         started('both', 'cats', '--resume')
 
     (tmp_path / 'cats' / '0.png').unlink()
-    with pytest.raises(ValueError, match = 'the run was started with other data: now 39 images'):
+    with pytest.raises(ValueError, match = 'the run was started with other images: now 39 images'):
         started('both', 'cats', '--resume', '--held-out', 'apart')
 
 def test_images_with_other_networks(tmp_path, monkeypatch, examples):

@@ -262,7 +262,7 @@ def test_interrupted_encoding_goes_on(images, vae, latents, tmp_path, monkeypatc
 def test_processes_share_the_shards(images, vae, latents, tmp_path, monkeypatch):
     for rank in (1, 0):
         state = SimpleNamespace(process_index = rank, num_processes = 2, is_main_process = rank == 0, device = 'cpu')
-        monkeypatch.setattr(encode_latents, 'PartialState', lambda state = state, **kwargs: state)
+        monkeypatch.setattr(encode_latents, 'process_state', lambda cpu, state = state: state)
         encode(images, tmp_path, vae)
         assert (tmp_path / 'shard-00000.npy').exists() == (rank == 0)       # it ends last, so it completes the manifest
 

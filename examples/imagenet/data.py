@@ -196,6 +196,10 @@ def add_run_options(parser, results_folder):
         help = 'steps between checkpoints in checkpoints/, 0 for none'
     )
     parser.add_argument(
+        '--keep-checkpoints', type = int, default = 3,
+        help = 'the newest that stay; one of a pixel preset has the queues of all processes, 51 GB each'
+    )
+    parser.add_argument(
         '--resume', default = None,
         help = "a checkpoint folder to go on from, or 'latest' (from the beginning if there is none)"
     )
@@ -205,7 +209,7 @@ def run_settings(args):
     """The options above as arguments of a trainer; what is None stays the trainer's own."""
     names = (
         'results_folder', 'seed', 'num_workers', 'gradient_accumulation_steps', 'mixed_precision', 'compile',
-        'sample_every', 'save_every', 'cpu'
+        'sample_every', 'save_every', 'keep_checkpoints', 'cpu'
     )
     return given(args, names) | dict(resume_from_checkpoint = args.resume)
 

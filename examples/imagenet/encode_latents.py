@@ -9,14 +9,12 @@ Started again with the same arguments it writes what is not there.
 """
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from einops import rearrange
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -26,7 +24,7 @@ from drifting_pytorch.drifting import check
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import load_vae, make_parser, sha256
+from common import load_vae, make_parser, process_state, sha256, write_whole
 
 # images and their latents
 
@@ -55,29 +53,8 @@ def posterior_moments(vae, images):
     posterior = vae.encode(both).latent_dist
     return rearrange([posterior.mean, posterior.std], 'moment (b flip) ch h w -> b flip moment ch h w', flip = 2)
 
-def write_whole(path, write, writer = ''):
-    """The file is there whole or not at all: written under another name, flushed, renamed.
-
-    write(file) writes it; writer tells processes apart that may write the same file at once.
-    """
-    unfinished = path.with_name(f'unfinished{writer}-{path.name}')
-
-    with open(unfinished, 'wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    unfinished.replace(path)
-
-def write_text(text, file):
-    file.write(text.encode())
-
-def write_array(array, file):
-    np.save(file, array)
-
 def write_manifest(folder, manifest):
-    text = json.dumps(manifest, indent = 1)
-    write_whole(folder / 'manifest.json', partial(write_text, text), PartialState().process_index)
+    write_whole(folder / 'manifest.json', json.dumps(manifest, indent = 1).encode())
 
 def finish(folder, plan, files, shards, scaling_factor):
     """The manifest of a complete folder. Whichever process ends last finds all shards; a tie writes the same twice."""
@@ -161,8 +138,10 @@ def encode(vae, images, shards, args, bar):
 
 def main(argv = None):
     args = options(argv)
-    state = PartialState(cpu = args.cpu)
+    state = process_state(args.cpu)
     folder = Path(args.latents)
+    message = f'--image-size must be a multiple of 64, got {args.image_size}: the encoder halves latents three times'
+    check(args.image_size % 64 == 0, message)
     images = ClassFolders(args.images, args.image_size)
 
     # one folder holds one encoding: the manifest says of what, and lists the shards when all are there
@@ -218,9 +197,9 @@ def main(argv = None):
             note.unlink(missing_ok = True)
 
             if unreadable:
-                write_whole(note, partial(write_text, '\n'.join(unreadable)))
+                write_whole(note, '\n'.join(unreadable).encode())
 
-            write_whole(path, partial(write_array, np.concatenate(moments)))
+            write_whole(path, partial(np.save, arr = np.concatenate(moments)))
 
     if all(path.exists() for path in shards):
         finish(folder, plan, images.files, shards, vae.config.scaling_factor)

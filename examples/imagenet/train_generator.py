@@ -9,20 +9,22 @@ samples/ (a grid, a row for each of the first ten classes), checkpoints/. With -
 several --ema-decay, generator/ is the best average of the best evaluation.
 """
 
+import math
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from data import AUGMENTS, add_run_options, given, load_dataset, run_settings
 from drifting_pytorch import ConvNeXtFeatures, DriftingGenerator, FeatureDriftLoss, LatentMAE, Trainer
-from drifting_pytorch.drifting import check
+from drifting_pytorch.drifting import PRESETS, check
 from drifting_pytorch.metrics import Evaluation, inception_features
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import load_best, make_parser
+from common import load_best, make_parser, process_state
 
 SPACES = dict.fromkeys(('ablation', 'B/2', 'L/2', 'L/2-512'), 'latent') | {'B/16': 'pixel', 'L/16': 'pixel'}
 
@@ -30,6 +32,10 @@ SPACES = dict.fromkeys(('ablation', 'B/2', 'L/2', 'L/2-512'), 'latent') | {'B/16
 # and flips
 
 AUGMENT = dict(latent = 'flip', pixel = 'crop')
+
+# real samples that all processes of the published runs read in a step
+
+PUSHED = dict.fromkeys(('B/2', 'B/16', 'L/16'), 4096) | {'ablation': 1024, 'L/2': 2048, 'L/2-512': 2048}
 
 # what Table 8 sets and a command may change
 
@@ -45,7 +51,6 @@ TRAINER = [
     ('num_gen', int, 'generated samples per group'),
     ('num_pos', int, 'real samples per group'),
     ('num_uncond', int, 'unconditional samples per group'),
-    ('push_size', int, 'real samples read per step by each process'),
     ('learning_rate', float, 'of AdamW'),
     ('lr_warmup_steps', int, 'steps in which the learning rate rises')
 ]
@@ -77,6 +82,10 @@ def options(argv):
         help = 'class groups at a time on a GPU, with the same result: less memory, more time; None for all at once'
     )
 
+    parser.add_argument(
+        '--push-size', type = int, default = None,
+        help = 'real samples read per step by each process, None for the share of it in those of the published runs'
+    )
     parser.add_argument('--evaluate-every', type = int, default = 0, help = 'steps between evaluations, 0 for none')
     parser.add_argument(
         '--evaluate-samples', type = int, default = 2_000,
@@ -110,6 +119,9 @@ def options(argv):
     if args.augment is None:
         args.augment = AUGMENT[SPACES[args.preset]]
 
+    if args.push_size is None:
+        args.push_size = math.ceil(PUSHED[args.preset] / int(os.environ.get('WORLD_SIZE', 1)))
+
     return args
 
 def make_evaluation(args, space, encoder, to_image):
@@ -117,7 +129,7 @@ def make_evaluation(args, space, encoder, to_image):
     data, _ = load_dataset(args, space, 'center', False)
     num = min(args.evaluate_samples, len(data))
     real, labels = zip(*(data[i * len(data) // num] for i in range(num)), strict = True)
-    device = PartialState(cpu = args.cpu).device
+    device = process_state(args.cpu).device
     encoder.to(device)
     inception = None
 
@@ -148,10 +160,17 @@ def main(argv = None):
     sample = dataset[0][0]
 
     generator = 'B/2' if args.preset == 'ablation' else args.preset             # the ablation trains the B/2 generator
+    side = sample.shape[-1]
+
+    if side != PRESETS[generator]['image_size']:
+        warnings.warn(
+            f'samples have {side} pixels or latents a side, those of {args.preset} {PRESETS[generator]["image_size"]}: '
+            'the patches stay as large', stacklevel = 2
+        )
 
     model = DriftingGenerator.from_preset(
         generator,
-        image_size = sample.shape[-1],
+        image_size = side,
         num_classes = len(dataset.classes),
         **given(args, [name for name, *_ in MODEL])
     )
@@ -180,7 +199,7 @@ def main(argv = None):
         group_chunk_size = args.group_chunk_size,
         to_image = to_image,
         evaluate = evaluation,
-        **given(args, ['evaluate_every', 'keep_best', 'ema_decay', *(name for name, *_ in TRAINER)]),
+        **given(args, ['push_size', 'evaluate_every', 'keep_best', 'ema_decay', *(name for name, *_ in TRAINER)]),
         **run_settings(args)
     )
 

@@ -31,6 +31,10 @@ def options(argv):
         help = "width of the first stage; the paper's are 256 to 640"
     )
     parser.add_argument(
+        '--patch-size', type = int, default = None,
+        help = 'None for 1 of latents and 8 of pixels; 2 for latents of 64x64, whose maps are then as large'
+    )
+    parser.add_argument(
         '--layers', type = int, nargs = 4, default = [3, 4, 6, 3],
         help = 'residual blocks of the four stages'
     )
@@ -68,6 +72,7 @@ def main(argv = None):
     dataset, to_image = load_dataset(args, args.space, 'crop', args.sample_every > 0)
 
     channels, patch_size = (4, 1) if args.space == 'latent' else (3, 8)
+    patch_size = patch_size if args.patch_size is None else args.patch_size
 
     mae = LatentMAE(
         dim = args.dim,

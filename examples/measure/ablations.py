@@ -43,6 +43,7 @@ from common import (
     positive,
     pretrain_encoder,
     split,
+    write_whole,
 )
 
 # the settings of a run, where its row does not say otherwise: the paper's recipe on raw pixels, without guidance. Rows
@@ -320,9 +321,8 @@ def finished(run, mode, seed, folder, data):
     first = samples[run['alphas'][0]]
     class_rows((first + 1) / 2, 10).save(path.with_suffix('.png'))
 
-    unfinished = path.with_suffix('.unfinished')
-    unfinished.write_text(json.dumps(dict(settings = settings, metrics = metrics, seconds = seconds), indent = 1))
-    unfinished.rename(path)
+    found = dict(settings = settings, metrics = metrics, seconds = seconds)
+    write_whole(path, json.dumps(found, indent = 1).encode())
     return metrics
 
 # results

@@ -535,6 +535,14 @@ MEASURES = dict(
 def measure(judge, images, labels):
     return dict(judge(images, labels), novelty = judge.novelty(images))
 
+def measure_redrawn(judge, num, seed):
+    """Of num training images, drawn with replacement: so few samples of a perfect copy of their distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [torch.nonzero(judge.labels == i).squeeze(1) for i in range(judge.num_classes)]
+    drawn = [torch.randint(len(of_class), (num // len(places),), generator = generator) for of_class in places]
+    index = cat([of_class[chosen] for of_class, chosen in zip(places, drawn, strict = True)])
+    return measure(judge, judge.images[index], judge.labels[index])
+
 def row(metrics):
     quality = f'{metrics["frechet_distance"]:8.1f}  {metrics["accuracy"]:8.3f}'
     return f'{quality}  {metrics["precision"]:9.3f}  {metrics["recall"]:6.3f}  {metrics["novelty"]:7.2f}'
@@ -573,7 +581,7 @@ def others(method, args):
     return {f'{method}-{num}': num for num in args.evaluations if method == 'flow'}
 
 def run(method, seed, args, judge, path, settings):
-    """Train for the budget, evaluate at times that double, at the end with five times as many samples too.
+    """Train for the budget, evaluate at times that double, at the end with more samples too.
 
     Saves after each evaluation, and goes on from where an earlier run in the same folder stopped. Returns the
     evaluations; the last has the one of more samples as 'final', and those of other steps of flow matching as 'flow-N'.
@@ -628,11 +636,11 @@ def run(method, seed, args, judge, path, settings):
         print(f'{method:15s} {used:6.0f} s {trained.updates:6d} steps  {row(records[-1])}', flush = True)
         save()
 
-    if 'final' not in records[-1]:
-        records[-1]['final'] = evaluate(5 * args.num_samples)
+    if records[-1].get('final_samples') != args.final_samples:
+        records[-1] |= dict(final_samples = args.final_samples, final = evaluate(args.final_samples))
 
         for name, num in others(method, args).items():
-            records[-1][name] = evaluate(5 * args.num_samples, name, evaluations = num)
+            records[-1][name] = evaluate(args.final_samples, name, evaluations = num)
 
         save()
 
@@ -671,13 +679,12 @@ def stack_pictures(pictures, share):
 
     return stacked
 
-def report(results, real, args):
-    """What main prints in the end."""
-    num = 5 * args.num_samples
+def report(results, real, redrawn, args):
+    """What main prints in the end. redrawn: measures of several draws of training images, as many as samples."""
     over = f'mean and deviation over {len(args.seeds)} seeds'
 
     lines = [
-        f'\nafter {args.budget:g} cpu seconds, {num:,} samples, {over}\n',
+        f'\nafter {args.budget:g} cpu seconds, {args.final_samples:,} samples, {over}\n',
         f'{"":15s} evaluations  parameters   Frechet  accuracy  precision  recall  novelty'
     ]
 
@@ -694,7 +701,8 @@ def report(results, real, args):
             if len(runs) > 1:
                 lines.append(f'{"":15s} {"":11s}  {"":10s}  {row(mean_of(finals, torch.std))}')
 
-    lines.append(f'{"all real images":15s} {"":11s}  {"":10s}  {row(real)}')
+    last_rows = {'all real images': real, 'as many, redrawn': mean_of(redrawn), '': mean_of(redrawn, torch.std)}
+    lines += [f'{name:16s} {"":10s}  {"":10s}  {row(metrics)}' for name, metrics in last_rows.items()]
     return '\n'.join(lines)
 
 def options():
@@ -728,9 +736,16 @@ def options():
     )
     parser.add_argument(
         '--num-samples', type = positive, default = 1_000,
-        help = 'of every evaluation, as many of every class; five times as many at the end'
+        help = 'of every evaluation, as many of every class'
     )
-    return parser.parse_args()
+    parser.add_argument(
+        '--final-samples', type = positive, default = None,
+        help = 'at the end; None for five times --num-samples. The fewer, the more the Frechet distance is chance; '
+               'precision and recall are of 5,000 of them'
+    )
+    args = parser.parse_args()
+    args.final_samples = args.final_samples or 5 * args.num_samples
+    return args
 
 def main():
     args = options()
@@ -757,7 +772,8 @@ def main():
     pictures = [*(Image.open(folder / f'{name}-{args.seeds[0]}.png') for name in names), real]
     stack_pictures(pictures, 9 / 20).save(folder / 'samples.png', optimize = True)
 
-    print(report(results, measure(judge, judge.images, judge.labels), args))
+    redrawn = [measure_redrawn(judge, args.final_samples, seed) for seed in range(5)]
+    print(report(results, measure(judge, judge.images, judge.labels), redrawn, args))
     print(f'\n{folder / "compare.png"}, {folder / "samples.png"}')
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 python examples/measure/plan.py --preset L/2 --gpus 64      one run, a table for each part
 python examples/measure/plan.py --all                       all presets on 1, 8 and 64 GPUs, a line each
+python examples/measure/plan.py --encoders --gpus 8         how many samples of train_mae.py fit
 python examples/measure/plan.py --simulate 8 64 1024        small steps of some of so many processes, on this machine
 
 The Trainer's own step runs on the meta device: shapes without numbers. Every tensor that is allocated there is counted
@@ -47,7 +48,7 @@ from drifting_pytorch.drifting import PRESETS, TRAINER_PRESETS, GeneratorSetting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))      # examples/
 
-from common import make_parser, positive
+from common import make_parser, num_parameters, positive
 
 NUM_CLASSES = 1000
 
@@ -298,28 +299,35 @@ def sizes_of(problems):
         parts = len(problems.parts)
     )
 
-def simulate(model, loss_fn, settings, half = True):
-    """A step of one process with settings.num_groups groups: records of its parts, its peak, its sums over processes.
-
-    Everything is on the meta device. Bytes are what the step allocates, gradients of the weights included.
-    """
-    meter, like_gpu, sums = Meter(), LikeGPU(half), []
-    meter.held = {t.untyped_storage()._cdata: 0 for t in tensors_of(model, loss_fn)}        # not of the step
-
-    def counted(t):
-        sums.append(t.nbytes)
-
-    patches = [
-        like_gpu.autocast(),
-        patch.object(drifting, 'checkpoint', like_gpu.checkpoint),
-        patch.object(torch.distributed, 'is_initialized', lambda: True),
-        patch.object(torch.distributed, 'all_reduce', counted)
-    ]
+@contextmanager
+def on_meta(half, *modules, patches):
+    """A Meter, of what is not modules, and a LikeGPU, both at work."""
+    meter, like_gpu = Meter(), LikeGPU(half)
+    meter.held = {t.untyped_storage()._cdata: 0 for t in tensors_of(*modules)}              # not of the step
+    patches = [like_gpu.autocast(), patch.object(drifting, 'checkpoint', like_gpu.checkpoint), *patches]
 
     with ExitStack() as stack:
         for context in (*patches, torch.device('meta'), like_gpu, meter):
             stack.enter_context(context)
 
+        yield meter, like_gpu
+
+def simulate(model, loss_fn, settings, half = True):
+    """A step of one process with settings.num_groups groups: records of its parts, its peak, its sums over processes.
+
+    Everything is on the meta device. Bytes are what the step allocates, gradients of the weights included.
+    """
+    sums = []
+
+    def counted(t):
+        sums.append(t.nbytes)
+
+    patches = [
+        patch.object(torch.distributed, 'is_initialized', lambda: True),
+        patch.object(torch.distributed, 'all_reduce', counted)
+    ]
+
+    with on_meta(half, model, loss_fn, patches = patches) as (meter, _):
         trainer = MetaTrainer(model, loss_fn, settings, meter)
         result = trainer.backward(None, 0, True)
         meter.mark('samples, and generator backward')
@@ -510,6 +518,47 @@ def loss_by_feature(preset):
 
     return sorted(rows, key = lambda row: -row['GB while it works'])
 
+# the training of the encoders
+
+MAES = {'--dim 256': dict(dim = 256), '--dim 640': LATENT_640, '--space pixel --dim 640': PIXEL_640}
+
+def make_encoder(name, checkpointing):
+    with torch.device('meta'):
+        return LatentMAE(**MAES[name], num_classes = NUM_CLASSES, checkpointing = checkpointing)
+
+@lru_cache
+def peak_of_encoder(name, batch_size, checkpointing, half = True):
+    """Bytes of a step of train_mae.py with so many samples, gradients of the weights included."""
+    mae = make_encoder(name, checkpointing)
+    side = 32 if mae.channels == 4 else 256
+    patches = [patch.object(drifting, 'check_range'), patch.object(drifting, 'checked_labels', lambda t, *_: t)]
+
+    with on_meta(half, mae, patches = patches) as (meter, like_gpu):
+        samples, labels = torch.empty(batch_size, mae.channels, side, side), torch.zeros(batch_size, dtype = torch.long)
+        mask = torch.empty(batch_size, side // mae.mask_pixels, side // mae.mask_pixels)
+
+        with like_gpu.precision(True):
+            loss, _ = mae(samples, labels, mask = mask)
+
+        loss.backward()
+        meter.mark('step')
+
+    mae.zero_grad()
+    return meter.highest
+
+def needs_of_encoder(name, args):
+    """A row: what a process holds, and the largest powers of two of samples with which a step fits."""
+    mae = make_encoder(name, False)
+    always = nbytes(mae) * (5 if args.gpus > 1 else 4)      # weights, averages, two moments, buckets of gradients
+    free = args.memory * 1e9 * (1 - args.margin) - always
+    row = {'train_mae.py': f'`{name}`', 'parameters': num_parameters(mae), 'GB between steps': always / 1e9}
+
+    for checkpointing in (False, True):
+        fits = [2 ** i for i in range(13) if peak_of_encoder(name, 2 ** i, checkpointing) <= free]
+        row['with `--checkpointing`' if checkpointing else 'samples per GPU'] = max(fits, default = 'none')
+
+    return row
+
 # many processes: one of them runs here, in torch's fake process group
 
 IMAGENET = 1_281_167            # images
@@ -683,6 +732,7 @@ def options(argv):
     parser.add_argument('--preset', choices = tuple(ENCODERS), default = 'ablation', help = 'column of Table 8')
     parser.add_argument('--gpus', type = positive, default = 8, help = 'processes, one on each GPU')
     parser.add_argument('--all', action = 'store_true', help = 'every preset on 1, 8 and 64 GPUs')
+    parser.add_argument('--encoders', action = 'store_true', help = 'instead: how many samples of train_mae.py fit')
     parser.add_argument(
         '--simulate', type = positive, nargs = '+', metavar = 'PROCESSES',
         help = 'instead: what some of so many processes need in ten steps of a tiny model'
@@ -704,6 +754,8 @@ def main(argv = None):
 
     if args.simulate:
         rows, tables = simulate_processes(args.simulate)
+    elif args.encoders:
+        rows, tables = [needs_of_encoder(name, args) for name in MAES], {}
     else:
         every = [(preset, gpus) for preset in ENCODERS for gpus in (1, 8, 64)]
         runs = every if args.all else [(args.preset, args.gpus)]
