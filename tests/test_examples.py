@@ -339,7 +339,7 @@ def test_benchmark(tmp_path):
     assert text.count('\n| ') > 25
     assert {row['contender'] for row in results['loss']} == {'transcription', 'drift_loss', 'floor'}
     assert all(row['/ products'] > 1 for row in results['sampling'])
-    assert 0 < results['step']['whole'][0]['utilisation'] < 1
+    assert results['step']['whole'][0]['utilisation'] > 0           # below 1 on an idle machine
 
     whole = results['step']['whole'][0]
     assert whole['processor seconds'] > 0 and whole['wall seconds'] > 0
@@ -613,8 +613,14 @@ def test_images_go_on_from_another_directory(tmp_path, monkeypatch, examples):
     with pytest.raises(ValueError, match = 'apart is not a folder of images'):
         started('both', 'cats', '--resume')
 
-    (tmp_path / 'cats' / '0.png').unlink()
-    with pytest.raises(ValueError, match = 'the run was started with other images: now 39 images'):
+    first, message = tmp_path / 'cats' / '0.png', 'the run was started with other images: now'
+    with Image.open(first) as picture:
+        picture.transpose(Image.Transpose.ROTATE_180).save(first)                   # as many, of the same sizes
+    with pytest.raises(ValueError, match = f'{message} 40 images'):
+        started('both', 'cats', '--resume', '--held-out', 'apart')
+
+    first.unlink()
+    with pytest.raises(ValueError, match = f'{message} 39 images'):
         started('both', 'cats', '--resume', '--held-out', 'apart')
 
 def test_images_with_other_networks(tmp_path, monkeypatch, examples):

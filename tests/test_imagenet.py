@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / 'examples' / 'imagenet'))
 import encode_latents
 import train_generator
 import train_mae
-from common import load_vae
+from common import load_vae, process_state, write_whole
 from data import ClassFolders, LatentDataset, random_crop_box
 
 CLASSES = ('n01', 'n02', 'n03')
@@ -267,6 +267,49 @@ def test_processes_share_the_shards(images, vae, latents, tmp_path, monkeypatch)
         assert (tmp_path / 'shard-00000.npy').exists() == (rank == 0)       # it ends last, so it completes the manifest
 
     assert files(tmp_path) == files(latents)
+
+def test_processes_without_gpus_belong_together(monkeypatch):
+    """accelerate would take each for a world of its own."""
+    asked = []
+    monkeypatch.setattr('common.PartialState', lambda cpu: asked.append(cpu))
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
+    monkeypatch.delenv('WORLD_SIZE', raising = False)
+    process_state(False)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    process_state(False)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    process_state(False)
+    process_state(True)
+    assert asked == [False, True, False, True]
+
+def test_a_file_is_whole_or_as_before(tmp_path):
+    path = tmp_path / 'file'
+    write_whole(path, b'before')
+
+    def fails(file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fails)
+
+    assert path.read_bytes() == b'before'
+    write_whole(path, lambda file: np.save(file, np.arange(3)))
+    assert np.load(path).tolist() == [0, 1, 2]
+
+def test_latents_that_an_encoder_cannot_halve_are_not_made(images, tmp_path, vae):
+    with pytest.raises(ValueError, match = '--image-size must be a multiple of 64, got 72'):
+        encode(images, tmp_path, vae, '--image-size', 72)
+
+@pytest.mark.parametrize('preset, published', [('ablation', 1024), ('L/2', 2048), ('B/16', 4096)])
+def test_processes_read_as_much_as_the_published_runs(preset, published, monkeypatch):
+    args = ['data', '--encoder', 'mae', '--preset', preset]
+
+    for world in (1, 8, 3):
+        monkeypatch.setenv('WORLD_SIZE', str(world))
+        assert 0 <= train_generator.options(args).push_size * world - published < world
+
+    assert train_generator.options([*args, '--push-size', '5']).push_size == 5
 
 def test_unreadable_images_are_named_or_left_out(vae, tmp_path):
     root, folder = paint(tmp_path / 'images', CLASSES[:2], 6), tmp_path / 'latents'

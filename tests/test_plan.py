@@ -251,7 +251,7 @@ def test_how_many_samples_of_an_encoder_fit(monkeypatch, tmp_path):
     few, many = (plan.peak_of_encoder('small', size, False) for size in (num, 2 * num))
     assert of_one == pytest.approx(held * 4 / 5) and 1 < num <= min(more, num_of_one)
     assert plan.peak_of_encoder('small', num, True) < few <= (0.9 - held) * 1e9 < many
-    assert found('--memory', '0.1')[1:] == ('none', 'none')
+    assert found('--memory', '0.055')[1:] == ('none', 'none')
 
 def test_512_pixels_need_as_many_tokens_and_features_as_256():
     assert 'L/2-512' in plan.ENCODERS

@@ -136,9 +136,8 @@ class Classifier(nn.Module):
     It has no norms, so a picture without contrast does no harm.
     """
 
-    def __init__(self, channels = 1, num_classes = 10, dim = 32, feature_weight = 0.5):
+    def __init__(self, channels = 1, num_classes = 10, dim = 32):
         super().__init__()
-        self.feature_weight = feature_weight
 
         self.to_map = nn.Sequential(
             nn.PixelUnshuffle(2),
@@ -153,12 +152,8 @@ class Classifier(nn.Module):
     def features(self, x):
         """The 4x4 map as one vector, and the last layer, {name: [b 1 d]}: each sees the whole digit."""
         maps = self.to_map(x)
-        vector = self.to_vector(maps)
-        return dict(map = self.weighted(maps), vector = self.weighted(vector))
-
-    def weighted(self, t):
-        """The value as it is, the gradient times feature_weight."""
-        return rearrange(torch.lerp(t.detach(), t, self.feature_weight), 'b d -> b 1 d')
+        found = dict(map = maps, vector = self.to_vector(maps))
+        return {name: rearrange(t, 'b d -> b 1 d') for name, t in found.items()}
 
     def train_on(self, images, labels, num_steps, batch_size = 64):
         def falls_in_the_second_half(step):
@@ -277,7 +272,8 @@ class Drifting:
 
     The field has unit size however near the samples are, so the steps have to become small by themselves, at a rate
     that knows of no end; and the weights are averaged over about the last tenth of them. A little guidance in training
-    gives better shapes at scale 1, which is sampled. Its Trainer goes on from its own checkpoint, in folder.
+    gives better shapes at scale 1, which is sampled, and a little more repulsion than attraction more variety. Its
+    Trainer goes on from its own checkpoint, in folder.
     """
 
     evaluations = 1
@@ -285,13 +281,13 @@ class Drifting:
     def __init__(
         self, images, labels, folder,
         num_groups = 4, num_gen = 32, num_pos = 128, encoder_steps = 600, encoder = Classifier,
-        alpha_range = (1., 1.2), learning_rate = 4e-3, decay_start = 200, ema_decay = 1., repulsion = 1., **generator
+        alpha_range = (1., 1.2), learning_rate = 4e-3, decay_start = 200, ema_decay = 1., repulsion = 1.01, **generator
     ):
         self.dataset = TensorDataset(images, labels)
         self.sizes = sizes_of(images, labels)
         self.generator = generator                  # arguments
         self.ema_decay = ema_decay
-        self.field = DriftField(repulsion = repulsion)      # above 1: more recall, less precision
+        self.field = DriftField(repulsion = repulsion)
         self.encoder = None
 
         if encoder is not None:
@@ -518,8 +514,8 @@ DATA = dict(mnist = make_judge, photographs = PhotographJudge)
 # what methods do otherwise on photographs
 
 ON_PHOTOGRAPHS = {
-    'drifting': dict(encoder = TurnsClassifier, num_groups = 2, alpha_range = (1., 1.)),
-    'drifting-pixels': dict(num_groups = 2, alpha_range = (1., 1.))
+    'drifting': dict(encoder = TurnsClassifier, num_groups = 2, alpha_range = (1., 1.), repulsion = 1.),
+    'drifting-pixels': dict(num_groups = 2, alpha_range = (1., 1.), repulsion = 1.)
 }
 
 # the comparison
