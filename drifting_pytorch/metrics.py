@@ -16,7 +16,7 @@ def frechet_distance(a, b):
 def coverage(a, b, k = 3):
     """The share of a [n d] within the k-th neighbour distance of some b [m d] (Kynkaanniemi et al.)."""
     a, b = (torch.as_tensor(t).double() for t in (a, b))
-    covered = torch.zeros(len(a), dtype = torch.bool)
+    covered = torch.zeros(len(a), dtype = torch.bool, device = a.device)
     for some in b.split(1_000):  # all at once are 80 GB of 50,000
         to_a, to_b = (torch.cdist(some, t, compute_mode = 'use_mm_for_euclid_dist') for t in (a, b))
         radius = to_b.kthvalue(k + 1, keepdim = True).values  # the nearest is itself

@@ -6,6 +6,7 @@ Functions import what they alone need: the ImageNet scripts, which use the last 
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -50,16 +51,19 @@ def write_whole(path, content):
     """
     unfinished = path.with_name(f'unfinished-{platform.node()}-{os.getpid()}-{path.name}')
 
-    with open(unfinished, 'wb') as file:
-        if callable(content):
-            content(file)
-        else:
-            file.write(content)
+    try:
+        with open(unfinished, 'wb') as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
 
-        file.flush()
-        os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
 
-    unfinished.replace(path)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok = True)
 
 def sha256(parts):
     """Of pieces of bytes, one after the other."""
@@ -164,7 +168,7 @@ class Judge:
     def __call__(self, images, labels):
         features, logits = self.classify(self.view(images))
         correct = (logits.argmax(dim = -1) == labels).double()
-        some = features[::max(1, len(features) // 5_000)]       # precision and recall depend on how many they are
+        some = features[::math.ceil(len(features) / 5_000)]     # precision and recall depend on how many they are
 
         return dict(
             accuracy = correct.mean().item(),

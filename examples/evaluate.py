@@ -399,7 +399,8 @@ def read_samples(args, features, state):
             seed = args.seed,
             rounding = args.rounding,
             autocast = args.precision,
-            vae_sha256 = vae_digest
+            vae_sha256 = vae_digest,
+            vae_scaling_factor = vae and vae.config.scaling_factor
         )
 
         for alpha in args.alphas:

@@ -502,7 +502,7 @@ def main():
     torch.set_num_threads(args.threads)
     pictures, choosing, unseen, classes, about = load_data(args)
     digest = sha256(t.numpy().tobytes() for part in (pictures, choosing, unseen) for t in (part.pixels, part.labels))
-    is_same = plan is None or (plan['data'], plan['sha256']) == (about, digest)
+    is_same = plan is None or (plan['data'], plan.get('sha256', digest)) == (about, digest)
     check(is_same, f'the run was started with other images: now {about}')
     args.groups = args.groups or min(4, max(1, len(classes)))
     run = Run(args, pictures, classes, choosing)

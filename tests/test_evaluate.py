@@ -238,10 +238,10 @@ def test_complete_chunks_are_not_computed_again(run, tmp_path, monkeypatch):
 
     before, features = run(tmp_path, '--num-samples', 30, *args, extractor = 'evaluate_parts:features_only')
     assert computed == [(alpha, start) for alpha in (1, 2) for start in (0, 10, 20)]
-    assert not list(tmp_path.rglob('*.unfinished'))
+    assert not list(tmp_path.rglob('unfinished-*'))
 
     lost = tmp_path / [path for path in features if 'alpha-2' in path][1]
-    lost.rename(lost.with_suffix('.unfinished'))                        # as an interrupted run leaves it
+    lost.rename(lost.with_name(f'unfinished-{lost.name}'))              # as a run that was killed leaves it
     computed.clear()
     again, features_again = run(tmp_path, '--num-samples', 30, *args, extractor = 'evaluate_parts:features_only')
     assert computed == [(2, 10)] and again == before

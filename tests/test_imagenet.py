@@ -293,7 +293,7 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, fails)
 
-    assert path.read_bytes() == b'before'
+    assert path.read_bytes() == b'before' and [*tmp_path.iterdir()] == [path]
     write_whole(path, lambda file: np.save(file, np.arange(3)))
     assert np.load(path).tolist() == [0, 1, 2]
 
@@ -309,6 +309,8 @@ def test_processes_read_as_much_as_the_published_runs(preset, published, monkeyp
         monkeypatch.setenv('WORLD_SIZE', str(world))
         assert 0 <= train_generator.options(args).push_size * world - published < world
 
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert train_generator.options([*args, '--gradient-accumulation-steps', '4']).push_size == published / 8
     assert train_generator.options([*args, '--push-size', '5']).push_size == 5
 
 def test_unreadable_images_are_named_or_left_out(vae, tmp_path):

@@ -221,20 +221,22 @@ def test_the_command(small_ablation, tmp_path, capsys):
     with pytest.raises(ValueError, match = 'cannot share the 18 groups'):
         run('--gpus', '19')
 
+@pytest.mark.parametrize('in_parts', [False, True])
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_a_step_of_an_encoder_needs_what_is_planned(checkpointing, monkeypatch):
+def test_a_step_of_an_encoder_needs_what_is_planned(checkpointing, in_parts, monkeypatch):
     """On a CPU in float32, to 2 %."""
     monkeypatch.setitem(plan.MAES, 'small', dict(dim = 32, layers = (1, 1, 2, 1)))
-    planned = plan.peak_of_encoder('small', 8, checkpointing, half = False)
+    planned = plan.peak_of_encoder('small', 8, checkpointing, in_parts, half = False)
 
     mae = LatentMAE(dim = 32, layers = (1, 1, 2, 1), num_classes = plan.NUM_CLASSES, checkpointing = checkpointing)
     side = 32 // mae.mask_pixels
 
     def step():
         samples, mask = torch.randn(8, 4, 32, 32), torch.ones(8, side, side)
-        loss, _ = mae(samples, torch.zeros(8, dtype = torch.long), mask = mask)
-        loss.backward()
-        del loss
+        for _ in range(2 if in_parts else 1):
+            loss, _ = mae(samples, torch.zeros(8, dtype = torch.long), mask = mask)
+            loss.backward()
+            del loss
         mae.zero_grad()
 
     assert planned == pytest.approx(benchmark.peak_mib(step, CPU.device) * 2 ** 20, rel = 0.02)
@@ -248,9 +250,9 @@ def test_how_many_samples_of_an_encoder_fit(monkeypatch, tmp_path):
         return row['GB between steps'], row['samples per GPU'], row['with `--checkpointing`']
 
     (held, num, more), (of_one, num_of_one, _) = found('--memory', '1'), found('--memory', '1', '--gpus', '1')
-    few, many = (plan.peak_of_encoder('small', size, False) for size in (num, 2 * num))
+    few, many = (plan.peak_of_encoder('small', size, False, True) for size in (num, 2 * num))
     assert of_one == pytest.approx(held * 4 / 5) and 1 < num <= min(more, num_of_one)
-    assert plan.peak_of_encoder('small', num, True) < few <= (0.9 - held) * 1e9 < many
+    assert plan.peak_of_encoder('small', num, True, True) < few <= (0.9 - held) * 1e9 < many
     assert found('--memory', '0.055')[1:] == ('none', 'none')
 
 def test_512_pixels_need_as_many_tokens_and_features_as_256():

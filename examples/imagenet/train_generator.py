@@ -33,7 +33,7 @@ SPACES = dict.fromkeys(('ablation', 'B/2', 'L/2', 'L/2-512'), 'latent') | {'B/16
 
 AUGMENT = dict(latent = 'flip', pixel = 'crop')
 
-# real samples that all processes of the published runs read in a step
+# real samples that all processes of the published runs read in a step; L/2-512 as L/2
 
 PUSHED = dict.fromkeys(('B/2', 'B/16', 'L/16'), 4096) | {'ablation': 1024, 'L/2': 2048, 'L/2-512': 2048}
 
@@ -120,7 +120,8 @@ def options(argv):
         args.augment = AUGMENT[SPACES[args.preset]]
 
     if args.push_size is None:
-        args.push_size = math.ceil(PUSHED[args.preset] / int(os.environ.get('WORLD_SIZE', 1)))
+        reads = int(os.environ.get('WORLD_SIZE', 1)) * args.gradient_accumulation_steps
+        args.push_size = math.ceil(PUSHED[args.preset] / reads)
 
     return args
 
@@ -158,6 +159,8 @@ def main(argv = None):
     of_images = args.evaluate_every > 0 and args.evaluate_features == 'inception'
     dataset, to_image = load_dataset(args, space, args.augment, args.sample_every > 0 or of_images)
     sample = dataset[0][0]
+    num_read = args.push_size * int(os.environ.get('WORLD_SIZE', 1))
+    check(num_read <= len(dataset), f'{args.data} has {len(dataset)} samples, a step reads {num_read}: see --push-size')
 
     generator = 'B/2' if args.preset == 'ablation' else args.preset             # the ablation trains the B/2 generator
     side = sample.shape[-1]

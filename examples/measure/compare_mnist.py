@@ -532,7 +532,10 @@ def measure(judge, images, labels):
     return dict(judge(images, labels), novelty = judge.novelty(images))
 
 def measure_redrawn(judge, num, seed):
-    """Of num training images, drawn with replacement: so few samples of a perfect copy of their distribution."""
+    """Of num training images, drawn with replacement: so few samples of a perfect copy of their distribution.
+
+    Recall suffers, as those that repeat are near to each other.
+    """
     generator = torch.Generator().manual_seed(seed)
     places = [torch.nonzero(judge.labels == i).squeeze(1) for i in range(judge.num_classes)]
     drawn = [torch.randint(len(of_class), (num // len(places),), generator = generator) for of_class in places]
@@ -737,7 +740,7 @@ def options():
     parser.add_argument(
         '--final-samples', type = positive, default = None,
         help = 'at the end; None for five times --num-samples. The fewer, the more the Frechet distance is chance; '
-               'precision and recall are of 5,000 of them'
+               'precision and recall are of at most 5,000 of them'
     )
     args = parser.parse_args()
     args.final_samples = args.final_samples or 5 * args.num_samples

@@ -527,8 +527,11 @@ def make_encoder(name, checkpointing):
         return LatentMAE(**MAES[name], num_classes = NUM_CLASSES, checkpointing = checkpointing)
 
 @lru_cache
-def peak_of_encoder(name, batch_size, checkpointing, half = True):
-    """Bytes of a step of train_mae.py with so many samples, gradients of the weights included."""
+def peak_of_encoder(name, batch_size, checkpointing, in_parts = False, half = True):
+    """Bytes of a step of train_mae.py with so many samples, gradients of the weights included.
+
+    in_parts: more than one, which add up their gradients.
+    """
     mae = make_encoder(name, checkpointing)
     side = 32 if mae.channels == 4 else 256
     patches = [patch.object(drifting, 'check_range'), patch.object(drifting, 'checked_labels', lambda t, *_: t)]
@@ -537,24 +540,28 @@ def peak_of_encoder(name, batch_size, checkpointing, half = True):
         samples, labels = torch.empty(batch_size, mae.channels, side, side), torch.zeros(batch_size, dtype = torch.long)
         mask = torch.empty(batch_size, side // mae.mask_pixels, side // mae.mask_pixels)
 
-        with like_gpu.precision(True):
-            loss, _ = mae(samples, labels, mask = mask)
+        for _ in range(2 if in_parts else 1):
+            with like_gpu.precision(True):
+                loss, _ = mae(samples, labels, mask = mask)
 
-        loss.backward()
+            loss.backward()
+            del loss
+
         meter.mark('step')
 
     mae.zero_grad()
     return meter.highest
 
 def needs_of_encoder(name, args):
-    """A row: what a process holds, and the largest powers of two of samples with which a step fits."""
+    """A row: what a process holds, and the largest powers of two of samples with which a step of 8,192 in all fits."""
     mae = make_encoder(name, False)
     always = nbytes(mae) * (5 if args.gpus > 1 else 4)      # weights, averages, two moments, buckets of gradients
     free = args.memory * 1e9 * (1 - args.margin) - always
     row = {'train_mae.py': f'`{name}`', 'parameters': num_parameters(mae), 'GB between steps': always / 1e9}
 
     for checkpointing in (False, True):
-        fits = [2 ** i for i in range(13) if peak_of_encoder(name, 2 ** i, checkpointing) <= free]
+        sizes = [2 ** i for i in range(14) if 2 ** i * args.gpus <= 8192]
+        fits = [num for num in sizes if peak_of_encoder(name, num, checkpointing, num * args.gpus < 8192) <= free]
         row['with `--checkpointing`' if checkpointing else 'samples per GPU'] = max(fits, default = 'none')
 
     return row
