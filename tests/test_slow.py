@@ -1,4 +1,4 @@
-"""What takes long: pytest -m slow -s, a quarter of an hour"""
+"""What takes long: pytest -m slow -s, half an hour"""
 
 import csv
 import inspect
