@@ -2325,7 +2325,7 @@ class BaseTrainer:
     def load_queues(self, folder):
         states = nested(load_file(folder / f'queue-{self.rank}.safetensors'))
         for name, queue in self.queues.items():
-            check(name in states, f'{folder} is of other settings: no queue of {name} samples')
+            check(name in states, f'{folder} has no queue of {name} samples: set alpha_range = (1, 1)')
             queue.load_state_dict(states[name])
 
     def save_pretrained(self, folder):
