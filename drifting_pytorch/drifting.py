@@ -2585,8 +2585,7 @@ class Trainer(BaseTrainer):
         name, sign = wanted.removeprefix('max:'), -1 if wanted.startswith('max:') else 1
         evaluated = {}
         for decay, ema in self.emas.items():
-            sample = partial(sample_from, ema.ema_model, self.noise_shape, alpha = self.alpha_range[0])
-            given, *_ = together(partial(self.evaluate, sample))
+            given, *_ = together(partial(self.evaluate, partial(self.sample, ema = ema)))
             check(isinstance(given, dict), f'evaluate must return {{name: number}}, it returned {given!r}')
             numbers = {key: float(value) for key, value in given.items()}
             suffix = f'/{decay}' if len(self.emas) > 1 else ''
@@ -2610,10 +2609,11 @@ class Trainer(BaseTrainer):
             found = 'samples of a class spread less than a tenth of real ones, they collapse: try affinity_floor = 0.'
             warnings.warn(found, stacklevel = 2)
 
-    def sample(self, labels = None, **kwargs):
-        """sample_from the averaged model, by default at the least alpha of training."""
+    def sample(self, labels = None, *, ema = None, **kwargs):
+        """sample_from an average, None for the chosen one, by default at the least alpha of training."""
+        model = default(ema, self.ema).ema_model
         kwargs = dict(alpha = self.alpha_range[0]) | kwargs
-        return sample_from(self.ema.ema_model, self.noise_shape, labels, **kwargs)
+        return sample_from(model, self.noise_shape, labels, **kwargs)
 
     def pictures(self):
         """Ten each of ten classes or conditions, always from the same noise."""

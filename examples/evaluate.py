@@ -74,10 +74,11 @@ TO_ONE_SIZE = 'pass a dataset that makes them so, as a function that returns Ima
 
 def read_folder(root):
     """Its pictures, which have to be squares of one size, as ImageFolder reads them. Grey if all are."""
-    files = [Path(root) / name for name, _ in ImageFolder(root, 1).files]
-    sizes, modes = set(), set()
+    folder, sizes, modes = ImageFolder(root, 1), set(), set()
 
-    for path in files:
+    for name, _ in folder.files:
+        path = folder.root / name
+
         with Image.open(path) as picture:
             sizes.add(picture.size)
             modes.add(picture.mode)
@@ -86,7 +87,8 @@ def read_folder(root):
         message = f'{path} is {width}x{height}, squares of one size were expected: {TO_ONE_SIZE}'
         check(len(sizes) == 1 and width == height, message)
 
-    return ImageFolder(root, width, channels = 1 if modes == {'L'} else 3)                  # ImageNet has a few of grey
+    folder.image_size, folder.channels = width, 1 if modes == {'L'} else 3                  # ImageNet has a few of grey
+    return folder
 
 class Images:
     """Those of an npz, of a folder, or of a dataset."""

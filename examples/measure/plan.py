@@ -387,17 +387,24 @@ def flops_of(preset, num_groups, chunk, checkpointing):
 
     return parts
 
-def held(model, loss_fn, settings, gpus):
-    """{what: (bytes on the GPU, bytes on the host)} of a process between two steps."""
+def held_to_train(model, gpus):
+    """{what: (bytes on the GPU, bytes on the host)} of a process between two steps, of any training."""
     trained = sum(p.nbytes for p in model.parameters())
-    num_queued = model.num_classes * settings.class_queue_size + settings.uncond_queue_size
-    queues = num_queued * math.prod(model.noise_shape) * (settings.queue_dtype or torch.float32).itemsize
 
     return {
         'weights': (nbytes(model), 0),
         'averages': (nbytes(model), 0),
         'optimizer': (2 * trained, 0),
-        'buckets for the sum of the gradients': (trained if gpus > 1 else 0, 0),
+        'buckets for the sum of the gradients': (trained if gpus > 1 else 0, 0)
+    }
+
+def held(model, loss_fn, settings, gpus):
+    """The same of a generator's training, with all that it has besides."""
+    num_queued = model.num_classes * settings.class_queue_size + settings.uncond_queue_size
+    queues = num_queued * math.prod(model.noise_shape) * (settings.queue_dtype or torch.float32).itemsize
+
+    return {
+        **held_to_train(model, gpus),
         'encoders': (nbytes(*loss_fn.frozen), 0),
         'queues of real samples': (0, queues) if str(settings.queue_device) == 'cpu' else (queues, 0)
     }
@@ -555,7 +562,7 @@ def peak_of_encoder(name, batch_size, checkpointing, in_parts = False, half = Tr
 def needs_of_encoder(name, args):
     """A row: what a process holds, and the largest powers of two of samples with which a step of 8,192 in all fits."""
     mae = make_encoder(name, False)
-    always = nbytes(mae) * (5 if args.gpus > 1 else 4)      # weights, averages, two moments, buckets of gradients
+    always = sum(on_gpu for on_gpu, _ in held_to_train(mae, args.gpus).values())
     free = args.memory * 1e9 * (1 - args.margin) - always
     row = {'train_mae.py': f'`{name}`', 'parameters': num_parameters(mae), 'GB between steps': always / 1e9}
 
